@@ -1,0 +1,58 @@
+"""Every setting, typed and validated at start. Nothing else in the project reads the environment."""
+
+import os
+import sys
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Config(BaseSettings):
+    """Settings from the environment. The README's table is made from the descriptions below."""
+
+    model_config = SettingsConfigDict(env_prefix="PENSTOCK_", frozen=True, extra="forbid")
+
+    database_url: str = Field("", alias="DATABASE_URL", description="PostgreSQL, as `postgres://user:password@host/name`; empty: SQLite under `var/`.")
+    redis_url: str = Field("", alias="REDIS_URL", description="Redis or Valkey, 6.2 or later; empty: the embedded server.")
+    var: Path = Field(ROOT / "var", description="Where data, sockets, the demo model and generated secrets live.")
+    secret_key: str = Field("", description="Django's secret key; empty: generated once under `var/`.")
+    debug: bool = Field(False, description="Django's debug pages. Never on a reachable host.")
+    allowed_hosts: list[str] = Field(["127.0.0.1", "localhost", "[::1]"], description="Host names the web process answers to (JSON list).")
+    host: str = Field("127.0.0.1", description="Address the web process binds.")
+    port: int = Field(8000, ge=1, le=65535, description="Port the web process binds.")
+    web_processes: int = Field(1, ge=1, le=64, description="Web processes that `make up` starts.")
+    gpu_workers: int = Field(1, ge=0, le=64, description="GPU workers that `make up` starts.")
+    model: str = Field("", description="Model a gpu worker serves; empty: the newest deployment.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Device of a gpu worker: `auto`, `cpu`, `cuda`, `cuda:N`.")
+    key_prefix: str = Field("penstock", pattern=r"^[a-z0-9_-]{1,32}$", description="Prefix of all Redis keys.")
+    queue_limit: int = Field(20_000, ge=1, description="Waiting requests per model before new ones are refused.")
+    lease_s: float = Field(5.0, ge=0.5, le=120, description="A worker silent for this long loses its requests to others.")
+    max_body_bytes: int = Field(2 * 2**20, ge=1024, description="Largest request body.")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Log level.")
+
+    @cached_property
+    def redis(self) -> str:
+        """URL of the Redis in use."""
+        return self.redis_url or f"unix://{self.redis_socket}"
+
+    @cached_property
+    def redis_socket(self) -> Path:
+        """Socket of the embedded server; in a short path, since a socket's name holds 107 bytes at most."""
+        return self.var.resolve() / "run" / "redis.sock"
+
+
+def load_config() -> Config:
+    """Read the environment; end the process with a sentence where a setting is unknown or malformed."""
+    known = {f"PENSTOCK_{name.upper()}" for name, field in Config.model_fields.items() if not field.alias}
+    unknown = sorted(name for name in os.environ if name.startswith("PENSTOCK_") and name not in known)
+    if unknown:
+        sys.exit(f"Unknown setting {unknown[0]}. The settings are listed in README.md, section Settings.")
+    try:
+        return Config()
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors())
+        sys.exit(f"A setting cannot be used: {problems}. See README.md, section Settings.")

@@ -1,0 +1,1 @@
+"""The forward pass: checkpoints, paged KV tensors, attention, sampling. Imports torch, never Django."""

@@ -1,0 +1,207 @@
+"""Messages between web processes, engine processes, and the historian: msgspec structs, MessagePack on the wire.
+
+New fields are added at the end with a default, so that processes of two versions understand each other.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from scheduling.core.sequence import SamplingParams
+
+State = Literal["queued", "running", "finished", "cancelled", "failed"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+ReplicaState = Literal["starting", "ready", "paused", "draining", "stopped", "failed"]
+BatchMode = Literal["serial", "static", "dynamic", "continuous"]
+
+
+class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An admitted request, as it stands in its record in Redis."""
+
+    id: str
+    model: str
+    tenant: str
+    priority: int
+    arrival_s: float
+    prompt_token_ids: list[int]
+    max_tokens: int
+    sampling: SamplingParams
+    reply_to: str = ""
+    """Name of the web process that streams the answer; empty for submit-and-poll."""
+    endpoint: str = "completions"
+    deadline_s: float | None = None
+    user: str = ""
+    charged_tokens: int = 0
+    """What admission took from the tenant's token bucket; the unused rest is given back at the end."""
+    keep_s: int = 60
+    """How long the record stays after the end."""
+
+
+class Finish(msgspec.Struct, frozen=True, array_like=True):
+    """How a request ended. `text` is what the detokenizer still held back."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    text: str = ""
+    error_code: str = ""
+    error_message: str = ""
+
+
+class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request. Tokens are numbered from 0; `texts[i]` belongs to token `start + i`.
+
+    After a worker was lost, the next one sends everything from 0 again with a higher `attempt`; the receiver drops what it
+    has by number.
+    """
+
+    request_id: str
+    attempt: int
+    start: int
+    token_ids: list[int]
+    texts: list[str]
+    finish: Finish | None = None
+
+
+class Slot(msgspec.Struct, frozen=True, array_like=True):
+    """One running request, as the dashboard shows it."""
+
+    request_id: str
+    tenant: str
+    priority: int
+    prompt_tokens: int
+    output_tokens: int
+    max_tokens: int
+
+
+class Telemetry(msgspec.Struct, frozen=True, kw_only=True):
+    """What the device says. Fields the source cannot read are None."""
+
+    source: Literal["nvml", "host"]
+    device: str
+    utilization_percent: float | None = None
+    memory_used_bytes: int | None = None
+    memory_total_bytes: int | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+    throttle_reasons: list[str] = []
+
+
+class Histogram(msgspec.Struct, frozen=True, array_like=True):
+    """Cumulative counts since the replica started, per bucket of LATENCY_BUCKETS_S plus one for the rest."""
+
+    counts: list[int]
+    sum_s: float
+
+
+LATENCY_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
+)  # fmt: skip
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process says of itself several times a second."""
+
+    replica: str
+    model: str
+    host: str
+    pid: int
+    state: ReplicaState
+    time_s: float
+    started_s: float
+    detail: str = ""
+    mode: BatchMode = "continuous"
+    max_batch_size: int = 0
+    slots: list[Slot] = []
+    batch_tokens: int = 0
+    """Context tokens held by the running batch."""
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    kv_block_size: int = 16
+    steps: int = 0
+    """Cumulative, as are the other counters below."""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    finished: dict[str, int] = {}
+    """By finish reason."""
+    tokens_per_s: float = 0.0
+    """Output tokens a second over the last second."""
+    step_ms_p50: float = 0.0
+    step_ms_p99: float = 0.0
+    policy: str = ""
+    policy_revision: int = 0
+    """Revision under which this replica last claimed."""
+    telemetry: Telemetry | None = None
+    queue_time: Histogram | None = None
+    time_to_first_token: Histogram | None = None
+    time_per_output_token: Histogram | None = None
+    end_to_end: Histogram | None = None
+
+
+class RequestEvent(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
+    """A request's end, for the historian. Times are unix seconds; None where it never got there."""
+
+    id: str
+    model: str
+    tenant: str
+    priority: int
+    endpoint: str
+    state: State
+    finish_reason: FinishReason
+    error_code: str = ""
+    arrival_s: float
+    claimed_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float
+    prompt_tokens: int
+    completion_tokens: int
+    max_tokens: int
+    attempts: int = 1
+    replica: str = ""
+    policy: str = ""
+    policy_revision: int = 0
+    deadline_s: float | None = None
+    user: str = ""
+
+
+class BatchEvent(msgspec.Struct, frozen=True, kw_only=True, tag="batch"):
+    """One second of one replica, for the historian."""
+
+    replica: str
+    model: str
+    second_s: int
+    steps: int
+    batch_size_mean: float
+    batch_size_max: int
+    prompt_tokens: int
+    output_tokens: int
+    step_ms_mean: float
+    step_ms_max: float
+    kv_blocks_used: int
+    kv_blocks_total: int
+    preemptions: int
+    mode: BatchMode
+    policy: str
+    policy_revision: int
+    telemetry: Telemetry | None = None
+
+
+HistoryEvent = RequestEvent | BatchEvent
+
+
+class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as operators want it served; published in Redis so that gpu workers need no database."""
+
+    name: str
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    mode: BatchMode = "continuous"
+    max_batch_size: int = 16
+    max_model_len: int = 0
+    """0 takes the checkpoint's own."""
+    step_tokens: int = 2048
+    """Token budget of one engine step."""
+    kv_memory_bytes: int = 0
+    """0 sizes the cache from free memory."""
+    created_s: int = 0

@@ -1,0 +1,1 @@
+"""Who goes next: policies, queue, admission, planning. Pure Python; no Django, torch or Redis."""

@@ -1,0 +1,72 @@
+"""Every Redis key, in one place. Keys of one model's queue share a hash tag, as do those of one tenant (Redis Cluster)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Key names under a prefix, which keeps two installations (or two tests) on one server apart."""
+
+    prefix: str = "penstock"
+
+    def queue(self, model: str) -> str:
+        """Start of the keys of a model's fleet queue; scripts append `:name`."""
+        return f"{{{self.prefix}:q:{model}}}"
+
+    def request(self, model: str, request_id: str) -> str:
+        """Hash: `body` (InferenceRequest), `state`, `attempt`, `output` (text, once finished), `finish` (Finish)."""
+        return f"{self.queue(model)}:req:{request_id}"
+
+    def tokens(self, model: str, request_id: str) -> str:
+        """String: the journal, output token ids as little-endian int32."""
+        return f"{self.queue(model)}:tok:{request_id}"
+
+    def cancels(self, model: str, owner: str) -> str:
+        """List: ids that the engine process `owner` should stop."""
+        return f"{self.queue(model)}:cancels:{owner}"
+
+    def bell(self, model: str) -> str:
+        """List: one element wakes one idle engine process."""
+        return f"{self.queue(model)}:bell"
+
+    def tenant(self, tenant: str) -> str:
+        """Start of a tenant's limit keys; scripts append `:name`."""
+        return f"{{{self.prefix}:t:{tenant}}}"
+
+    def replies(self, web: str) -> str:
+        """Stream: token updates for one web process; field `m` is a MessagePack list of SequenceUpdate."""
+        return f"{self.prefix}:replies:{web}"
+
+    @property
+    def webs(self) -> str:
+        """Sorted set: web process -> unix time at which its heartbeat runs out."""
+        return f"{self.prefix}:webs"
+
+    def replica(self, replica: str) -> str:
+        """String with a time to live: ReplicaStatus."""
+        return f"{self.prefix}:replica:{replica}"
+
+    @property
+    def replicas(self) -> str:
+        """Sorted set: replica -> unix time last heard."""
+        return f"{self.prefix}:replicas"
+
+    @property
+    def deployments(self) -> str:
+        """Hash: model -> DeploymentSpec (JSON)."""
+        return f"{self.prefix}:deployments"
+
+    @property
+    def history(self) -> str:
+        """Stream: field `m` is a MessagePack list of HistoryEvent."""
+        return f"{self.prefix}:history"
+
+    @property
+    def config_version(self) -> str:
+        """Counter: bumped when tenants, keys, quotas or deployments changed; web processes reload on a new value."""
+        return f"{self.prefix}:config_version"
+
+    @property
+    def refusals(self) -> str:
+        """Hash: `model|tenant|reason` -> count."""
+        return f"{self.prefix}:refusals"

@@ -1,0 +1,104 @@
+"""Redis behind pure commands: a call is described once, then run by a sync client, an asyncio client or a pipeline."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import redis
+import redis.asyncio
+from redis.exceptions import NoScriptError
+
+T = TypeVar("T")
+LUA = Path(__file__).parent / "lua"
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script and its SHA-1."""
+
+    source: str
+    sha: str
+
+
+@cache
+def load_script(name: str) -> Script:
+    """Read `scheduling/lua/<name>.lua`, behind the shared `prelude.lua`."""
+    source = (LUA / "prelude.lua").read_text() + (LUA / f"{name}.lua").read_text()
+    return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Command(Generic[T]):
+    """A call to Redis and how to read its reply.
+
+    With `script`, `args` are the keys and arguments of EVALSHA, the first `num_keys` of them keys; without, a plain command.
+    """
+
+    args: Sequence[Any]
+    read: Callable[[Any], T]
+    script: Script | None = None
+    num_keys: int = 0
+
+    def words(self) -> tuple[Any, ...]:
+        """The command as it goes over the wire."""
+        if self.script is None:
+            return tuple(self.args)
+        return ("EVALSHA", self.script.sha, self.num_keys, *self.args)
+
+
+def connect(url: str, **options: Any) -> redis.Redis:
+    """A sync client; replies stay bytes."""
+    return redis.Redis.from_url(url, **options)
+
+
+def aconnect(url: str, **options: Any) -> redis.asyncio.Redis:
+    """An asyncio client; replies stay bytes."""
+    return redis.asyncio.Redis.from_url(url, **options)
+
+
+def execute(client: redis.Redis, command: Command[T]) -> T:
+    """Run one command. Loads the script where the server does not know it yet (after a restart, say)."""
+    try:
+        return command.read(client.execute_command(*command.words()))
+    except NoScriptError:
+        assert command.script is not None
+        client.script_load(command.script.source)
+        return command.read(client.execute_command(*command.words()))
+
+
+async def aexecute(client: redis.asyncio.Redis, command: Command[T]) -> T:
+    """`execute` for asyncio."""
+    try:
+        return command.read(await client.execute_command(*command.words()))
+    except NoScriptError:
+        assert command.script is not None
+        await client.script_load(command.script.source)
+        return command.read(await client.execute_command(*command.words()))
+
+
+def execute_many(client: redis.Redis, commands: Sequence[Command[Any]]) -> list[Any]:
+    """Run commands in one round trip, in order, not as a transaction. Raises the first error after all were tried.
+
+    A script the server does not know is loaded and only the commands that missed it are run again.
+    """
+    replies = _pipeline(client, commands)
+    missed = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+    if missed:
+        for source in {c.script.source for c in (commands[i] for i in missed) if c.script}:
+            client.script_load(source)
+        for i, reply in zip(missed, _pipeline(client, [commands[i] for i in missed]), strict=True):
+            replies[i] = reply
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return [c.read(reply) for c, reply in zip(commands, replies, strict=True)]
+
+
+def _pipeline(client: redis.Redis, commands: Sequence[Command[Any]]) -> list[Any]:
+    with client.pipeline(transaction=False) as pipe:
+        for command in commands:
+            pipe.execute_command(*command.words())
+        return list(pipe.execute(raise_on_error=False))
