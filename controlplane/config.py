@@ -22,6 +22,7 @@ class Config(BaseSettings):
     secret_key: str = Field("", description="Django's secret key; empty: generated once under `var/`.")
     debug: bool = Field(False, description="Django's debug pages. Never on a reachable host.")
     allowed_hosts: list[str] = Field(["127.0.0.1", "localhost", "[::1]"], description="Host names the web process answers to (JSON list).")
+    trusted_origins: list[str] = Field([], description="Origins that a proxy in front gives the dashboard, such as `https://penstock.example.org` (JSON list).")
     host: str = Field("127.0.0.1", description="Address the web process binds.")
     port: int = Field(8000, ge=1, le=65535, description="Port the web process binds.")
     web_processes: int = Field(1, ge=1, le=64, description="Web processes that `make up` starts.")

@@ -1,0 +1,211 @@
+"""Django settings, made from the typed configuration of `controlplane.config`."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from controlplane.config import ROOT, Config, load_config
+from controlplane.database import database_settings
+
+PENSTOCK: Config = load_config()
+PENSTOCK.var.mkdir(parents=True, exist_ok=True)
+
+
+def _secret_key(var: Path) -> str:
+    """The generated key under `var`; the first process to come makes it, readable by this user alone."""
+    path = var / "secret_key"
+    if not path.exists():
+        draft = var / f".secret_key.{os.getpid()}"
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(50))
+        try:
+            os.link(draft, path)  # unlike a rename, this fails where another process was first
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    return path.read_text()
+
+
+def _broker(url: str) -> str:
+    """Kombu's spelling of a Redis URL."""
+    if not url.startswith("unix://"):
+        return url
+    return f"redis+socket://{urlsplit(url).path}?virtual_host=0"
+
+
+SECRET_KEY = PENSTOCK.secret_key or _secret_key(PENSTOCK.var)
+DEBUG = PENSTOCK.debug
+ALLOWED_HOSTS = PENSTOCK.allowed_hosts
+CSRF_TRUSTED_ORIGINS = PENSTOCK.trusted_origins
+
+INSTALLED_APPS = [
+    "unfold",
+    "unfold.contrib.filters",
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "django_htmx",
+    "channels",
+    "ninja",
+    "scheduling",
+    "inference",
+    "dashboard",
+    "controlplane",
+]
+
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "controlplane.security.security_policy",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "django_htmx.middleware.HtmxMiddleware",
+]
+
+ROOT_URLCONF = "controlplane.urls"
+ASGI_APPLICATION = "controlplane.asgi.application"
+
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "DIRS": [ROOT / "templates"],
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ],
+        },
+    },
+]
+
+# Database
+
+DATABASES = {"default": database_settings(PENSTOCK.database_url, PENSTOCK.var)}
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+# Signing in
+
+LOGIN_URL = "/login/"
+LOGIN_REDIRECT_URL = "/"
+LOGOUT_REDIRECT_URL = "/login/"
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{name}"}
+    for name in ("UserAttributeSimilarityValidator", "MinimumLengthValidator", "CommonPasswordValidator")
+]
+
+# Security. Cookies are marked secure where the dashboard is reached over https.
+
+_https = any(origin.startswith("https://") for origin in CSRF_TRUSTED_ORIGINS)
+SESSION_COOKIE_HTTPONLY = True
+SESSION_COOKIE_SAMESITE = "Lax"
+SESSION_COOKIE_SECURE = _https
+CSRF_COOKIE_SAMESITE = "Lax"
+CSRF_COOKIE_SECURE = _https
+SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if _https else None
+SECURE_CONTENT_TYPE_NOSNIFF = True
+SECURE_REFERRER_POLICY = "same-origin"
+X_FRAME_OPTIONS = "DENY"
+DATA_UPLOAD_MAX_MEMORY_SIZE = PENSTOCK.max_body_bytes
+
+# Time and language
+
+LANGUAGE_CODE = "en-us"
+USE_TZ = True
+TIME_ZONE = "UTC"
+
+# Static files: whitenoise serves them straight from their folders, so that nothing has to be collected first.
+
+_node_modules = ROOT / "dashboard" / "node_modules"
+_static_folders: list[tuple[str, Path]] = [("", ROOT / "static"), ("vendor/uplot", _node_modules / "uplot" / "dist")]
+STATIC_URL = "/static/"
+STATIC_ROOT = PENSTOCK.var / "static"
+STATICFILES_DIRS: list[Any] = [
+    (prefix, folder) if prefix else folder for prefix, folder in _static_folders if folder.is_dir()
+]
+WHITENOISE_USE_FINDERS = True
+WHITENOISE_AUTOREFRESH = DEBUG
+
+# Channels (the dashboard's sockets)
+
+CHANNEL_LAYERS = {
+    "default": {
+        "BACKEND": "channels_redis.core.RedisChannelLayer",
+        "CONFIG": {"hosts": [PENSTOCK.redis], "prefix": f"{PENSTOCK.key_prefix}:channels", "capacity": 200},
+    }
+}
+
+# Celery: control of the gpu workers, and the periodic tasks of the ops worker. No request of a client travels by it.
+
+CELERY_BROKER_URL = _broker(PENSTOCK.redis)
+CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
+CELERY_BROKER_CONNECTION_MAX_RETRIES = None
+CELERY_BROKER_TRANSPORT_OPTIONS = {"global_keyprefix": f"{PENSTOCK.key_prefix}:celery:", "socket_keepalive": True}
+CELERY_RESULT_BACKEND = None
+CELERY_TASK_IGNORE_RESULT = True
+CELERY_TASK_ACKS_LATE = False
+CELERY_TASK_SERIALIZER = "json"
+CELERY_ACCEPT_CONTENT = ["json"]
+CELERY_TASK_DEFAULT_QUEUE = "ops"
+CELERY_TASK_CREATE_MISSING_QUEUES = True
+CELERY_TIMEZONE = "UTC"
+CELERY_WORKER_HIJACK_ROOT_LOGGER = False
+CELERY_WORKER_PREFETCH_MULTIPLIER = 1
+CELERY_BEAT_SCHEDULE_FILENAME = str(PENSTOCK.var / "beat-schedule")
+
+
+def _every(seconds: float, task: str) -> dict[str, Any]:
+    """A beat entry. What was not begun within three periods is dropped: the next one does its work."""
+    return {"task": task, "schedule": seconds, "options": {"queue": "ops", "expires": max(2.0, 3 * seconds)}}
+
+
+CELERY_BEAT_SCHEDULE = {
+    "write-history": _every(0.5, "inference.tasks.write_history"),
+    "sweep": _every(1, "inference.tasks.sweep"),
+    "reconcile-policies": _every(2, "inference.tasks.reconcile_policies"),
+    "publish-deployments": _every(5, "inference.tasks.publish_deployments"),
+    "record-replicas": _every(5, "inference.tasks.record_replicas"),
+    "prune-history": _every(3600, "inference.tasks.prune_history"),
+}
+
+# Logging: lines on stderr, which the supervisor prefixes.
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "{asctime} {levelname} {name}: {message}", "style": "{"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["stderr"], "level": PENSTOCK.log_level},
+    "loggers": {
+        "django.server": {"level": "WARNING"},
+        "django.db.backends": {"level": "INFO"},
+        # Beat announces each of its many runs.
+        "celery.beat": {"level": "WARNING"},
+        "celery.worker.strategy": {"level": "WARNING"},
+        "celery.app.trace": {"level": "WARNING"},
+    },
+}
+
+# Admin's theme
+
+UNFOLD = {
+    "SITE_TITLE": "Penstock",
+    "SITE_HEADER": "Penstock",
+    "SITE_SUBHEADER": "Administration",
+    "SITE_URL": "/",
+    "SITE_SYMBOL": "water_pump",
+    "SHOW_HISTORY": True,
+    "SHOW_VIEW_ON_SITE": True,
+    "BORDER_RADIUS": "6px",
+}

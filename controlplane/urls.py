@@ -1,0 +1,6 @@
+"""URLs of everything but `/v1`."""
+
+from django.contrib import admin
+from django.urls import path
+
+urlpatterns = [path("admin/", admin.site.urls)]

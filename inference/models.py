@@ -1,0 +1,216 @@
+"""What is deployed, what serves it, and what happened: deployments, replicas, and history written in bulk."""
+
+from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
+from django.db import models
+from django.db.models import Q
+
+from inference.messages import DeploymentSpec
+from scheduling.models import PriorityLevel
+
+MODEL_NAME = RegexValidator(
+    r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$",
+    "A model's name has up to 128 letters, digits, and the characters . _ / -, and begins with a letter or digit.",
+)
+
+
+class ModelDeployment(models.Model):
+    """A checkpoint and how it should be served."""
+
+    class Dtype(models.TextChoices):
+        """Arithmetic of the weights; `auto` takes what the device does best."""
+
+        AUTO = "auto"
+        FLOAT32 = "float32"
+        BFLOAT16 = "bfloat16"
+        FLOAT16 = "float16"
+
+    class Mode(models.TextChoices):
+        """How batches form."""
+
+        SERIAL = "serial"
+        STATIC = "static"
+        DYNAMIC = "dynamic"
+        CONTINUOUS = "continuous"
+
+    name = models.CharField(
+        max_length=128, unique=True, validators=[MODEL_NAME], help_text="What clients put into `model`."
+    )
+    path = models.CharField(max_length=1024, help_text="Directory of the checkpoint, the same on every gpu machine.")
+    dtype = models.CharField(max_length=16, choices=Dtype.choices, default=Dtype.AUTO)
+    mode = models.CharField(max_length=16, choices=Mode.choices, default=Mode.CONTINUOUS)
+    max_batch_size = models.PositiveIntegerField(
+        default=16,
+        validators=[
+            MinValueValidator(1, "A batch holds at least 1."),
+            MaxValueValidator(4096, "A batch holds at most 4096."),
+        ],
+    )
+    max_model_len = models.PositiveIntegerField(
+        "context length", default=0, help_text="Prompt and completion tokens; 0 takes the checkpoint's own."
+    )
+    step_tokens = models.PositiveIntegerField(
+        default=2048, validators=[MinValueValidator(1, "A step computes at least 1 token.")],
+        help_text="Most tokens that one engine step computes.",
+    )  # fmt: skip
+    kv_memory_bytes = models.PositiveBigIntegerField(
+        "KV cache (bytes)", default=0, help_text="0 sizes the cache from free memory."
+    )
+    enabled = models.BooleanField(default=True, help_text="A disabled model is not offered to clients.")
+    architecture = models.CharField(max_length=128, blank=True, editable=False)
+    num_parameters = models.PositiveBigIntegerField("parameters", null=True, blank=True, editable=False)
+    created_at = models.DateTimeField(auto_now_add=True)
+    updated_at = models.DateTimeField(auto_now=True)
+
+    class Meta:
+        verbose_name = "model deployment"
+        ordering = ["name"]
+        constraints = [
+            models.CheckConstraint(
+                condition=Q(max_batch_size__gte=1),
+                name="inference_deployment_batch_positive",
+                violation_error_message="The batch size is at least 1.",
+            ),
+            models.CheckConstraint(
+                condition=Q(step_tokens__gte=1),
+                name="inference_deployment_step_positive",
+                violation_error_message="The token budget of a step is at least 1.",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def to_spec(self) -> DeploymentSpec:
+        """The deployment as the gpu workers read it."""
+        return DeploymentSpec(
+            name=self.name,
+            path=self.path,
+            dtype=self.dtype,  # type: ignore[arg-type]  # the choices are the literal's
+            mode=self.mode,  # type: ignore[arg-type]
+            max_batch_size=self.max_batch_size,
+            max_model_len=self.max_model_len,
+            step_tokens=self.step_tokens,
+            kv_memory_bytes=self.kv_memory_bytes,
+            created_s=int(self.created_at.timestamp()),
+        )
+
+
+class Replica(models.Model):
+    """A gpu worker that was heard of; what it does right now stands in Redis."""
+
+    name = models.CharField(max_length=128, unique=True)
+    model = models.CharField(max_length=128, blank=True)
+    host = models.CharField(max_length=255, blank=True)
+    device = models.CharField(max_length=255, blank=True)
+    state = models.CharField(max_length=16, blank=True)
+    detail = models.TextField(blank=True)
+    first_seen_at = models.DateTimeField(auto_now_add=True)
+    started_at = models.DateTimeField(null=True, blank=True)
+    last_seen_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ["name"]
+        permissions = [("control_replica", "Can pause, resume, drain and tune replicas")]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class RequestRecord(models.Model):
+    """A request that ended. Names instead of foreign keys: history outlives tenants and models."""
+
+    request_id = models.CharField(max_length=64, unique=True)
+    model = models.CharField(max_length=128)
+    tenant = models.CharField(max_length=63)
+    priority = models.PositiveSmallIntegerField(choices=PriorityLevel.choices)
+    endpoint = models.CharField(max_length=32)
+    state = models.CharField(max_length=16)
+    finish_reason = models.CharField(max_length=16)
+    error_code = models.CharField(max_length=64, blank=True)
+    arrived_at = models.DateTimeField()
+    claimed_at = models.DateTimeField(null=True)
+    first_token_at = models.DateTimeField(null=True)
+    finished_at = models.DateTimeField()
+    deadline_at = models.DateTimeField(null=True)
+    prompt_tokens = models.PositiveIntegerField()
+    completion_tokens = models.PositiveIntegerField()
+    max_tokens = models.PositiveIntegerField()
+    attempts = models.PositiveIntegerField(default=1)
+    replica = models.CharField(max_length=128, blank=True)
+    policy = models.CharField(max_length=63, blank=True)
+    policy_revision = models.PositiveIntegerField(default=0)
+    user = models.CharField(max_length=128, blank=True)
+
+    class Meta:
+        ordering = ["-finished_at", "-id"]
+        indexes = [
+            models.Index(fields=["finished_at"], name="inference_request_finished"),
+            models.Index(fields=["tenant", "finished_at"], name="inference_request_tenant"),
+            models.Index(fields=["model", "finished_at"], name="inference_request_model"),
+        ]
+
+    def __str__(self) -> str:
+        return self.request_id
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token, from arrival; None where there was none."""
+        return (self.first_token_at - self.arrived_at).total_seconds() if self.first_token_at else None
+
+    @property
+    def e2e_s(self) -> float:
+        """From arrival to the end."""
+        return (self.finished_at - self.arrived_at).total_seconds()
+
+
+class BatchRecord(models.Model):
+    """One second of one replica."""
+
+    replica = models.CharField(max_length=128)
+    model = models.CharField(max_length=128)
+    second = models.DateTimeField()
+    steps = models.PositiveIntegerField()
+    batch_size_mean = models.FloatField()
+    batch_size_max = models.PositiveIntegerField()
+    prompt_tokens = models.PositiveIntegerField()
+    output_tokens = models.PositiveIntegerField()
+    step_ms_mean = models.FloatField()
+    step_ms_max = models.FloatField()
+    kv_blocks_used = models.PositiveIntegerField()
+    kv_blocks_total = models.PositiveIntegerField()
+    preemptions = models.PositiveIntegerField()
+    mode = models.CharField(max_length=16)
+    policy = models.CharField(max_length=63, blank=True)
+    policy_revision = models.PositiveIntegerField(default=0)
+    telemetry_source = models.CharField(max_length=16, blank=True)
+    device = models.CharField(max_length=255, blank=True)
+    utilization_percent = models.FloatField(null=True)
+    memory_used_bytes = models.PositiveBigIntegerField(null=True)
+    memory_total_bytes = models.PositiveBigIntegerField(null=True)
+    temperature_c = models.FloatField(null=True)
+    power_w = models.FloatField(null=True)
+    throttle_reasons = models.JSONField(default=list)
+
+    class Meta:
+        ordering = ["-second", "replica"]
+        indexes = [
+            models.Index(fields=["second"], name="inference_batch_second"),
+            models.Index(fields=["model", "second"], name="inference_batch_model"),
+        ]
+        constraints = [models.UniqueConstraint(fields=["replica", "second"], name="inference_batch_replica_second")]
+
+    def __str__(self) -> str:
+        return f"{self.replica} at {self.second:%Y-%m-%d %H:%M:%S}"
+
+
+class HistoryCheckpoint(models.Model):
+    """How far the historian has read a history stream. It moves in the transaction that inserts what was read."""
+
+    stream = models.CharField(max_length=200, primary_key=True)
+    last_id = models.CharField(max_length=64, default="0-0")
+    num_events = models.BigIntegerField("events written", default=0)
+    num_malformed = models.BigIntegerField("entries skipped", default=0)
+    updated_at = models.DateTimeField(auto_now=True)
+
+    def __str__(self) -> str:
+        return f"{self.stream} up to {self.last_id}"
