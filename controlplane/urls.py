@@ -1,6 +1,12 @@
-"""URLs of everything but `/v1`."""
+"""URL paths of everything Django answers: the admin, the native API with its documentation, and the dashboard."""
 
 from django.contrib import admin
-from django.urls import path
+from django.urls import include, path
 
-urlpatterns = [path("admin/", admin.site.urls)]
+from controlplane.api.native import api
+
+urlpatterns = [
+    path("admin/", admin.site.urls),
+    path("api/", api.urls),
+    path("", include("dashboard.urls")),
+]
