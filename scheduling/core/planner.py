@@ -143,7 +143,7 @@ class StepPlanner:
                 self.remove(sequence)
             outputs.append(StepOutput(sequence, result.token_id, finish))
         if self._budget < self.step_tokens:
-            self._budget = min(self.step_tokens, self._budget + 1 + self._budget // 64)
+            self._budget = min(self.step_tokens, self._budget + 1 + self._budget // 8)
         return outputs
 
     def finish_reason(self, sequence: Sequence) -> Literal["stop", "length"] | None:
@@ -171,11 +171,12 @@ class StepPlanner:
     def shrink(self) -> bool:
         """After the device ran out of memory: halve the step's budget and preempt the sequence of least right.
 
-        The budget grows back over the following steps. False where nothing is left to shrink: then the sequence that
-        runs alone does not fit.
+        The budget grows back over the following steps, and until then nobody joins. False where nothing is left to
+        shrink: then the sequence that runs alone does not fit.
         """
-        shrunk = self._budget > MIN_STEP_TOKENS or len(self._running) > 1
-        self._budget = max(MIN_STEP_TOKENS, self._budget // 2)
+        least = min(MIN_STEP_TOKENS, self.step_tokens)
+        shrunk = self._budget > least or len(self._running) > 1
+        self._budget = max(least, self._budget // 2)
         if len(self._running) > 1:
             self._preempt(self._running[-1])
         return shrunk
@@ -183,9 +184,7 @@ class StepPlanner:
     def room(self) -> Room:
         """What may be claimed now, so that it runs soon. An idle planner has room for its whole KV cache."""
         requests = self.max_batch_size - len(self._waiting) - len(self._running)
-        if self.mode != "continuous" and self._running:
-            requests = 0
-        if requests <= 0:
+        if requests <= 0 or self._is_closed:
             return Room(0, 0)
         free = self.allocator.num_free
         if self._entries:
@@ -293,13 +292,16 @@ class StepPlanner:
             insort(self._running, entry, key=_by_right)
 
     def _may_form(self, now: float) -> bool:
-        """Whether sequences may join: at any step when continuous; otherwise only a new batch, when it is due."""
-        if self.mode == "continuous":
-            return True
+        """Whether sequences may be admitted: to an open batch at any step, to a new one when it is due."""
         if self._running:
-            return False
+            return not self._is_closed
         full = len(self._waiting) >= self.max_batch_size
         return self.mode != "dynamic" or full or now - self._oldest_s() >= DYNAMIC_WAIT_S
+
+    @property
+    def _is_closed(self) -> bool:
+        """Whether what runs takes nobody in."""
+        return bool(self._running) and (self.mode != "continuous" or self._budget < self.step_tokens)
 
     def _oldest_s(self) -> float:
         return min(entry.added_s for entry in self._waiting)
