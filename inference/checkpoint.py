@@ -1,0 +1,205 @@
+"""What a checkpoint directory holds, read without torch, and whether it can be served."""
+
+import json
+import math
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_HEADER_BYTES = 100 * 2**20
+"""Bound of the safetensors format itself."""
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_TENSOR_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_ALIASES = {
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+    "max_model_len": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+    "vocab_size": ("vocab_size",),
+}
+
+
+class CheckpointError(Exception):
+    """The checkpoint cannot be served; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """What configuration and weight headers say."""
+
+    architecture: str
+    num_layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    dtype: str
+    num_parameters: int
+    eos_token_ids: frozenset[int]
+    has_chat_template: bool
+
+    def kv_bytes_per_token(self, dtype: str = "float32") -> int:
+        """Memory that one token's keys and values take over all layers."""
+        return 2 * self.num_layers * self.kv_heads * self.head_dim * DTYPE_BYTES[dtype]
+
+
+def inspect_checkpoint(path: Path, *, needs_tokenizer: bool = True) -> CheckpointInfo:
+    """Read a Hugging Face checkpoint directory. Raises CheckpointError with a sentence that says what to do."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory. Give the directory that holds config.json and the weights.")
+    config = _read_json(path / "config.json", f"{path} has no config.json. Give a Hugging Face checkpoint directory.")
+    architecture = _check_architecture(path, config)
+    dtypes, num_parameters = _read_weights(path)
+    if needs_tokenizer and not (path / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{path} has no tokenizer.json. Save the tokenizer in its fast form: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+    sizes = {name: _number(path, config, name) for name in _ALIASES if name not in ("kv_heads", "max_model_len")}
+    kv_heads = _find(config, "kv_heads") or sizes["heads"]
+    return CheckpointInfo(
+        architecture=architecture,
+        kv_heads=int(kv_heads),
+        head_dim=int(config.get("head_dim") or sizes["hidden"] // sizes["heads"]),
+        max_model_len=int(_find(config, "max_model_len") or 2048),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or dtypes),
+        num_parameters=num_parameters,
+        eos_token_ids=read_eos_token_ids(path),
+        has_chat_template=read_chat_template(path) is not None,
+        **sizes,
+    )
+
+
+def read_eos_token_ids(path: Path) -> frozenset[int]:
+    """Ids that end an answer: those of generation_config.json (or config.json), and the tokenizer's own end token."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        ids = _optional_json(path / name).get("eos_token_id")
+        if ids is not None:
+            found.update(ids if isinstance(ids, list) else [ids])
+            break
+    eos = token_text(_optional_json(path / "tokenizer_config.json").get("eos_token"))
+    if eos is not None:
+        added = _optional_json(path / "tokenizer.json").get("added_tokens") or []
+        found.update(token["id"] for token in added if token.get("content") == eos)
+    return frozenset(found)
+
+
+def read_chat_template(path: Path) -> str | None:
+    """The default chat template, from its own file or from tokenizer_config.json."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text()
+    template = _optional_json(path / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def token_text(value: Any) -> str | None:
+    """Text of a special token as tokenizer_config.json writes it: a string, or an object with `content`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _check_architecture(path: Path, config: dict[str, Any]) -> str:
+    names = config.get("architectures") or []
+    architecture = str(names[0]) if names else "no architecture"
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"{path} brings its own model code (auto_map in config.json), which is never run. If transformers knows "
+            f"{config.get('model_type', 'its model type')}, remove auto_map from config.json; if not, use another model."
+        )
+    if config.get("is_encoder_decoder"):
+        raise CheckpointError(f"{architecture} is an encoder-decoder model. Only decoder-only models can be served.")
+    if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        raise CheckpointError(
+            f"{path} holds {architecture}, which does not generate text. Give a decoder-only model (…ForCausalLM)."
+        )
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{path} holds quantized weights. Give the checkpoint in float32, bfloat16 or float16.")
+    return architecture
+
+
+def _read_weights(path: Path) -> tuple[str, int]:
+    """The commonest dtype and the number of parameters, from the headers of all weight files."""
+    counts: Counter[str] = Counter()
+    for file in _weight_files(path):
+        for tensor in _read_header(file).values():
+            counts[tensor["dtype"]] += math.prod(tensor["shape"])
+    commonest = counts.most_common(1)[0][0] if counts else "F32"
+    return _TENSOR_DTYPES.get(commonest, "float32"), sum(counts.values())
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index, "").get("weight_map", {}).values()))
+        files = [path / Path(name).name for name in names]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+        raise CheckpointError(f"{path} lacks the weight file {missing[0]} that its index names. Download it again.")
+    if files:
+        return files
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
+        raise CheckpointError(
+            f"{path} has only pickled weights, which can run code and are never loaded. Convert them: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
+        )
+    raise CheckpointError(f"{path} has no *.safetensors weights. Give a complete checkpoint directory.")
+
+
+def _read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Tensor names with dtype, shape and offsets (safetensors format: 8 bytes of length, JSON, data)."""
+    broken = CheckpointError(f"{file} is cut off or is no safetensors file. Download it again.")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise broken
+        try:
+            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise broken from error
+    if 8 + length + end != size:
+        raise broken
+    return header
+
+
+def _find(config: dict[str, Any], name: str) -> Any:
+    return next((config[key] for key in _ALIASES[name] if config.get(key)), None)
+
+
+def _number(path: Path, config: dict[str, Any], name: str) -> int:
+    value = _find(config, name)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json of {path} does not say {_ALIASES[name][0]}. Give a complete checkpoint.")
+    return value
+
+
+def _read_json(file: Path, missing: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise CheckpointError(missing)
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is no JSON object. Download it again.")
+    return content
+
+
+def _optional_json(file: Path) -> dict[str, Any]:
+    return _read_json(file, "") if file.is_file() else {}

@@ -1,0 +1,85 @@
+"""A step's ragged mix of prefill chunks and decodes, flattened into arrays that attention and sampler read."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from inference.engine.errors import InvalidPart
+from scheduling.core.sequence import StepPart
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """`T` tokens of `S` parts laid end to end."""
+
+    token_ids: Int64
+    """[T]"""
+    positions: Int64
+    """[T], each token's position in its own sequence."""
+    slots: Int64
+    """[T], where its key and value go: `block * block_size + offset`."""
+    query_starts: Int32
+    """[S + 1], the first token of each part, and T."""
+    context_lens: Int32
+    """[S], tokens of the sequence in the cache once this step's are written."""
+    block_tables: Int32
+    """[S, longest table], rows padded with 0."""
+    sample_rows: Int64
+    """[N], the last token of each part that samples."""
+    sample_parts: list[int]
+    """[N], which part that is."""
+
+
+def check_part(part: StepPart, *, vocab_size: int, max_model_len: int, block_size: int) -> None:
+    """Raise InvalidPart with a sentence where this part cannot be computed."""
+    sequence, end = part.sequence, part.sequence.num_computed + part.num_tokens
+    if part.num_tokens < 1 or end > len(sequence.tokens):
+        raise InvalidPart(f"The part covers tokens {sequence.num_computed} to {end} of {len(sequence.tokens)}.")
+    if part.samples and end != len(sequence.tokens):
+        raise InvalidPart(f"The part samples at token {end} of {len(sequence.tokens)}, before the sequence's end.")
+    if end > max_model_len:
+        raise InvalidPart(f"The sequence has {end} tokens; this model takes at most {max_model_len}.")
+    if len(sequence.block_table) * block_size < end:
+        raise InvalidPart(f"{len(sequence.block_table)} KV blocks of {block_size} tokens do not hold {end} tokens.")
+    tokens = sequence.tokens[sequence.num_computed : end]
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        bad = next(t for t in tokens if not 0 <= t < vocab_size)
+        raise InvalidPart(f"Token id {bad} is outside the vocabulary of {vocab_size}.")
+
+
+def build_batch(parts: Seq[StepPart], block_size: int) -> StepBatch:
+    """Flatten checked parts, in their order."""
+    num_parts = len(parts)
+    lengths = np.empty(num_parts, np.int32)
+    starts = np.empty(num_parts, np.int32)
+    tables = np.zeros((num_parts, max(len(p.sequence.block_table) for p in parts)), np.int32)
+    flat: list[int] = []
+    for i, part in enumerate(parts):
+        sequence, start = part.sequence, part.sequence.num_computed
+        lengths[i], starts[i] = part.num_tokens, start
+        tables[i, : len(sequence.block_table)] = sequence.block_table
+        if part.num_tokens == 1:
+            flat.append(sequence.tokens[start])
+        else:
+            flat.extend(sequence.tokens[start : start + part.num_tokens])
+    query_starts = np.zeros(num_parts + 1, np.int32)
+    np.cumsum(lengths, out=query_starts[1:])
+    owner = np.repeat(np.arange(num_parts), lengths)
+    positions = np.arange(len(flat), dtype=np.int64) - np.repeat(query_starts[:-1] - starts, lengths)
+    slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    sample_parts = [i for i, part in enumerate(parts) if part.samples]
+    return StepBatch(
+        token_ids=np.array(flat, np.int64),
+        positions=positions,
+        slots=slots,
+        query_starts=query_starts,
+        context_lens=starts + lengths,
+        block_tables=tables,
+        sample_rows=query_starts[1:][sample_parts].astype(np.int64) - 1,
+        sample_parts=sample_parts,
+    )

@@ -1,0 +1,24 @@
+"""What can go wrong in the engine."""
+
+
+class EngineError(Exception):
+    """The engine failed."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message or (type(self).__doc__ or "").strip())
+
+
+class ModelLoadError(EngineError):
+    """The checkpoint cannot be served; the message says why and what to do."""
+
+
+class OutOfDeviceMemory(EngineError):
+    """The device ran out of memory in a forward pass. Nothing was sampled; plan a smaller step and try again."""
+
+
+class DeviceLost(EngineError):
+    """The device failed and takes no more work from this process. Restart the process."""
+
+
+class InvalidPart(EngineError):
+    """A part of a step cannot be computed; the others can."""

@@ -1,0 +1,67 @@
+"""The next token of every row at once: greedy, temperature, top-p, and a random number that depends on seed and position only."""
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from scheduling.core.sequence import SamplingParams
+
+NOT_FINITE = "The model's logits are not finite; this request cannot go on."
+
+
+def sample(logits: torch.Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> list[int | None]:
+    """Choose a token per row of logits [N, vocab]; `positions` are those of the tokens to be made.
+
+    A row that holds NaN or +inf gives None. Nothing depends on the other rows.
+    """
+    best, argmax = logits.max(-1)
+    tokens = argmax.tolist()
+    finite = torch.isfinite(best).tolist()
+    drawn = [i for i, p in enumerate(params) if p.temperature > 0 and finite[i]]
+    if drawn:
+        uniform = uniforms([params[i].seed for i in drawn], [positions[i] for i in drawn])
+        for i, token in zip(drawn, _draw(logits, params, drawn, uniform), strict=True):
+            tokens[i] = token
+    return [token if ok else None for token, ok in zip(tokens, finite, strict=True)]
+
+
+def uniforms(seeds: Seq[int], positions: Seq[int]) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each pair of seed and position (SplitMix64: Steele, Lea and Flood 2014, section 3)."""
+    seed = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], np.uint64)
+    state = _mix(seed) + np.array(positions, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return (_mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _draw(
+    logits: torch.Tensor, params: Seq[SamplingParams], rows: list[int], uniform: npt.NDArray[np.float64]
+) -> list[int]:
+    """Inverse of the cumulative distribution in vocabulary order; float64, so that rounding moves no boundary."""
+    device = logits.device
+    temperature = torch.tensor([params[i].temperature for i in rows], dtype=torch.float64, device=device)
+    chosen = logits[rows].double()
+    chosen = (chosen - chosen.max(-1, keepdim=True).values) / temperature[:, None]
+    probs = torch.softmax(chosen, -1)
+    cut = [n for n, i in enumerate(rows) if params[i].top_p < 1]
+    if cut:
+        top_p = torch.tensor([params[rows[n]].top_p for n in cut], dtype=torch.float64, device=device)
+        probs[cut] = _nucleus(probs[cut], top_p)
+    total = probs.cumsum(-1)
+    top = total[:, -1]
+    target = torch.minimum(torch.from_numpy(uniform).to(device) * top, torch.nextafter(top, torch.zeros_like(top)))
+    return torch.searchsorted(total, target[:, None], right=True)[:, 0].clamp_max(logits.shape[1] - 1).tolist()
+
+
+def _nucleus(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Zero all but the fewest likeliest tokens whose sum reaches top_p (Holtzman et al. 2020, section 3.1)."""
+    ranked, order = probs.sort(-1, descending=True, stable=True)
+    ranked[ranked.cumsum(-1) - ranked >= top_p[:, None]] = 0
+    return torch.zeros_like(probs).scatter_(-1, order, ranked)

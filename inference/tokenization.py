@@ -1,0 +1,202 @@
+"""Text to token ids and back: tokenizer.json, chat templates, and text that is emitted as its tokens come."""
+
+import json
+from collections.abc import Sequence as Seq
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from inference.checkpoint import CheckpointError, read_chat_template, read_eos_token_ids, token_text
+
+REPLACEMENT = "\ufffd"
+MAX_WINDOW_TOKENS = 32
+"""Tokens decoded together at most while none of them ends a character; no character has more than four bytes."""
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class ChatTemplateMissing(Exception):
+    """This model has no chat template. Use /v1/completions with a prompt."""
+
+    def __init__(self) -> None:
+        super().__init__(self.__doc__)
+
+
+class ChatTemplateFailed(Exception):
+    """The chat template refused these messages; the message says what it said."""
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer."""
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, eos_token_ids: frozenset[int], template: str | None, **special: str
+    ):
+        self._backend = backend
+        self._template = _environment().from_string(template) if template is not None else None
+        self._special = special
+        self.eos_token_ids = eos_token_ids
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.special_token_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Read tokenizer.json beside its configuration. Raises CheckpointError where it cannot be used."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(f"{path} has no tokenizer.json. Save the tokenizer in its fast form.")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{file} cannot be read: {error}. Download it again.") from error
+        config_file = path / "tokenizer_config.json"
+        config: dict[str, Any] = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        special = {name: text for name in SPECIAL_NAMES if (text := token_text(config.get(name))) is not None}
+        _configure(backend, config, special)
+        try:
+            return cls(backend, read_eos_token_ids(path), read_chat_template(path), **special)
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(f"The chat template of {path} cannot be compiled: {error}.") from error
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render_chat` works."""
+        return self._template is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, as transformers' AutoTokenizer gives them."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def render_chat(self, messages: Seq[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant answers. Raises ChatTemplateMissing or ChatTemplateFailed."""
+        if self._template is None:
+            raise ChatTemplateMissing
+        try:
+            text = self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+            raise ChatTemplateFailed(f"The model's chat template refused these messages: {error}") from error
+        return self.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Seq[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Ids outside the vocabulary give no text."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def _configure(backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
+    """Apply tokenizer_config.json as transformers does: special tokens, and begin and end tokens where it sets them."""
+    backend.no_padding()
+    backend.no_truncation()
+    known = {t.content for t in backend.get_added_tokens_decoder().values()}
+    backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special.values() if t not in known])
+    if not {"add_bos_token", "add_eos_token"} & config.keys():
+        return
+    bos = special.get("bos_token") if config.get("add_bos_token") else None
+    eos = special.get("eos_token") if config.get("add_eos_token") else None
+    single = " ".join(part for part in (bos and f"{bos}:0", "$A:0", eos and f"{eos}:0") if part)
+    tokens = [(t, backend.token_to_id(t)) for t in (bos, eos) if t]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=tokens)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The sandbox that transformers renders chat templates in."""
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+    return environment
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for training; here it only passes its body on."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class TextStream:
+    """Turns tokens into text as they come, never half a character, and looks for stop strings over token boundaries.
+
+    What a token gives depends on the tokens before it only, so a resumed request has the same text per token. The pieces
+    together are the decoded whole up to the stop string. Decodes a window of the last few tokens, whose head is text
+    already emitted: decoders treat the first token of a text apart (a leading space), so a token is never decoded alone.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(s for s in stop if s)
+        self._window: list[int] = []
+        self._num_read = 0
+        """Tokens of the window whose text is emitted."""
+        self._num_emitted = 0
+        """Characters of the window's text that are emitted."""
+        self._held = ""
+        """Text that may be the beginning of a stop string."""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Text that may be emitted now; empty while a character or a possible stop string is incomplete."""
+        if self.stopped or token_id in self._tokenizer.special_token_ids:
+            return ""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        partial = text.endswith(REPLACEMENT)
+        end = len(text) - partial
+        piece = text[self._num_emitted : end]
+        self._num_emitted = max(self._num_emitted, end)
+        if piece and not partial:
+            self._slide(self._num_read)
+        elif len(self._window) > MAX_WINDOW_TOKENS:
+            self._slide(len(self._window) - 4)
+        return self._release(piece) if piece else ""
+
+    def finish(self) -> str:
+        """The rest that was held back; nothing where a stop string was met."""
+        if self.stopped:
+            return ""
+        rest = self._tokenizer.decode(self._window)[self._num_emitted :] if self._window else ""
+        self._window = []
+        piece = self._release(rest)
+        rest, self._held = self._held, ""
+        return piece + rest
+
+    def _slide(self, start: int) -> None:
+        self._window = self._window[start:]
+        self._num_read = len(self._window)
+        text = self._tokenizer.decode(self._window)
+        self._num_emitted = len(text) - text.endswith(REPLACEMENT)
+
+    def _release(self, piece: str) -> str:
+        """Add to the held text; give what no stop string can begin in."""
+        if not self._stop:
+            return piece
+        text = self._held + piece
+        found = [at for s in self._stop if (at := text.find(s)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max(_overlap(text, s) for s in self._stop)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
