@@ -20,7 +20,7 @@ def _sqlite(path: Path) -> dict[str, Any]:
         "ENGINE": "django.db.backends.sqlite3",
         "NAME": path,
         "OPTIONS": {
-            # A transaction that begins as a reader cannot become the writer while another writes: take the lock at once.
+            # A transaction that began as a reader cannot become the writer while another writes: lock at once.
             "transaction_mode": "IMMEDIATE",
             "timeout": SQLITE_TIMEOUT_S,
             "init_command": SQLITE_SETUP,

@@ -13,7 +13,7 @@ STRICT = (
 WITH_EVAL = STRICT.replace(
     "default-src 'self';", "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval';"
 )
-"""For the admin, whose theme uses Alpine.js expressions, and the API's documentation page, which has an inline script."""
+"""For the admin, whose theme uses Alpine.js expressions, and for the API's page, which has an inline script."""
 
 WITH_EVAL_PATHS = ("/admin/", "/api/docs")
 

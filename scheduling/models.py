@@ -12,7 +12,7 @@ from scheduling.core.request import Priority
 
 TENANT_NAME = RegexValidator(
     r"^[a-z0-9][a-z0-9_-]{0,62}$",
-    "A tenant's name has up to 63 lower-case letters, digits, hyphens and underscores, and begins with a letter or digit.",
+    "A tenant's name has up to 63 lower-case letters, digits, - and _, and begins with a letter or digit.",
 )
 
 

@@ -31,7 +31,7 @@ class Migration(migrations.Migration):
             name='Tenant',
             fields=[
                 ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('name', models.CharField(help_text='Used in limits, metrics and history; cannot be changed.', max_length=63, unique=True, validators=[django.core.validators.RegexValidator('^[a-z0-9][a-z0-9_-]{0,62}$', "A tenant's name has up to 63 lower-case letters, digits, hyphens and underscores, and begins with a letter or digit.")])),
+                ('name', models.CharField(help_text='Used in limits, metrics and history; cannot be changed.', max_length=63, unique=True, validators=[django.core.validators.RegexValidator('^[a-z0-9][a-z0-9_-]{0,62}$', "A tenant's name has up to 63 lower-case letters, digits, - and _, and begins with a letter or digit.")])),
                 ('display_name', models.CharField(blank=True, max_length=120)),
                 ('weight', models.FloatField(default=1.0, help_text='Share of the fleet under the fair policy, relative to the other tenants.', validators=[django.core.validators.MinValueValidator(0.01, 'A weight is at least 0.01.'), django.core.validators.MaxValueValidator(1000, 'A weight is at most 1000.')])),
                 ('suspended', models.BooleanField(default=False, help_text='Requests of a suspended tenant are refused with 403.')),

@@ -1,0 +1,37 @@
+"""The audit trail: who changed what, from what to what, and why."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from django.contrib.auth.models import User
+
+from scheduling.models import OperatorAction
+
+SYSTEM = "system"
+"""Named where no person signed in: management commands and periodic tasks."""
+
+
+def name_actor(actor: User | None) -> str:
+    """The name that stays when the account is gone."""
+    return actor.get_username() if actor else SYSTEM
+
+
+def record_action(
+    *,
+    actor: User | None,
+    action: str,
+    target: str,
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+    reason: str = "",
+) -> OperatorAction:
+    """Add a row. Call it in the transaction of the change itself, so that there is never one without the other."""
+    return OperatorAction.objects.create(
+        actor=actor,
+        actor_name=name_actor(actor),
+        action=action,
+        target=target,
+        before=dict(before or {}),
+        after=dict(after or {}),
+        reason=reason,
+    )

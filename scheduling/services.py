@@ -1,0 +1,143 @@
+"""Writes to tenants, keys and quotas: one transaction each, audited, in force everywhere within a second."""
+
+import logging
+from typing import Any
+
+from django.contrib.auth.models import User
+from django.db import transaction
+from django.db.models import F
+from django.utils import timezone
+from redis.exceptions import RedisError
+
+from scheduling.audit import record_action
+from scheduling.connection import live_keys, live_redis
+from scheduling.credentials import generate_key
+from scheduling.models import ApiKey, ConfigVersion, Quota, Tenant
+
+logger = logging.getLogger(__name__)
+
+QUOTA_FIELDS = ("rpm", "tpm", "concurrency", "max_priority")
+
+
+def config_changed() -> None:
+    """Count the configuration up in this transaction, and tell every process once it is committed.
+
+    The row is what counts; Redis only spreads the news sooner, so that a Redis that is away delays it by seconds.
+    """
+    with transaction.atomic():
+        if not ConfigVersion.objects.filter(id=1).update(version=F("version") + 1):
+            ConfigVersion.objects.get_or_create(id=1)
+            ConfigVersion.objects.filter(id=1).update(version=F("version") + 1)
+        transaction.on_commit(_announce_config)
+
+
+def _announce_config() -> None:
+    try:
+        live_redis().incr(live_keys().config_version)
+    except (RedisError, OSError) as error:
+        logger.warning("Redis does not answer (%s); the change takes effect within 5 s instead of 1 s.", error)
+
+
+@transaction.atomic
+def create_tenant(
+    *, name: str, display_name: str = "", weight: float = 1.0, actor: User | None = None, **quota: Any
+) -> Tenant:
+    """A tenant and its quota (`rpm`, `tpm`, `concurrency`, `max_priority`). Raises ValidationError."""
+    tenant = Tenant(name=name, display_name=display_name, weight=weight)
+    tenant.full_clean()
+    tenant.save()
+    limits = Quota(tenant=tenant, **quota)
+    limits.full_clean()
+    limits.save()
+    record_action(actor=actor, action="tenant.create", target=name, after={"weight": weight, **_quota_values(limits)})
+    config_changed()
+    return tenant
+
+
+@transaction.atomic
+def update_tenant(*, tenant: Tenant, actor: User | None = None, reason: str = "", **changes: Any) -> Tenant:
+    """Change `display_name`, `weight`, or limits of the quota. Raises ValidationError."""
+    tenant = Tenant.objects.select_for_update().get(pk=tenant.pk)
+    quota, _ = Quota.objects.get_or_create(tenant=tenant)
+    before: dict[str, Any] = {}
+    for name, value in changes.items():
+        owner: Tenant | Quota = quota if name in QUOTA_FIELDS else tenant
+        before[name] = getattr(owner, name)
+        setattr(owner, name, value)
+    for changed in (tenant, quota):
+        changed.full_clean()
+        changed.save()
+    record_action(actor=actor, action="tenant.update", target=tenant.name, before=before, after=changes, reason=reason)
+    config_changed()
+    return tenant
+
+
+def update_quota(*, tenant: Tenant, actor: User | None = None, reason: str = "", **limits: Any) -> Tenant:
+    """Change limits: `rpm`, `tpm`, `concurrency` (None: no limit), `max_priority`. Raises ValidationError."""
+    if unknown := sorted(limits.keys() - set(QUOTA_FIELDS)):
+        raise TypeError(f"A quota has no field {unknown[0]}")
+    return update_tenant(tenant=tenant, actor=actor, reason=reason, **limits)
+
+
+def suspend_tenant(*, tenant: Tenant, actor: User | None = None, reason: str = "") -> Tenant:
+    """Refuse the tenant's requests from now on; what already runs goes on."""
+    return _set_suspended(tenant, True, actor, reason)
+
+
+def resume_tenant(*, tenant: Tenant, actor: User | None = None, reason: str = "") -> Tenant:
+    """Let the tenant's requests in again."""
+    return _set_suspended(tenant, False, actor, reason)
+
+
+@transaction.atomic
+def _set_suspended(tenant: Tenant, suspended: bool, actor: User | None, reason: str) -> Tenant:
+    tenant = Tenant.objects.select_for_update().get(pk=tenant.pk)
+    if tenant.suspended != suspended:
+        tenant.suspended = suspended
+        tenant.save(update_fields=["suspended", "updated_at"])
+        action = "tenant.suspend" if suspended else "tenant.resume"
+        states = ({"suspended": not suspended}, {"suspended": suspended})
+        record_action(actor=actor, action=action, target=tenant.name, before=states[0], after=states[1], reason=reason)
+        config_changed()
+    return tenant
+
+
+@transaction.atomic
+def create_key(
+    *,
+    tenant: Tenant,
+    name: str = "default",
+    max_priority: int | None = None,
+    actor: User | None = None,
+    reason: str = "",
+) -> str:
+    """A new key, in plain text: the only time that it can be read. Raises ValidationError."""
+    new = generate_key()
+    key = ApiKey(tenant=tenant, name=name, prefix=new.prefix, digest=new.digest, max_priority=max_priority)
+    key.full_clean()
+    key.save()
+    after = {"name": name, "prefix": new.prefix, "max_priority": max_priority}
+    record_action(actor=actor, action="key.create", target=f"{tenant.name}/{new.prefix}", after=after, reason=reason)
+    config_changed()
+    return new.plaintext
+
+
+@transaction.atomic
+def rotate_key(*, key: ApiKey, actor: User | None = None, reason: str = "") -> str:
+    """Revoke a key and give its successor, in plain text, with the same name and ceiling."""
+    revoke_key(key=key, actor=actor, reason=reason or "rotated")
+    return create_key(
+        tenant=key.tenant, name=key.name, max_priority=key.max_priority, actor=actor, reason=reason or "rotated"
+    )
+
+
+@transaction.atomic
+def revoke_key(*, key: ApiKey, actor: User | None = None, reason: str = "") -> None:
+    """Refuse requests with this key from now on."""
+    if ApiKey.objects.filter(pk=key.pk, revoked_at=None).update(revoked_at=timezone.now()):
+        record_action(actor=actor, action="key.revoke", target=f"{key.tenant.name}/{key.prefix}", reason=reason)
+        config_changed()
+
+
+def _quota_values(quota: Quota) -> dict[str, int | None]:
+    return {name: getattr(quota, name) for name in QUOTA_FIELDS}

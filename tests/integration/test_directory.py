@@ -1,0 +1,109 @@
+"""The in-memory directory follows the database, with Redis and without."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+import redis
+import redis.asyncio
+from channels.db import database_sync_to_async
+
+from inference.directory import Directory, DirectoryWatch, load_directory, publish_deployments
+from inference.models import ModelDeployment
+from scheduling import services
+from scheduling.keys import Keys
+from scheduling.models import ApiKey, Tenant
+
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("installation")]
+
+
+@pytest.fixture
+def tenant() -> Tenant:
+    return services.create_tenant(name="acme", weight=2.5, rpm=60, tpm=None, concurrency=4, max_priority=1)
+
+
+def test_a_key_is_found_by_its_plain_text_alone(tenant: Tenant) -> None:
+    plain = services.create_key(tenant=tenant, max_priority=3)
+    directory = load_directory()
+    found = directory.find_key(plain)
+    assert found is not None
+    assert (found.tenant, found.max_priority) == ("acme", 3)
+    assert directory.find_key(plain + "x") is None
+    assert plain not in str(ApiKey.objects.values())
+
+
+def test_the_tenants_ceiling_holds_for_a_key_that_asks_for_more(tenant: Tenant) -> None:
+    plain = services.create_key(tenant=tenant, max_priority=0)
+    found = load_directory().find_key(plain)
+    assert found is not None
+    assert found.max_priority == 1
+
+
+def test_quota_weight_and_suspension_stand_in_the_directory(tenant: Tenant) -> None:
+    services.suspend_tenant(tenant=tenant, reason="unpaid")
+    config = load_directory().tenants["acme"]
+    assert (config.weight, config.suspended, config.rpm, config.tpm, config.concurrency) == (2.5, True, 60, None, 4)
+
+
+def test_a_rotated_key_is_replaced_at_once(tenant: Tenant) -> None:
+    old = services.create_key(tenant=tenant, name="batch jobs")
+    new = services.rotate_key(key=ApiKey.objects.get())
+    directory = load_directory()
+    assert directory.find_key(old) is None
+    assert directory.find_key(new) is not None
+
+
+def test_deployments_are_published_and_withdrawn(store: redis.Redis, keys: Keys) -> None:
+    ModelDeployment.objects.create(name="demo", path="/models/demo", mode="static")
+    assert publish_deployments(store, keys, load_directory())
+    assert not publish_deployments(store, keys, load_directory())
+    spec = store.hget(keys.deployments, "demo")
+    assert spec is not None
+    assert b'"mode":"static"' in spec  # type: ignore[operator]
+    ModelDeployment.objects.update(enabled=False)
+    assert publish_deployments(store, keys, load_directory())
+    assert store.hgetall(keys.deployments) == {}
+
+
+class _Followed:
+    """Lets a test wait until the watch shows what it expects."""
+
+    def __init__(self) -> None:
+        self.directory = Directory()
+        self._changed = asyncio.Event()
+
+    def __call__(self, directory: Directory) -> None:
+        self.directory = directory
+        self._changed.set()
+
+    async def until(self, condition: Callable[[Directory], bool], timeout_s: float) -> None:
+        async with asyncio.timeout(timeout_s):
+            while not condition(self.directory):
+                self._changed.clear()
+                await self._changed.wait()
+
+
+async def test_a_suspension_reaches_a_watching_process_within_a_second(
+    astore: redis.asyncio.Redis, keys: Keys, tenant: Tenant
+) -> None:
+    follow = _Followed()
+    watch = DirectoryWatch(astore, keys, database_period_s=60, on_change=follow)
+    await watch.start()
+    try:
+        assert not watch.current.tenants["acme"].suspended
+        await database_sync_to_async(services.suspend_tenant)(tenant=tenant)
+        await follow.until(lambda d: d.tenants["acme"].suspended, timeout_s=1.0)
+    finally:
+        await watch.stop()
+
+
+async def test_without_redis_the_watch_still_follows_the_database(tenant: Tenant) -> None:
+    follow = _Followed()
+    async with redis.asyncio.Redis.from_url("redis://127.0.0.1:1", retry=None) as nowhere:
+        watch = DirectoryWatch(nowhere, Keys(), redis_period_s=0.02, on_change=follow)
+        await watch.start()
+        try:
+            await database_sync_to_async(services.update_quota)(tenant=tenant, rpm=7)
+            await follow.until(lambda d: d.tenants["acme"].rpm == 7, timeout_s=5)
+        finally:
+            await watch.stop()
