@@ -28,6 +28,8 @@ class Config(BaseSettings):
     web_processes: int = Field(1, ge=1, le=64, description="Web processes that `make up` starts.")
     gpu_workers: int = Field(1, ge=0, le=64, description="GPU workers that `make up` starts.")
     model: str = Field("", description="Model a gpu worker serves; empty: the newest deployment.")
+    replica: str = Field("gpu-0", pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="Name of a gpu worker; each needs its own.")
+    drain_s: float = Field(5.0, ge=0, le=3600, description="How long a gpu worker that is told to stop finishes what it runs; the rest goes back to the queue.")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Device of a gpu worker: `auto`, `cpu`, `cuda`, `cuda:N`.")
     key_prefix: str = Field("penstock", pattern=r"^[a-z0-9_-]{1,32}$", description="Prefix of all Redis keys.")
     queue_limit: int = Field(20_000, ge=1, description="Waiting requests per model before new ones are refused.")
