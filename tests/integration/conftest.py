@@ -11,5 +11,6 @@ from scheduling.keys import Keys
 def installation(settings: Settings, redis_url: str, keys: Keys) -> Config:
     """Django's settings name this test's Redis and key prefix, for services, admin and periodic tasks."""
     values = settings.PENSTOCK.model_dump() | {"redis_url": redis_url, "key_prefix": keys.prefix}
-    settings.PENSTOCK = Config.model_construct(**values)
-    return settings.PENSTOCK
+    config = Config.model_construct(**values)
+    settings.PENSTOCK = config
+    return config

@@ -59,7 +59,7 @@ def test_deployments_are_published_and_withdrawn(store: redis.Redis, keys: Keys)
     assert not publish_deployments(store, keys, load_directory())
     spec = store.hget(keys.deployments, "demo")
     assert spec is not None
-    assert b'"mode":"static"' in spec  # type: ignore[operator]
+    assert b'"mode":"static"' in spec
     ModelDeployment.objects.update(enabled=False)
     assert publish_deployments(store, keys, load_directory())
     assert store.hgetall(keys.deployments) == {}

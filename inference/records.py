@@ -1,0 +1,120 @@
+"""History events as database rows."""
+
+import math
+from datetime import UTC, datetime
+
+from inference.messages import BatchEvent, HistoryEvent, RequestEvent, Telemetry
+from inference.models import BatchRecord, RequestRecord
+
+MAX_COUNT = 2**31 - 1
+"""Largest value of an integer column."""
+
+MAX_BYTES = 2**63 - 1
+
+
+class UnusableEventError(ValueError):
+    """The event decodes, but no row can hold it."""
+
+
+def make_row(event: HistoryEvent) -> RequestRecord | BatchRecord:
+    """The row of an event. Raises UnusableEventError, on both databases alike."""
+    try:
+        return _request_row(event) if isinstance(event, RequestEvent) else _batch_row(event)
+    except (OverflowError, OSError, ValueError) as error:
+        raise UnusableEventError(str(error)) from error
+
+
+def _request_row(event: RequestEvent) -> RequestRecord:
+    return RequestRecord(
+        request_id=_text(event.id, 64),
+        model=_text(event.model, 128),
+        tenant=_text(event.tenant, 63),
+        priority=_count(event.priority),
+        endpoint=_text(event.endpoint, 32),
+        state=event.state,
+        finish_reason=event.finish_reason,
+        error_code=_text(event.error_code, 64),
+        arrived_at=_moment(event.arrival_s),
+        claimed_at=_moment_or_none(event.claimed_s),
+        first_token_at=_moment_or_none(event.first_token_s),
+        finished_at=_moment(event.finished_s),
+        deadline_at=_moment_or_none(event.deadline_s),
+        prompt_tokens=_count(event.prompt_tokens),
+        completion_tokens=_count(event.completion_tokens),
+        max_tokens=_count(event.max_tokens),
+        attempts=_count(event.attempts),
+        replica=_text(event.replica, 128),
+        policy=_text(event.policy, 63),
+        policy_revision=_count(event.policy_revision),
+        user=_text(event.user, 128),
+    )
+
+
+def _batch_row(event: BatchEvent) -> BatchRecord:
+    row = BatchRecord(
+        replica=_text(event.replica, 128),
+        model=_text(event.model, 128),
+        second=_moment(event.second_s),
+        steps=_count(event.steps),
+        batch_size_mean=_number(event.batch_size_mean),
+        batch_size_max=_count(event.batch_size_max),
+        prompt_tokens=_count(event.prompt_tokens),
+        output_tokens=_count(event.output_tokens),
+        step_ms_mean=_number(event.step_ms_mean),
+        step_ms_max=_number(event.step_ms_max),
+        kv_blocks_used=_count(event.kv_blocks_used),
+        kv_blocks_total=_count(event.kv_blocks_total),
+        preemptions=_count(event.preemptions),
+        mode=event.mode,
+        policy=_text(event.policy, 63),
+        policy_revision=_count(event.policy_revision),
+    )
+    if event.telemetry is not None:
+        _add_telemetry(row, event.telemetry)
+    return row
+
+
+def _add_telemetry(row: BatchRecord, telemetry: Telemetry) -> None:
+    row.telemetry_source = telemetry.source
+    row.device = _text(telemetry.device, 255)
+    row.utilization_percent = _number_or_none(telemetry.utilization_percent)
+    row.memory_used_bytes = _bytes(telemetry.memory_used_bytes)
+    row.memory_total_bytes = _bytes(telemetry.memory_total_bytes)
+    row.temperature_c = _number_or_none(telemetry.temperature_c)
+    row.power_w = _number_or_none(telemetry.power_w)
+    row.throttle_reasons = [_text(reason, 64) for reason in telemetry.throttle_reasons]
+
+
+def _text(value: str, max_chars: int) -> str:
+    """Cut to the column's length and without NUL, which PostgreSQL refuses."""
+    return value.replace("\0", "")[:max_chars]
+
+
+def _count(value: int) -> int:
+    if not 0 <= value <= MAX_COUNT:
+        raise UnusableEventError(f"{value} is no count")
+    return value
+
+
+def _bytes(value: int | None) -> int | None:
+    if value is not None and not 0 <= value <= MAX_BYTES:
+        raise UnusableEventError(f"{value} is no number of bytes")
+    return value
+
+
+def _number(value: float) -> float:
+    if not math.isfinite(value):
+        raise UnusableEventError(f"{value} is no number")
+    return value
+
+
+def _number_or_none(value: float | None) -> float | None:
+    return value if value is None else _number(value)
+
+
+def _moment(unix_s: float) -> datetime:
+    return datetime.fromtimestamp(unix_s, UTC)
+
+
+def _moment_or_none(unix_s: float | None) -> datetime | None:
+    return None if unix_s is None else _moment(unix_s)
