@@ -1,0 +1,5 @@
+"""Permissions that the dashboard asks for. The groups viewer and operator hold them."""
+
+VIEW = "scheduling.view_policyrevision"
+SWITCH_POLICY = "scheduling.switch_policy"
+CONTROL_REPLICA = "inference.control_replica"

@@ -1,0 +1,90 @@
+"""One look at Redis: what is deployed, what waits, and what every replica says of itself."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+import redis.asyncio
+
+from inference.messages import DeploymentSpec, ReplicaStatus
+from scheduling.core.answers import QueueSnapshot
+from scheduling.fleet import FleetQueue
+from scheduling.keys import Keys
+from scheduling.store import aexecute
+
+FORGET_AFTER_S = 600.0
+"""A replica that fell silent without a good-bye is shown as lost for this long."""
+GONE = ("stopped",)
+"""States after which silence is expected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """The fleet at one moment. `lost` holds the last words of replicas whose status ran out."""
+
+    time_s: float
+    deployments: Mapping[str, DeploymentSpec] = field(default_factory=dict)
+    snapshots: Mapping[str, QueueSnapshot] = field(default_factory=dict)
+    replicas: Mapping[str, ReplicaStatus] = field(default_factory=dict)
+    lost: Mapping[str, ReplicaStatus] = field(default_factory=dict)
+
+
+class FleetReader:
+    """Reads Redis, and remembers replicas that were there a while ago."""
+
+    def __init__(self, client: redis.asyncio.Redis, keys: Keys) -> None:
+        self._client = client
+        self._keys = keys
+        self._known: dict[str, tuple[float, ReplicaStatus]] = {}
+        self._decode_status = msgspec.msgpack.Decoder(ReplicaStatus).decode
+        self._decode_spec = msgspec.json.Decoder(DeploymentSpec).decode
+
+    async def read(self, now_s: float) -> Reading:
+        """Two round trips. Raises redis.RedisError or OSError where the server is away."""
+        raw_specs, raw_names = await asyncio.gather(
+            self._client.hgetall(self._keys.deployments), self._client.zrange(self._keys.replicas, 0, -1)
+        )
+        deployments = self._deployments(raw_specs)
+        queues = [FleetQueue(self._keys, model) for model in deployments]
+        statuses, *snapshots = await asyncio.gather(
+            self._statuses([name.decode() for name in raw_names]),
+            *(aexecute(self._client, queue.snapshot()) for queue in queues),
+        )
+        self._remember(now_s, statuses)
+        return Reading(
+            time_s=now_s,
+            deployments=deployments,
+            snapshots=dict(zip(deployments, snapshots, strict=True)),
+            replicas=statuses,
+            lost={name: status for name, (_, status) in self._known.items() if name not in statuses},
+        )
+
+    def _deployments(self, raw: Mapping[bytes, bytes]) -> dict[str, DeploymentSpec]:
+        specs = {}
+        for name, value in sorted(raw.items()):
+            try:
+                specs[name.decode()] = self._decode_spec(value)
+            except (
+                msgspec.MsgspecError
+            ):  # written by a newer version: the gpu workers say so, this page shows the others
+                continue
+        return specs
+
+    async def _statuses(self, names: list[str]) -> dict[str, ReplicaStatus]:
+        if not names:
+            return {}
+        found: dict[str, ReplicaStatus] = {}
+        for name, raw in zip(names, await self._client.mget([self._keys.replica(n) for n in names]), strict=True):
+            try:
+                if raw is not None:
+                    found[name] = self._decode_status(raw)
+            except msgspec.MsgspecError:
+                continue
+        return found
+
+    def _remember(self, now_s: float, statuses: Mapping[str, ReplicaStatus]) -> None:
+        self._known.update({name: (now_s, status) for name, status in statuses.items()})
+        for name, (heard_s, status) in list(self._known.items()):
+            if name not in statuses and (status.state in GONE or now_s - heard_s > FORGET_AFTER_S):
+                del self._known[name]
