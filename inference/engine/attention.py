@@ -1,8 +1,10 @@
-"""Paged attention behind transformers' attention interface: any decoder-only architecture reads and writes our KV blocks."""
+"""Paged attention behind transformers' attention interface: any decoder-only architecture uses our KV blocks."""
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
@@ -10,6 +12,7 @@ from transformers import AttentionInterface
 from inference.engine.batch import StepBatch
 from inference.engine.errors import ModelLoadError
 from inference.engine.kv_cache import BLOCK_SIZE, KVCache
+from inference.engine.native import BoundBatch, Heads
 
 NAME = "penstock_paged"
 
@@ -24,6 +27,8 @@ class Group:
     """[n, longest query]"""
     tables: torch.Tensor
     """[n, blocks]"""
+    dead: torch.Tensor
+    """[n, 1, blocks * BLOCK_SIZE, 1], cache slots past the context: they hold what another sequence left, even NaN."""
     real: torch.Tensor
     """[tokens], positions in the flattened `rows` that are no padding."""
     tokens: torch.Tensor
@@ -31,40 +36,41 @@ class Group:
 
 
 class PagedContext:
-    """One step's cache, slots and groups on the device; transformers hands it down to every attention layer."""
+    """One step's cache and batch on the device; transformers hands it down to every attention layer."""
 
-    def __init__(self, batch: StepBatch, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, batch: StepBatch, cache: KVCache, device: torch.device, kernels: ctypes.CDLL | None) -> None:
         self.batch = batch
         self.cache = cache
-        self.layers_seen: list[int] = []
-        slots = torch.from_numpy(batch.slots).to(device)
-        self.blocks, self.offsets = slots // BLOCK_SIZE, slots % BLOCK_SIZE
         self.device = device
-        self._groups: list[Group] | None = None
+        self.kernels = kernels
+        self.bound = BoundBatch(batch) if kernels else None
+        self.layers_seen: list[int] = []
+        if kernels is None:
+            slots = torch.from_numpy(batch.slots).to(device)
+            self.blocks, self.offsets = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+            lengths = np.diff(batch.query_starts)
+            split = (np.flatnonzero(lengths == 1), np.flatnonzero(lengths > 1))
+            self.groups = [self._group(torch.from_numpy(parts)) for parts in split if len(parts)]
 
-    @property
-    def groups(self) -> list[Group]:
-        """Made once a step, where the torch path needs them."""
-        if self._groups is None:
-            lengths = torch.from_numpy(self.batch.query_starts).diff()
-            decodes = (lengths == 1).nonzero()[:, 0]
-            chunks = (lengths > 1).nonzero()[:, 0]
-            self._groups = [self._group(parts, lengths) for parts in (decodes, chunks) if len(parts)]
-        return self._groups
-
-    def _group(self, parts: torch.Tensor, lengths: torch.Tensor) -> Group:
-        starts = torch.from_numpy(self.batch.query_starts[:-1]).long()[parts]
-        sizes = lengths.long()[parts]
+    def _group(self, parts: torch.Tensor) -> Group:
+        query_starts = torch.from_numpy(self.batch.query_starts).long()
+        starts, sizes = query_starts[parts], query_starts.diff()[parts]
         contexts = torch.from_numpy(self.batch.context_lens).long()[parts]
         span = torch.arange(int(sizes.max()))
         inside = torch.minimum(span[None], sizes[:, None] - 1)
         rows = starts[:, None] + inside
-        positions = (contexts - sizes)[:, None] + inside
         real = (span[None] < sizes[:, None]).flatten().nonzero()[:, 0]
-        blocks = int(-(-contexts.max() // BLOCK_SIZE))
-        tables = torch.from_numpy(self.batch.block_tables)[parts, :blocks].long()
-        tokens = rows.flatten()[real]
-        return Group(*(t.to(self.device) for t in (rows, positions, tables, real, tokens)))
+        blocks = -(-int(contexts.max()) // BLOCK_SIZE)
+        dead = torch.arange(blocks * BLOCK_SIZE)[None] >= contexts[:, None]
+        group = (
+            rows,
+            (contexts - sizes)[:, None] + inside,
+            torch.from_numpy(self.batch.block_tables)[parts, :blocks].long(),
+            dead[:, None, :, None],
+            real,
+            rows.flatten()[real],
+        )
+        return Group(*(tensor.to(self.device) for tensor in group))
 
 
 def paged_attention_forward(
@@ -86,24 +92,66 @@ def paged_attention_forward(
     query is [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim]; the answer is [1, T, heads, head_dim].
     """
     if paged is None:
-        raise ModelLoadError(
-            f"{type(module).__name__} does not hand the KV cache to its attention; it cannot be served."
-        )
+        raise ModelLoadError(f"{type(module).__name__} does not hand the KV cache to its attention.")
     if s_aux is not None:
         raise ModelLoadError("Attention sinks are not supported; serve a model without them.")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     paged.layers_seen.append(layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    window, cap = int(sliding_window or 0), float(softcap or 0.0)
+    attend = _attend_padded if paged.kernels is None else _attend_native
+    return attend(paged, layer, query, key, value, scale, window, cap)[None], None
+
+
+def _attend_native(
+    paged: PagedContext,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """The compiled kernel: reads the blocks where they lie."""
+    assert paged.kernels is not None
+    assert paged.bound is not None
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    _, heads, tokens, head_dim = query.shape
     keys, values = paged.cache.keys[layer], paged.cache.values[layer]
-    keys[paged.blocks, :, paged.offsets] = key[0].transpose(0, 1)
+    if key.shape[1:] != (keys.shape[1], tokens, head_dim) or value.shape != key.shape or keys.shape[2] != head_dim:
+        raise ModelLoadError("The heads of this model are not alike in number or size over its layers.")
+    out = torch.empty((tokens, heads, head_dim))
+    shape = Heads(heads, keys.shape[1], head_dim, window, scale, softcap)
+    strides = (ctypes.c_long * 6)(*(t.stride(d) for t in (query, key, value) for d in (2, 1)))
+    paged.kernels.paged_attention(
+        ctypes.addressof(shape), paged.bound.address, query.data_ptr(), key.data_ptr(), value.data_ptr(),
+        ctypes.addressof(strides), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def _attend_padded(
+    paged: PagedContext,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """Plain torch, on any device: gathers the contexts of a group and attends under a mask."""
+    keys, values = paged.cache.keys[layer], paged.cache.values[layer]
+    keys[paged.blocks, :, :, paged.offsets] = key[0].transpose(0, 1)
     values[paged.blocks, :, paged.offsets] = value[0].transpose(0, 1)
     out = torch.empty((query.shape[2], query.shape[1], value.shape[3]), dtype=query.dtype, device=query.device)
     for group in paged.groups:
-        out[group.tokens] = _attend(query[0], keys, values, group, scale, sliding_window or 0, softcap or 0.0)
-    return out[None], None
+        out[group.tokens] = _attend_group(query[0], keys, values, group, scale, window, softcap)
+    return out
 
 
-def _attend(
+def _attend_group(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -112,24 +160,24 @@ def _attend(
     window: int,
     softcap: float,
 ) -> torch.Tensor:
-    count, heads = len(group.rows), query.shape[0]
     q = query[:, group.rows].transpose(0, 1)
-    k = keys[group.tables].transpose(1, 2).flatten(2, 3)
-    v = values[group.tables].transpose(1, 2).flatten(2, 3)
+    k = keys[group.tables].permute(0, 2, 1, 4, 3).flatten(2, 3).masked_fill(group.dead, 0)
+    v = values[group.tables].transpose(1, 2).flatten(2, 3).masked_fill(group.dead, 0)
+    repeat = query.shape[0] // k.shape[1]
     at = torch.arange(k.shape[2], device=query.device)
-    visible = at <= group.positions[:, None, :, None]
+    positions = group.positions[:, None, :, None]
+    visible = at <= positions
     if window:
-        visible = visible & (at > group.positions[:, None, :, None] - window)
+        visible = visible & (at > positions - window)
     if softcap:
-        repeat = heads // k.shape[1]
         scores = q @ k.repeat_interleave(repeat, 1).transpose(2, 3) * scale
         scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~visible, float("-inf"))
         found = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v.repeat_interleave(repeat, 1)
     else:
         found = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, scale=scale, enable_gqa=heads != k.shape[1]
+            q, k, v, attn_mask=visible, scale=scale, enable_gqa=repeat > 1
         )
-    return found.transpose(1, 2).reshape(count * q.shape[2], heads, -1)[group.real]
+    return found.transpose(1, 2).flatten(0, 1)[group.real]
 
 
 AttentionInterface.register(NAME, paged_attention_forward)

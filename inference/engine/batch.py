@@ -33,9 +33,11 @@ class StepBatch:
     """[N], the last token of each part that samples."""
     sample_parts: list[int]
     """[N], which part that is."""
+    part_of: Int32
+    """[T], the part each token belongs to."""
 
 
-def check_part(part: StepPart, *, vocab_size: int, max_model_len: int, block_size: int) -> None:
+def check_part(part: StepPart, *, vocab_size: int, max_model_len: int, num_blocks: int, block_size: int) -> None:
     """Raise InvalidPart with a sentence where this part cannot be computed."""
     sequence, end = part.sequence, part.sequence.num_computed + part.num_tokens
     if part.num_tokens < 1 or end > len(sequence.tokens):
@@ -46,6 +48,8 @@ def check_part(part: StepPart, *, vocab_size: int, max_model_len: int, block_siz
         raise InvalidPart(f"The sequence has {end} tokens; this model takes at most {max_model_len}.")
     if len(sequence.block_table) * block_size < end:
         raise InvalidPart(f"{len(sequence.block_table)} KV blocks of {block_size} tokens do not hold {end} tokens.")
+    if min(sequence.block_table) < 0 or max(sequence.block_table) >= num_blocks:
+        raise InvalidPart(f"The block table names a block outside the {num_blocks} of the KV cache.")
     tokens = sequence.tokens[sequence.num_computed : end]
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         bad = next(t for t in tokens if not 0 <= t < vocab_size)
@@ -69,7 +73,7 @@ def build_batch(parts: Seq[StepPart], block_size: int) -> StepBatch:
             flat.extend(sequence.tokens[start : start + part.num_tokens])
     query_starts = np.zeros(num_parts + 1, np.int32)
     np.cumsum(lengths, out=query_starts[1:])
-    owner = np.repeat(np.arange(num_parts), lengths)
+    owner = np.repeat(np.arange(num_parts, dtype=np.int32), lengths)
     positions = np.arange(len(flat), dtype=np.int64) - np.repeat(query_starts[:-1] - starts, lengths)
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
     sample_parts = [i for i, part in enumerate(parts) if part.samples]
@@ -82,4 +86,5 @@ def build_batch(parts: Seq[StepPart], block_size: int) -> StepBatch:
         block_tables=tables,
         sample_rows=query_starts[1:][sample_parts].astype(np.int64) - 1,
         sample_parts=sample_parts,
+        part_of=owner,
     )

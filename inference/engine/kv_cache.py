@@ -32,14 +32,18 @@ class KVShape:
 
 
 class KVCache:
-    """Keys and values of all layers: each [num_blocks, num_kv_heads, block_size, head_dim]."""
+    """Keys [num_blocks, num_kv_heads, head_dim, block_size] and values [.., block_size, head_dim] of every layer.
+
+    Keys lie with the tokens of a block side by side, so that one vector instruction scores a block.
+    """
 
     def __init__(self, shape: KVShape, num_blocks: int, device: torch.device) -> None:
-        size = (num_blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+        per_key = (num_blocks, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE)
+        per_value = (num_blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
         self.shape = shape
         self.num_blocks = num_blocks
-        self.keys = [torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
-        self.values = [torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
+        self.keys = [torch.zeros(per_key, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
+        self.values = [torch.zeros(per_value, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +70,8 @@ def size_cache(
             chosen = CacheSize(fits, f"{fraction:.0%} of {free / 2**30:.1f} GiB free {place} memory")
     if chosen.num_blocks < one:
         raise ModelLoadError(
-            f"The KV cache has room for {chosen.num_blocks * BLOCK_SIZE} tokens ({chosen.reason}), less than one sequence "
-            f"of {max_model_len}. Lower max_model_len, or give more memory by kv_memory_bytes "
+            f"The KV cache has room for {chosen.num_blocks * BLOCK_SIZE} tokens ({chosen.reason}), less than one "
+            f"sequence of {max_model_len}. Lower max_model_len, or give more memory by kv_memory_bytes "
             f"({shape.block_bytes // BLOCK_SIZE} bytes a token)."
         )
     return chosen

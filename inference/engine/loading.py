@@ -1,19 +1,19 @@
 """From a checkpoint directory to a model whose attention is ours, checked against the model's own attention."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from inference.engine import attention
-from inference.engine.attention import PagedContext
-from inference.engine.batch import build_batch
+from inference.engine.batch import StepBatch, build_batch
 from inference.engine.errors import ModelLoadError
-from inference.engine.kv_cache import KVCache, KVShape
+from inference.engine.kv_cache import BLOCK_SIZE, KVShape
 from scheduling.core.sequence import SamplingParams, Sequence, StepPart
 
-PROBE_TOKENS = 24
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest difference of logits allowed, as a fraction of their spread."""
 
@@ -28,6 +28,7 @@ def load_config(path: Path) -> Any:
 
 def load_model(path: Path, config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load safetensors weights into transformers' modules, in evaluation mode."""
+    transformers.logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
@@ -67,50 +68,40 @@ def longest_sequence(config: Any, requested: int) -> int:
 
 
 @torch.inference_mode()
-def verify_attention(model: PreTrainedModel, config: Any, shape: KVShape, device: torch.device) -> None:
-    """Switch the model to our attention, and compare it with its own on a few tokens.
-
-    Raises ModelLoadError where every layer did not come to our attention once, or where the logits differ: the
-    architecture then does something (recurrent state, sinks, an own mask) that this engine does not serve.
-    """
-    name = type(model).__name__
-    tokens = [(i * 7919 + 11) % config.get_text_config().vocab_size for i in range(PROBE_TOKENS)]
+def reference_logits(model: PreTrainedModel, vocab_size: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """Logits [num_tokens, vocab] by the model's own attention, to hold ours against."""
     model.set_attn_implementation("eager")
-    expected = model(torch.tensor([tokens], device=device), use_cache=False).logits[0].float()
-    model.set_attn_implementation(attention.NAME)
-    if model.config._attn_implementation != attention.NAME:
-        raise ModelLoadError(f"{name} does not take a replaced attention; this engine cannot serve it.")
-    cache = KVCache(shape, 8, device)
+    tokens = torch.tensor([_probe_tokens(vocab_size, num_tokens)], device=device)
+    logits: torch.Tensor = model(tokens, use_cache=False).logits[0]
+    return logits.float()
+
+
+@torch.inference_mode()
+def verify(forward: Callable[[StepBatch], torch.Tensor], expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Run the probe in three chunks over the paged cache and compare. Uses the cache's first blocks.
+
+    Raises ModelLoadError where the logits differ: the architecture then does something (recurrent state, an attention
+    mask of its own) that this engine does not serve.
+    """
+    num_tokens, vocab_size = expected.shape
+    tokens = _probe_tokens(vocab_size, num_tokens)
     sequence = Sequence(
-        id="probe", attempt=0, tenant="", priority=0, arrival_s=0.0, tokens=tokens, num_prompt_tokens=len(tokens),
-        max_tokens=0, sampling=SamplingParams(temperature=0.0), block_table=[5, 2],
+        id="probe", attempt=0, tenant="", priority=0, arrival_s=0.0, tokens=tokens, num_prompt_tokens=num_tokens,
+        max_tokens=0, sampling=SamplingParams(), block_table=list(range(-(-num_tokens // BLOCK_SIZE)))[::-1],
     )  # fmt: skip
     found = []
-    for count in (7, PROBE_TOKENS - 8, 1):
-        batch = build_batch([StepPart(sequence, count, samples=False)], 16)
-        context = PagedContext(batch, cache, device)
-        found.append(forward(model, batch.token_ids, batch.positions, context, None)[0].float())
-        if sorted(context.layers_seen) != list(range(shape.num_layers)):
-            raise ModelLoadError(f"{name} has layers that do not use attention as this engine serves it.")
+    for count in (num_tokens // 3, num_tokens - num_tokens // 3 - 1, 1):
+        batch = build_batch([StepPart(sequence, count, samples=False)], BLOCK_SIZE)
+        batch.sample_rows = np.arange(count)
+        found.append(forward(batch))
         sequence.num_computed += count
-    worst = float((torch.cat(found) - expected).abs().max() / expected.std().clamp_min(1e-6))
-    if not worst <= PROBE_TOLERANCE[shape.dtype]:
-        raise ModelLoadError(
-            f"{name} gives other logits with the paged KV cache (off by {worst:.2g}); it cannot be served."
-        )
+    off = float((torch.cat(found) - expected).abs().max() / expected.std().clamp_min(1e-6))
+    if not off <= PROBE_TOLERANCE[dtype]:
+        raise ModelLoadError(f"Its logits over the paged KV cache differ from its own by {off:.2g} of their spread.")
 
 
-def forward(
-    model: PreTrainedModel, token_ids: Any, positions: Any, context: PagedContext, rows: torch.Tensor | None
-) -> torch.Tensor:
-    """Logits [1, N, vocab] of the given rows, or of all where `rows` is None."""
-    return model(  # type: ignore[no-any-return]
-        input_ids=torch.from_numpy(token_ids)[None].to(context.device),
-        position_ids=torch.from_numpy(positions)[None].to(context.device),
-        use_cache=False,
-        logits_to_keep=0 if rows is None else rows,
-        paged=context,
-    ).logits
+def _probe_tokens(vocab_size: int, num_tokens: int) -> list[int]:
+    return [(i * 7919 + 11) % vocab_size for i in range(num_tokens)]
 
 
 def _first_line(error: BaseException) -> str:

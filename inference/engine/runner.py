@@ -1,17 +1,22 @@
 """Runs steps: one forward pass over a mixed batch, tokens out."""
 
+import ctypes
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from inference.checkpoint import inspect_checkpoint
-from inference.engine import loading
-from inference.engine.attention import PagedContext
+from inference.engine import llama, loading
 from inference.engine.batch import StepBatch, build_batch, check_part
 from inference.engine.errors import DeviceLost, InvalidPart, ModelLoadError, OutOfDeviceMemory
 from inference.engine.kv_cache import BLOCK_SIZE, KVCache, size_cache
+from inference.engine.llama import LlamaForward
+from inference.engine.modules import ModulesForward
+from inference.engine.native import load_kernels
 from inference.engine.sampler import NOT_FINITE, sample
 from inference.messages import DeploymentSpec
 from scheduling.core.sequence import PartResult, StepPart
@@ -19,10 +24,14 @@ from scheduling.core.sequence import PartResult, StepPart
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBE_TOKENS = 24
 
 
 class ModelRunner:
-    """A loaded model with its KV cache on one device."""
+    """A loaded model with its KV cache on one device.
+
+    `max_model_len` and `num_blocks` times `block_size` bound what its sequences may hold, in tokens.
+    """
 
     def __init__(
         self,
@@ -31,8 +40,14 @@ class ModelRunner:
         *,
         num_blocks: int | None = None,
         num_threads: int | None = None,
+        native: bool = True,
+        fused: bool = True,
     ) -> None:
-        """Load the checkpoint. Raises ModelLoadError or CheckpointError with a sentence that says what to do."""
+        """Load the checkpoint. Raises ModelLoadError or CheckpointError with a sentence that says what to do.
+
+        `num_threads`: CPU threads of a forward pass, by default all physical cores. `native=False` does without compiled
+        kernels, `fused=False` without the Llama family's own forward pass.
+        """
         if num_threads:
             torch.set_num_threads(num_threads)
         path = Path(spec.path)
@@ -41,28 +56,23 @@ class ModelRunner:
         self.dtype = _choose_dtype(spec.dtype, self.device)
         config = loading.load_config(path)
         self.max_model_len = loading.longest_sequence(config, spec.max_model_len)
-        shape = loading.kv_shape(config, self.dtype)
-        self._model = loading.load_model(path, config, self.dtype, self.device)
-        loading.verify_attention(self._model, config, shape, self.device)
         self.vocab_size = int(config.get_text_config().vocab_size)
         self.eos_token_ids = info.eos_token_ids
         self.block_size = BLOCK_SIZE
-        size = size_cache(
-            shape, self.device, max_batch_size=spec.max_batch_size, max_model_len=self.max_model_len,
-            requested_bytes=spec.kv_memory_bytes,
-        ) if num_blocks is None else None  # fmt: skip
-        self.num_blocks = size.num_blocks if size else num_blocks or 0
-        self._cache = KVCache(shape, self.num_blocks, self.device)
-        self._why = size.reason if size else "as asked"
-        self._block_bytes = shape.block_bytes
+        model = loading.load_model(path, config, self.dtype, self.device)
+        self._make_cache(spec, loading.kv_shape(config, self.dtype), num_blocks)
         self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        kernels = load_kernels() if native and self.device.type == "cpu" and self.dtype == torch.float32 else None
+        self._forward = self._build_forward(model, kernels, fused)
+        self._name = type(model).__name__
 
     def describe(self) -> str:
         """What was chosen at load, and why."""
-        gib = self.num_blocks * self._block_bytes / 2**30
+        dtype = str(self.dtype).removeprefix("torch.")
+        mib = self.num_blocks * self._cache.shape.block_bytes / 2**20
         return (
-            f"{type(self._model).__name__} in {str(self.dtype).removeprefix('torch.')} on {self.device_name}; KV cache of "
-            f"{self.num_blocks} blocks of {self.block_size} tokens, {gib:.2f} GiB ({self._why})"
+            f"{self._name} in {dtype} on {self.device_name}, {self._how}; KV cache of {self.num_blocks} blocks of "
+            f"{self.block_size} tokens, {mib:.0f} MiB: {self._why}"
         )
 
     def step(self, parts: Seq[StepPart]) -> list[PartResult]:
@@ -76,7 +86,11 @@ class ModelRunner:
         for i, part in enumerate(parts):
             try:
                 check_part(
-                    part, vocab_size=self.vocab_size, max_model_len=self.max_model_len, block_size=self.block_size
+                    part,
+                    vocab_size=self.vocab_size,
+                    max_model_len=self.max_model_len,
+                    num_blocks=self.num_blocks,
+                    block_size=self.block_size,
                 )
                 valid.append(i)
             except InvalidPart as error:
@@ -89,7 +103,7 @@ class ModelRunner:
     def _run(self, parts: Seq[StepPart]) -> list[PartResult]:
         """Run parts together; where that fails, each half by itself, down to the part that is to blame."""
         try:
-            return self._forward(parts)
+            return self._run_batch(parts)
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory from error
         except torch.AcceleratorError as error:
@@ -102,30 +116,60 @@ class ModelRunner:
         return self._run(parts[:half]) + self._run(parts[half:])
 
     @torch.inference_mode()
-    def _forward(self, parts: Seq[StepPart]) -> list[PartResult]:
+    def _run_batch(self, parts: Seq[StepPart]) -> list[PartResult]:
         batch = build_batch(parts, self.block_size)
-        logits = self._logits(batch)
-        sampled = [parts[i].sequence for i in batch.sample_parts]
-        tokens = sample(logits, [s.sampling for s in sampled], [len(s.tokens) for s in sampled]) if sampled else []
+        logits = self._forward(batch)
         results = [PartResult()] * len(parts)
+        if not batch.sample_parts:
+            return results
+        sampled = [parts[i].sequence for i in batch.sample_parts]
+        tokens = sample(logits, [s.sampling for s in sampled], [len(s.tokens) for s in sampled])
         for i, token in zip(batch.sample_parts, tokens, strict=True):
             results[i] = PartResult(error=NOT_FINITE) if token is None else PartResult(token_id=token)
         return results
 
-    def _logits(self, batch: StepBatch) -> torch.Tensor:
-        """[N, vocab] in float32, one row per part that samples."""
-        context = PagedContext(batch, self._cache, self.device)
-        rows = torch.from_numpy(batch.sample_rows).to(self.device)
-        return loading.forward(self._model, batch.token_ids, batch.positions, context, rows)[0].float()
+    def _make_cache(self, spec: DeploymentSpec, shape: loading.KVShape, num_blocks: int | None) -> None:
+        self._why = "as asked for"
+        if num_blocks is None:
+            size = size_cache(
+                shape,
+                self.device,
+                max_batch_size=spec.max_batch_size,
+                max_model_len=self.max_model_len,
+                requested_bytes=spec.kv_memory_bytes,
+            )
+            num_blocks, self._why = size.num_blocks, size.reason
+        self.num_blocks = num_blocks
+        self._cache = KVCache(shape, num_blocks, self.device)
+
+    def _build_forward(
+        self, model: PreTrainedModel, kernels: ctypes.CDLL | None, fused: bool
+    ) -> Callable[[StepBatch], torch.Tensor]:
+        """Choose the forward pass, and hold it against the model's own before anything is served."""
+        tokens = min(PROBE_TOKENS, self.max_model_len, self.num_blocks * self.block_size)
+        forward: Callable[[StepBatch], torch.Tensor]
+        try:
+            expected = loading.reference_logits(model, self.vocab_size, tokens, self.device)
+            with torch.inference_mode():
+                if kernels is not None and fused and llama.supports(model):
+                    forward = LlamaForward(kernels, model, self._cache, self.max_model_len)
+                    self._how = "fused and compiled"
+                else:
+                    forward = ModulesForward(kernels, model, self._cache, self.device)
+                    self._how = "transformers' modules" + (" with compiled attention and linear layers" if kernels else "")
+            loading.verify(forward, expected, self.dtype)
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory from error
+        except Exception as error:
+            raise ModelLoadError(f"{type(model).__name__} cannot be served by this engine: {error}") from error
+        return forward
 
 
 def _choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelLoadError(
-            "There is no CUDA device here. Set PENSTOCK_DEVICE to cpu or auto, or install a CUDA build of torch."
-        )
+        raise ModelLoadError("There is no CUDA device here. Set PENSTOCK_DEVICE to cpu or auto.")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelLoadError(f"There is no device {name}; this host has {torch.cuda.device_count()}.")

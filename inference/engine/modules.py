@@ -1,0 +1,58 @@
+"""The forward pass of any architecture, through transformers' modules with our attention and linear layers."""
+
+import ctypes
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from inference.engine import attention
+from inference.engine.attention import PagedContext
+from inference.engine.batch import StepBatch
+from inference.engine.errors import ModelLoadError
+from inference.engine.kv_cache import KVCache
+from inference.engine.native import PackedLinear
+
+
+class ModulesForward:
+    """Runs the model's own modules; `kernels` (float32 on a CPU) replace their attention and linear layers."""
+
+    def __init__(
+        self, kernels: ctypes.CDLL | None, model: PreTrainedModel, cache: KVCache, device: torch.device
+    ) -> None:
+        """Raises ModelLoadError where the architecture does not let its attention be replaced."""
+        self._kernels = kernels
+        self._model = model
+        self._cache = cache
+        self._device = device
+        self._checked = False
+        model.set_attn_implementation(attention.NAME)
+        if model.config._attn_implementation != attention.NAME:
+            raise ModelLoadError("It does not let its attention be replaced.")
+        if kernels is not None:
+            _pack_linears(kernels, model)
+
+    def __call__(self, batch: StepBatch) -> torch.Tensor:
+        """Logits [N, vocab] of the batch's sample rows."""
+        context = PagedContext(batch, self._cache, self._device, self._kernels)
+        logits: torch.Tensor = self._model(
+            input_ids=torch.from_numpy(batch.token_ids)[None].to(self._device),
+            position_ids=torch.from_numpy(batch.positions)[None].to(self._device),
+            use_cache=False,
+            logits_to_keep=torch.from_numpy(batch.sample_rows).to(self._device),
+            paged=context,
+        ).logits[0]
+        if not self._checked and sorted(context.layers_seen) != list(range(self._cache.shape.num_layers)):
+            raise ModelLoadError("It has layers that do not keep their past in attention's keys and values.")
+        self._checked = True
+        return logits.float()
+
+
+def _pack_linears(kernels: ctypes.CDLL, model: PreTrainedModel) -> None:
+    """Replace every plain linear layer, freeing its weights (a tied embedding keeps its own)."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear:
+                setattr(parent, name, PackedLinear(kernels, child.weight, child.bias))
+            elif type(child) is Conv1D:
+                setattr(parent, name, PackedLinear(kernels, child.weight.T, child.bias))

@@ -1,0 +1,174 @@
+"""Compiles `kernels.c` for this machine at first use and binds it; None where there is no C compiler."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from inference.engine.batch import StepBatch
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).parent / "kernels.c"
+BUILD = Path(__file__).parent / "build"
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+THREADS = ("-fopenmp",)
+TIMEOUT_S = 120
+
+Pointer = ctypes.c_void_p
+Long = ctypes.c_long
+
+
+class Linear(ctypes.Structure):
+    """A linear layer over packed weights."""
+
+    _fields_ = [("weight", Pointer), ("bias", Pointer), ("inputs", Long), ("outputs", Long)]
+
+
+class Batch(ctypes.Structure):
+    """Pointers into a StepBatch."""
+
+    _fields_ = [
+        *((name, Long) for name in ("num_tokens", "num_parts", "table_width", "num_rows")),
+        *((name, Pointer) for name in ("token_ids", "positions", "slots", "rows")),
+        *((name, Pointer) for name in ("query_starts", "context_lens", "block_tables", "part_of")),
+    ]
+
+
+class Heads(ctypes.Structure):
+    """Shape and options of one layer's attention."""
+
+    _fields_ = [
+        *((name, Long) for name in ("heads", "kv_heads", "head_dim", "window")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """A decoder layer of the Llama family."""
+
+    _fields_ = [
+        *((name, Pointer) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        *((name, Linear) for name in ("qkv", "output", "gate_up", "down")),
+        ("heads", Heads),
+        ("keys", Pointer),
+        ("values", Pointer),
+    ]
+
+
+class Model(ctypes.Structure):
+    """A model of the Llama family."""
+
+    _fields_ = [
+        ("num_layers", Long),
+        ("hidden", Long),
+        ("eps", ctypes.c_float),
+        *((name, Pointer) for name in ("layers", "embedding", "cos", "sin", "norm")),
+        ("lm_head", Linear),
+    ]
+
+
+class BoundBatch:
+    """A batch as the kernels read it; keeps the arrays alive."""
+
+    def __init__(self, batch: StepBatch) -> None:
+        self.batch = batch
+        self.struct = Batch(
+            num_tokens=len(batch.token_ids),
+            num_parts=len(batch.context_lens),
+            table_width=batch.block_tables.shape[1],
+            num_rows=len(batch.sample_rows),
+            token_ids=batch.token_ids.ctypes.data,
+            positions=batch.positions.ctypes.data,
+            slots=batch.slots.ctypes.data,
+            rows=batch.sample_rows.ctypes.data,
+            query_starts=batch.query_starts.ctypes.data,
+            context_lens=batch.context_lens.ctypes.data,
+            block_tables=batch.block_tables.ctypes.data,
+            part_of=batch.part_of.ctypes.data,
+        )
+        self.address = ctypes.addressof(self.struct)
+
+
+class PackedLinear(torch.nn.Module):
+    """A float32 linear layer on the CPU whose weights are laid out for our kernel; one set or several side by side."""
+
+    def __init__(self, kernels: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """`weight` is [outputs, inputs]; it is copied, so the caller may drop it."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        weight = weight.contiguous()
+        panels = -(-self.out_features // 32)
+        self._packed = torch.empty(panels * self.in_features * 32)
+        kernels.pack(weight.data_ptr(), self.out_features, self.in_features, self._packed.data_ptr())
+        self._bias = bias.clone() if bias is not None else None
+        self._linear = kernels.linear
+        self.struct = Linear(
+            self._packed.data_ptr(), self._bias.data_ptr() if self._bias is not None else None, self.in_features,
+            self.out_features,
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] to [..., outputs]."""
+        x = x.contiguous()
+        out = torch.empty((*x.shape[:-1], self.out_features))
+        self._linear(ctypes.addressof(self.struct), x.data_ptr(), x.numel() // self.in_features, out.data_ptr())
+        return out
+
+
+@cache
+def load_kernels() -> ctypes.CDLL | None:
+    """The compiled kernels, built where this source was not yet built for this processor."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    library = BUILD / f"kernels-{_fingerprint()}.so"
+    if not library.is_file() and (compiler is None or not _compile(compiler, library)):
+        return None
+    try:
+        kernels = ctypes.CDLL(str(library))
+    except OSError:
+        logger.warning("The compiled CPU kernels cannot be loaded; plain torch is used", exc_info=True)
+        return None
+    kernels.linear.argtypes = [Pointer, Pointer, Long, Pointer]
+    kernels.pack.argtypes = [Pointer, Long, Long, Pointer]
+    kernels.paged_attention.argtypes = [Pointer] * 9
+    kernels.llama_forward.argtypes = [Pointer] * 7
+    for function in (kernels.linear, kernels.pack, kernels.paged_attention, kernels.llama_forward):
+        function.restype = None
+    return kernels
+
+
+def _fingerprint() -> str:
+    """Changes with the source, the flags and the processor."""
+    flags = ""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        flags = next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    key = "\n".join((platform.platform(), platform.machine(), platform.processor(), flags, *FLAGS, *THREADS))
+    return hashlib.sha256(key.encode() + SOURCE.read_bytes()).hexdigest()[:16]
+
+
+def _compile(compiler: str, library: Path) -> bool:
+    """Build beside the target and move into place, so that processes that start together do not meet half a file."""
+    try:
+        BUILD.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+            out = Path(folder) / library.name
+            for threads in (THREADS, ()):
+                command = [compiler, *FLAGS, *threads, str(SOURCE), "-o", str(out), "-lm"]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+                if done.returncode == 0:
+                    out.replace(library)
+                    return True
+            logger.warning("The CPU kernels cannot be compiled; plain torch is used: %s", done.stderr.strip()[:500])
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("The CPU kernels cannot be compiled; plain torch is used: %s", error)
+    return False
