@@ -63,7 +63,7 @@ class ActivePolicy:
 
 @dataclass(frozen=True, slots=True)
 class QueueSnapshot:
-    """Counts at one moment; `*_total` only grow. Tokens are prompt plus output, until the end prompt plus `max_tokens`."""
+    """Counts at one moment; `*_total` only grow. Tokens of a request that has not ended: prompt plus `max_tokens`."""
 
     depth: int = 0
     waiting_tokens: int = 0

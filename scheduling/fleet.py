@@ -1,0 +1,283 @@
+"""The fleet queue of one model, in Redis. Sans-IO: every method returns a Command; docs/protocol.md tells the story.
+
+Every operation is one Lua script, so it happens as a whole or not at all; scripts read Redis's TIME unless `now` is
+given. All are safe to repeat after a lost reply: a second enqueue answers `duplicate`, a second finish False, a claim
+repeated under its `number` gives the same requests, a journal append is placed by its offset, and cancels are told
+until obeyed.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from scheduling.core.answers import (
+    ActivePolicy,
+    Cancelled,
+    Claimed,
+    ClaimedRequest,
+    Enqueued,
+    Position,
+    QueueSnapshot,
+    RequestRecordView,
+)
+from scheduling.core.request import Placement, QueueEntry
+from scheduling.keys import Keys
+from scheduling.store import Command, load_script
+
+__all__ = [
+    "ActivePolicy",
+    "Cancelled",
+    "Claimed",
+    "ClaimedRequest",
+    "Enqueued",
+    "FleetQueue",
+    "Position",
+    "QueueSnapshot",
+    "RequestRecordView",
+]
+
+T = TypeVar("T")
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder().decode
+
+
+class FleetQueue:
+    """Commands on one model's queue."""
+
+    def __init__(self, keys: Keys, model: str) -> None:
+        self.keys = keys
+        self.model = model
+        self.base = keys.queue(model)
+
+    def script(self, name: str, read: Callable[[Any], T], *args: Any) -> Command[T]:
+        """A call of `lua/<name>.lua` on this queue; None goes as an empty string."""
+        words = ["" if arg is None else arg for arg in args]
+        return Command((self.base, *words), read, load_script(name), 1)
+
+    def enqueue(
+        self,
+        entry: QueueEntry,
+        placement: Placement,
+        *,
+        revision: int,
+        body: bytes,
+        depth_limit: int,
+        reply_to: str = "",
+        keep_s: int = 60,
+    ) -> Command[Enqueued]:
+        """Add a request, placed by the policy of `revision`, unless `depth_limit` or more wait; wake an idle engine."""
+        place = (placement.flow, placement.weight, placement.rank)
+        packed = _pack((pack_entry(entry, reply_to, keep_s), place))
+        return self.script("enqueue", _read_enqueued, entry.id, packed, revision, depth_limit, body)
+
+    def claim(
+        self,
+        owner: str,
+        *,
+        max_requests: int,
+        max_tokens: int,
+        lease_s: float,
+        now: float | None = None,
+        number: int | None = None,
+    ) -> Command[Claimed]:
+        """Give `owner` the next requests and renew its lease.
+
+        In strict order: stops at the first request whose prompt and journal do not fit what is left of `max_tokens`.
+        `number`, raised by one for each new claim of an owner, makes a repeated call (a lost reply, redis-py's own
+        retry) answer with what the first one claimed and is still held; without it such requests would hang on a live
+        lease.
+        """
+        return self.script("claim", _read_claimed, owner, max_requests, max_tokens, repr(lease_s), _time(now), number)
+
+    def journal(self, owner: str, appends: Sequence[tuple[str, int, int, bytes]]) -> Command[list[str]]:
+        """Append output tokens: (request id, attempt, number of the first token, little-endian int32s).
+
+        Answers the ids that this owner and attempt no longer hold. Tokens that the journal has are skipped by number; a
+        gap (Redis came back with an older state) sends the request back to the queue and names it as no longer held.
+        """
+        words = [word for append in appends for word in append]
+        return self.script("journal", _read_ids, owner, *words)
+
+    def finish(
+        self, owner: str, request_id: str, attempt: int, *, state: str, used_tokens: int, finish: bytes, output: str
+    ) -> Command[bool]:
+        """End a request: give up its lease, correct its flow by the tokens really used, keep its record a while.
+
+        False where `owner` and `attempt` no longer hold it.
+        """
+        return self.script("finish", bool, owner, request_id, attempt, state, used_tokens, finish, output)
+
+    def cancel(self, request_id: str) -> Command[Cancelled]:
+        """Take a waiting request out of the queue, or tell a running one's owner to stop it."""
+        return self.script("cancel", _read_cancelled, request_id)
+
+    def renew(self, owner: str, lease_s: float, now: float | None = None) -> Command[bool]:
+        """Move the lease's end to `lease_s` from now. False: it had been lost (or `owner` has not claimed yet)."""
+        return self.script("renew", bool, owner, repr(lease_s), _time(now))
+
+    def release(self, owner: str, request_ids: Iterable[str] | None = None) -> Command[int]:
+        """Put requests (None: all that `owner` holds) back at their old rank. Answers how many."""
+        ids = () if request_ids is None else tuple(request_ids)
+        return self.script("release", int, owner, "all" if request_ids is None else "some", *ids)
+
+    def expire(self, now: float | None = None) -> Command[list[tuple[str, int]]]:
+        """Put back the requests of owners whose lease ended: (owner, how many).
+
+        Requests claimed before the last policy switch become `unplaced`; see there.
+        """
+        return self.script("expire", _read_expired, _time(now))
+
+    def take_cancels(self, owner: str) -> Command[list[str]]:
+        """Ids that `owner` should stop; each is repeated until the owner has finished it: no lost reply loses one."""
+        return Command(("LRANGE", self.keys.cancels(self.model, owner), 0, -1), _read_ids)
+
+    def snapshot(self) -> Command[QueueSnapshot]:
+        """Counts for dashboards and admission; cost grows with the number of tenants waiting, not of requests."""
+        return self.script("snapshot", _read_snapshot)
+
+    def record(self, request_id: str) -> Command[RequestRecordView | None]:
+        """A request's record, or None once it is forgotten."""
+        return self.script("record", _read_record, request_id)
+
+    def tokens(self, request_id: str) -> Command[list[int]]:
+        """A request's output tokens so far."""
+        return Command(("GET", self.keys.tokens(self.model, request_id)), _read_tokens)
+
+    def position(self, request_id: str) -> Command[Position | None]:
+        """How many go before a waiting request; None where it does not wait."""
+        return self.script("position", _read_position, request_id)
+
+    def active_policy(self) -> Command[ActivePolicy]:
+        """The policy in force; fifo at revision 0 in a queue where none was set."""
+        return Command(("HMGET", f"{self.base}:meta", "revision", "policy", "params"), _read_policy)
+
+    def init_policy(self, name: str, params: Mapping[str, float], revision: int) -> Command[bool]:
+        """Make a policy active in a queue that has none and where nothing waits; False elsewhere (then switch)."""
+        return self.script("init_policy", bool, name, json.dumps(dict(params), sort_keys=True), revision)
+
+    def set_weight(self, flow: str, weight: float) -> Command[bool]:
+        """Change the weight of a flow with waiting requests; False without any (the next enqueue brings its own)."""
+        return self.script("set_weight", bool, flow, repr(float(weight)))
+
+    def reply_to_requests(self, web: str) -> Command[list[str]]:
+        """Ids of waiting and running requests whose answers a web process streams."""
+        return Command(("SMEMBERS", f"{self.base}:web:{web}"), _read_ids)
+
+    def unplaced(self, limit: int = 500) -> Command[tuple[ActivePolicy, list[QueueEntry]]]:
+        """Waiting requests that the active policy has not placed yet, and that policy.
+
+        They come from a switch: scripts cannot run a policy. Place them with `place`; reading them removes nothing, so
+        a caller that dies in between loses nothing.
+        """
+        return self.script("unplaced", _read_unplaced, limit)
+
+    def place(self, placed: Sequence[tuple[str, Placement]], *, revision: int) -> Command[int]:
+        """Put unplaced requests into their flows; how many were. None are where another revision is active by now."""
+        rows = [(id_, place.flow, place.weight, place.rank) for id_, place in placed]
+        return self.script("place", int, revision, _pack(rows))
+
+
+def pack_entry(entry: QueueEntry, reply_to: str, keep_s: int) -> tuple[Any, ...]:
+    """An entry as scripts store it; a script appends the arrival number. No nil: a Lua list ends at its first hole."""
+    deadline = False if entry.deadline_s is None else entry.deadline_s
+    head = (entry.id, entry.tenant, entry.priority, entry.arrival_s, entry.prompt_tokens, entry.max_tokens)
+    return (*head, deadline, entry.share, reply_to, keep_s)
+
+
+def unpack_entry(packed: bytes) -> tuple[QueueEntry, int]:
+    """An entry as scripts store it, and its arrival number. Lua writes whole floats as integers."""
+    id_, tenant, priority, arrival_s, prompt, maximum, deadline, share, _reply_to, _keep_s, number = _unpack(packed)
+    entry = QueueEntry(
+        id=id_,
+        tenant=tenant,
+        priority=priority,
+        arrival_s=float(arrival_s),
+        prompt_tokens=prompt,
+        max_tokens=maximum,
+        deadline_s=None if deadline is False else float(deadline),
+        share=float(share),
+    )
+    return entry, number
+
+
+def read_tokens(journal: bytes | None) -> list[int]:
+    """Token ids from their journal: little-endian int32."""
+    return list(struct.unpack(f"<{len(journal) // 4}i", journal)) if journal else []
+
+
+def _time(now: float | None) -> str:
+    return "" if now is None else repr(float(now))
+
+
+_read_tokens = read_tokens
+
+
+def _read_enqueued(reply: list[Any]) -> Enqueued:
+    return Enqueued(reply[0].decode(), reply[1], reply[2])
+
+
+def _read_claimed(reply: list[Any]) -> Claimed:
+    revision, policy, depth, rows = reply
+    requests = [ClaimedRequest(id_.decode(), body, attempt, read_tokens(tok)) for id_, body, attempt, tok in rows]
+    return Claimed(revision, policy.decode(), requests, depth)
+
+
+def _read_ids(reply: Iterable[bytes]) -> list[str]:
+    return [id_.decode() for id_ in reply]
+
+
+def _read_cancelled(reply: list[Any]) -> Cancelled:
+    return Cancelled(reply[0].decode(), reply[1] or None, reply[2].decode())
+
+
+def _read_expired(reply: list[Any]) -> list[tuple[str, int]]:
+    return [(owner.decode(), num) for owner, num in reply]
+
+
+def _read_policy(reply: list[Any]) -> ActivePolicy:
+    revision, name, params = reply
+    return ActivePolicy(int(revision or 0), (name or b"fifo").decode(), json.loads(params) if params else {})
+
+
+def _read_unplaced(reply: list[Any]) -> tuple[ActivePolicy, list[QueueEntry]]:
+    return _read_policy(reply[0]), [unpack_entry(packed)[0] for packed in reply[1]]
+
+
+def _read_record(reply: list[Any] | None) -> RequestRecordView | None:
+    if reply is None:
+        return None
+    state, attempt, output, finish, body, num_bytes = reply
+    return RequestRecordView(state.decode(), int(attempt), output.decode(), finish or None, num_bytes // 4, body)
+
+
+def _read_position(reply: list[Any] | None) -> Position | None:
+    return None if reply is None else Position(reply[0].decode(), reply[1], reply[2])
+
+
+def _read_snapshot(reply: list[Any]) -> QueueSnapshot:
+    meta, by_priority, by_tenant, running, depth, oldest = reply
+    fields = _pairs(meta)
+    policy = _read_policy([fields.get(b"revision"), fields.get(b"policy"), fields.get(b"params")])
+    totals = {f"{name}_total": int(fields.get(name.encode(), 0)) for name in _TOTALS}
+    return QueueSnapshot(
+        depth=depth,
+        waiting_tokens=int(fields.get(b"waiting_tokens", 0)),
+        by_priority={int(level): int(num) for level, num in sorted(_pairs(by_priority).items())},
+        by_tenant={tenant.decode(): int(num) for tenant, num in sorted(_pairs(by_tenant).items())},
+        running=running,
+        oldest_arrival_s=float(oldest[1]) if oldest else None,
+        revision=policy.revision,
+        policy=policy.name,
+        params=policy.params,
+        **totals,
+    )
+
+
+_TOTALS = ("enqueued", "claimed", "claimed_tokens", "finished", "finished_tokens", "cancelled", "requeued")
+
+
+def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:
+    return dict(zip(flat[::2], flat[1::2], strict=True))

@@ -1,0 +1,45 @@
+-- request id, rpm, tpm, concurrency ('' is no limit), tokens, now
+--   -> {reason, retry after, requests left, tokens left, seconds until full, seconds until full}
+-- :buckets holds level, time and size of `requests` and `tokens`; :running is request ids by the time they took their slot.
+local id, now = ARGV[1], clock(ARGV[6])
+local buckets, slots = Q .. ':buckets', Q .. ':running'
+local concurrency, tokens = tonumber(ARGV[4]), tonumber(ARGV[5])
+
+local function load_bucket(name, size)
+  if not size then return nil end
+  local b = call('HMGET', buckets, name, name .. '_s')
+  local level, time = tonumber(b[1] or size), tonumber(b[2] or now)
+  level = math.min(size, level + math.max(0, now - time) * size / 60)
+  return { name = name, size = size, level = level, time = math.max(now, time) }
+end
+
+local function wait(bucket, amount)
+  if not bucket then return 0 end
+  if bucket.size <= 0 then return 60 end
+  return math.max(0, (math.min(amount, bucket.size) - bucket.level) * 60 / bucket.size)
+end
+
+local function take(bucket, amount)
+  if not bucket then return end
+  bucket.level = bucket.level - amount
+  call('HSET', buckets, bucket.name, bucket.level, bucket.name .. '_s', bucket.time, bucket.name .. '_size', bucket.size)
+end
+
+local requests, budget = load_bucket('requests', tonumber(ARGV[2])), load_bucket('tokens', tonumber(ARGV[3]))
+
+local function answer(reason, retry_after)
+  local function level(bucket) return bucket and tostring(math.max(0, math.floor(bucket.level))) or '' end
+  local function full(bucket) return tostring(bucket and wait(bucket, bucket.size) or 0) end
+  return { reason, tostring(retry_after), level(requests), level(budget), full(requests), full(budget) }
+end
+
+if call('ZSCORE', slots, id) then return answer('', 0) end
+if concurrency and call('ZCARD', slots) >= concurrency then return answer('concurrency', 1) end
+if requests and requests.level < 1 then return answer('requests_per_minute', wait(requests, 1)) end
+if budget and budget.level < tokens then return answer('tokens_per_minute', wait(budget, tokens)) end
+take(requests, 1)
+take(budget, tokens)
+call('ZADD', slots, now, id)
+-- After a minute without traffic a bucket is full, which is also what a missing one means.
+call('EXPIRE', buckets, 120)
+return answer('', 0)

@@ -1,0 +1,24 @@
+-- id -> {flow, before it in the flow, before it in all (estimate)} or nil
+local id = ARGV[1]
+local packed = call('HGET', WAITING, id)
+if not packed then return nil end
+local queue, entry = load_queue(), cmsgpack.unpack(packed)
+local depth = call('HLEN', WAITING)
+local flow = call('HGET', queue.at .. ':at', id)
+if not flow then return { '', depth - 1, depth - 1 } end
+local rank = call('ZRANK', queue.at .. ':f:' .. flow, member_of(entry[NUMBER], id))
+-- With every request of mean cost, a flow at virtual time v has served k requests when it stands at v + k * cost / weight.
+local cost = math.max(1, tonumber(call('HGET', META, 'waiting_tokens')) / depth)
+local flows = call('ZRANGE', queue.at .. ':flows', 0, 999, 'WITHSCORES')
+local own = tonumber(call('ZSCORE', queue.at .. ':flows', flow))
+local due = own + rank * cost / tonumber(call('HGET', queue.at .. ':weights', flow))
+local before = rank
+for i = 1, #flows, 2 do
+  local vt = tonumber(flows[i + 1])
+  if flows[i] ~= flow and vt <= due then
+    local weight = tonumber(call('HGET', queue.at .. ':weights', flows[i]))
+    local served = math.floor((due - vt) * weight / cost) + 1
+    before = before + math.min(call('ZCARD', queue.at .. ':f:' .. flows[i]), served)
+  end
+end
+return { flow, rank, before }
