@@ -35,6 +35,7 @@ class Config(BaseSettings):
     queue_limit: int = Field(20_000, ge=1, description="Waiting requests per model before new ones are refused.")
     lease_s: float = Field(5.0, ge=0.5, le=120, description="A worker silent for this long loses its requests to others.")
     max_body_bytes: int = Field(2 * 2**20, ge=1024, description="Largest request body.")
+    history_days: int = Field(30, ge=1, le=3650, description="How long request and batch records are kept.")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Log level.")
 
     @cached_property

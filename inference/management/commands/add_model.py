@@ -1,0 +1,53 @@
+"""`manage.py add_model`: offers a checkpoint directory under a name."""
+
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from django.core.exceptions import ValidationError
+from django.core.management.base import BaseCommand, CommandError
+
+from inference.checkpoint import CheckpointError
+from inference.models import ModelDeployment
+from inference.services import register_deployment
+
+OPTIONS = {
+    "mode": "mode",
+    "dtype": "dtype",
+    "batch_size": "max_batch_size",
+    "max_model_len": "max_model_len",
+    "step_tokens": "step_tokens",
+    "kv_memory_mb": "kv_memory_bytes",
+}
+
+
+class Command(BaseCommand):
+    help = "Offers a decoder-only Hugging Face checkpoint (safetensors; no remote code) to clients."
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("name", help="what clients put into `model`")
+        parser.add_argument("path", type=Path, help="the checkpoint's directory")
+        parser.add_argument("--mode", choices=ModelDeployment.Mode.values, help="how batches form (continuous)")
+        parser.add_argument("--dtype", choices=ModelDeployment.Dtype.values, help="arithmetic of the weights (auto)")
+        parser.add_argument("--batch-size", type=int, help="most sequences in a batch (16)")
+        parser.add_argument("--max-model-len", type=int, help="context length (the checkpoint's own)")
+        parser.add_argument("--step-tokens", type=int, help="most tokens in one engine step (2048)")
+        parser.add_argument("--kv-memory-mb", type=int, help="size of the KV cache (from free memory)")
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        given = {field: options[name] for name, field in OPTIONS.items() if options[name] is not None}
+        if "kv_memory_bytes" in given:
+            given["kv_memory_bytes"] *= 2**20
+        try:
+            deployment, info = register_deployment(name=options["name"], path=options["path"], **given)
+        except CheckpointError as error:
+            raise CommandError(str(error)) from error
+        except ValidationError as error:
+            raise CommandError(
+                " ".join(f"{field}: {' '.join(texts)}" for field, texts in error.message_dict.items())
+            ) from error
+        self.stdout.write(
+            f"{deployment.name}: {info.architecture}, {info.num_parameters / 1e6:.1f}M parameters, "
+            f"context {deployment.max_model_len or info.max_model_len}, batches of {deployment.max_batch_size} "
+            f"({deployment.mode}). Workers take it up when they start."
+        )

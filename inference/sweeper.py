@@ -1,0 +1,94 @@
+"""The sweeper: gives back what dead processes held. Idempotent, so any number may run."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import redis
+
+from inference.messages import InferenceRequest, RequestEvent
+from scheduling.fleet import FleetQueue
+from scheduling.keys import Keys
+from scheduling.limits import TenantLimits
+from scheduling.store import execute
+
+logger = logging.getLogger(__name__)
+
+MAX_HISTORY = 1_000_000
+"""Entries that the history stream keeps at most while the database is away."""
+
+
+class Sweeper:
+    """Returns the requests of dead engine processes to the queue, and cancels those of dead web processes."""
+
+    def __init__(self, client: redis.Redis, keys: Keys, *, clock: Callable[[], float] = time.time) -> None:
+        self._client = client
+        self._keys = keys
+        self._clock = clock
+        self._limits = TenantLimits(keys)
+        self._models: set[str] = set()
+
+    def run_once(self) -> None:
+        """One round over all queues. Raises RedisError."""
+        # A model stays on the list after it was withdrawn: its last requests must still come to an end.
+        self._models |= {_text(name) for name in self._client.hkeys(self._keys.deployments)}
+        queues = [FleetQueue(self._keys, model) for model in sorted(self._models)]
+        for queue in queues:
+            for owner, num_requeued in execute(self._client, queue.expire()):
+                logger.warning("%s of %s is gone; %d requests go back to the queue.", owner, queue.model, num_requeued)
+        for web in self._client.zrangebyscore(self._keys.webs, "-inf", self._clock()):
+            self._sweep_web(_text(web), queues)
+
+    def _sweep_web(self, web: str, queues: list[FleetQueue]) -> None:
+        """Cancel what the web process had asked for; forget it once nothing of it is left."""
+        num_cancelled = num_running = 0
+        for queue in queues:
+            for request_id in execute(self._client, queue.reply_to_requests(web)):
+                answer = execute(self._client, queue.cancel(request_id))
+                num_running += answer.status == "running"
+                if answer.status == "queued" and answer.body is not None:
+                    self._end(msgspec.msgpack.decode(answer.body, type=InferenceRequest))
+                    num_cancelled += 1
+        if num_cancelled:
+            logger.warning("Web process %s is gone; %d of its waiting requests are cancelled.", web, num_cancelled)
+        if not num_running:
+            with self._client.pipeline() as pipe:
+                pipe.zrem(self._keys.webs, web)
+                pipe.delete(self._keys.replies(web))
+                pipe.execute()
+
+    def _end(self, request: InferenceRequest) -> None:
+        """Settle a cancelled request's limits and write its history, as its web process would have."""
+        execute(
+            self._client,
+            self._limits.settle(request.tenant, request.id, refund_tokens=request.charged_tokens),
+        )
+        event = msgspec.msgpack.encode([_cancelled_event(request, self._clock())])
+        self._client.xadd(self._keys.history, {"m": event}, maxlen=MAX_HISTORY, approximate=True)
+
+
+def _cancelled_event(request: InferenceRequest, now_s: float) -> RequestEvent:
+    return RequestEvent(
+        id=request.id,
+        model=request.model,
+        tenant=request.tenant,
+        priority=request.priority,
+        endpoint=request.endpoint,
+        state="cancelled",
+        finish_reason="cancelled",
+        error_code="client_gone",
+        arrival_s=request.arrival_s,
+        finished_s=now_s,
+        prompt_tokens=len(request.prompt_token_ids),
+        completion_tokens=0,
+        max_tokens=request.max_tokens,
+        attempts=0,
+        deadline_s=request.deadline_s,
+        user=request.user,
+    )
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)

@@ -1,0 +1,87 @@
+"""Periodic tasks of the ops worker. Each is repeated by beat, harmless to run twice, and catches up after an outage."""
+
+import logging
+from functools import cache, partial
+
+from celery import shared_task
+from django.conf import settings
+from django.db import Error as DatabaseError
+from redis.exceptions import RedisError
+
+from inference import services
+from inference.control import send_control
+from inference.historian import Historian
+from inference.sweeper import Sweeper
+from scheduling import policy_switch
+from scheduling.connection import live_keys, live_redis
+
+logger = logging.getLogger(__name__)
+
+HISTORY_BUDGET_S = 5.0
+"""A run that has caught up ends at once; one that has not leaves the rest to the next."""
+
+AWAY = (RedisError, DatabaseError, OSError)
+"""Outages: said in one line, and tried again by the next run."""
+
+
+@shared_task(ignore_result=True)
+def write_history() -> None:
+    """Move history from Redis into the database."""
+    try:
+        Historian(live_redis(), live_keys()).drain(HISTORY_BUDGET_S)
+    except AWAY as error:
+        logger.warning("History waits in its stream: %s", error)
+
+
+@shared_task(ignore_result=True)
+def sweep() -> None:
+    """Give back what dead engine and web processes held."""
+    try:
+        _sweeper().run_once()
+    except AWAY as error:
+        logger.warning("Sweeping waits for Redis: %s", error)
+
+
+@shared_task(ignore_result=True)
+def reconcile_policies() -> None:
+    """Make every queue follow its newest policy revision."""
+    try:
+        policy_switch.reconcile_policies(announce=partial(services.announce_policy, send=send_control))
+    except AWAY as error:
+        logger.warning("Policies could not be compared: %s", error)
+
+
+@shared_task(ignore_result=True)
+def publish_deployments() -> None:
+    """Bring the deployments in Redis up to date, after Redis was away or lost its data."""
+    try:
+        services.publish()
+    except AWAY as error:
+        logger.warning("Deployments could not be published: %s", error)
+
+
+@shared_task(ignore_result=True)
+def record_replicas() -> None:
+    """Keep the table of replicas up to date."""
+    try:
+        services.record_replicas(live_redis(), live_keys())
+    except AWAY as error:
+        logger.warning("Replicas could not be recorded: %s", error)
+
+
+@shared_task(ignore_result=True)
+def prune_history() -> None:
+    """Delete history older than the setting says."""
+    try:
+        num_deleted = services.prune_history(days=settings.PENSTOCK.history_days)
+    except AWAY as error:
+        logger.warning("History could not be pruned: %s", error)
+        return
+    if num_deleted:
+        logger.info("Deleted %d history rows older than %d days.", num_deleted, settings.PENSTOCK.history_days)
+
+
+@cache
+def _sweeper() -> Sweeper:
+    """One for the life of the process: it remembers models that were withdrawn."""
+    return Sweeper(live_redis(), live_keys())
