@@ -137,6 +137,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     time_to_first_token: Histogram | None = None
     time_per_output_token: Histogram | None = None
     end_to_end: Histogram | None = None
+    overhead_percent: float = 0.0
+    """Share of the busy loop's time outside the forward pass."""
 
 
 class RequestEvent(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
