@@ -1,8 +1,58 @@
-"""The web process: `/v1/*` goes to a lean ASGI application, all else to Django, websockets to Channels."""
+"""The web process: `/v1/*` goes to a lean application, probes beside it, websockets to Channels, the rest to Django.
+
+Run as `uvicorn controlplane.asgi:application --loop asyncio --http httptools --ws websockets
+--timeout-graceful-shutdown 5 --no-access-log`.
+"""
 
 import os
+import uuid
+from collections.abc import MutableMapping
+from typing import Any
 
 from django.core.asgi import get_asgi_application
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "controlplane.settings")
-application = get_asgi_application()
+_django: Any = get_asgi_application()
+
+# What follows imports models, so only now.
+from django.conf import settings  # noqa: E402
+
+from controlplane.api.openai import OpenAIApp  # noqa: E402
+from controlplane.api.openai.exchange import Receive, Scope, Send, request_id  # noqa: E402
+from controlplane.health import answer_healthz, answer_readyz  # noqa: E402
+from controlplane.lifespan import Lifespan  # noqa: E402
+from controlplane.metrics import answer_metrics  # noqa: E402
+from dashboard.routing import aggregator  # noqa: E402
+from dashboard.routing import application as _sockets  # noqa: E402
+
+_openai = OpenAIApp(settings.PENSTOCK.max_body_bytes)
+_lifespan = Lifespan(settings.PENSTOCK, aggregator)
+_probes = {"/healthz": answer_healthz, "/readyz": answer_readyz, "/metrics": answer_metrics}
+
+
+async def application(scope: Scope, receive: Receive, send: Send) -> None:
+    """Route one ASGI connection."""
+    kind = scope["type"]
+    if kind == "lifespan":
+        await _lifespan(scope, receive, send)
+    elif kind == "websocket":
+        await _sockets(scope, receive, send)
+    elif scope["path"].startswith("/v1/"):
+        await _openai(scope, receive, send)
+    elif (probe := _probes.get(scope["path"])) is not None:
+        await probe(scope, receive, send)
+    else:
+        await _django_with_id(scope, receive, send)
+
+
+async def _django_with_id(scope: Scope, receive: Receive, send: Send) -> None:
+    """Django, with `X-Request-Id` on its response."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
+    header = (b"x-request-id", request_id(given, uuid.uuid4().hex))
+
+    async def send_with_id(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), header]}
+        await send(message)
+
+    await _django(scope, receive, send_with_id)

@@ -1,0 +1,136 @@
+"""From a validated body to a draft for admission: prompt to tokens, defaults, seed, priority, deadline."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from controlplane.api.caller import Caller
+from controlplane.api.openai.body import ChatBody, CompletionBody, Message, Sampling
+from inference.gateway import Draft, ServedModel
+from inference.gateway.errors import ContextLengthExceeded, InvalidRequest
+from inference.tokenization import ChatTemplateFailed, ChatTemplateMissing
+from scheduling.core.sequence import SamplingParams
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""`max_tokens` of `/v1/completions` where absent, as OpenAI has it."""
+DEFAULT_CHAT_TOKENS = 512
+"""The same of chat, or the rest of the context where that is less."""
+INLINE_CHARACTERS = 8192
+"""Longer prompts are tokenized in a thread, so that they do not hold up other clients' tokens."""
+ROLES = {"developer": "system"}
+"""Newer names of roles that chat templates know by the older one."""
+
+
+async def draft_completion(body: CompletionBody, caller: Caller, model: ServedModel, draft_id: str) -> Draft:
+    """Raises InvalidRequest, ContextLengthExceeded or Forbidden."""
+    priority = caller.choose_priority(body.priority)
+    prompt = _single_prompt(body.prompt)
+    if isinstance(prompt, str):
+        token_ids = await _tokenize(len(prompt), lambda: model.tokenizer.encode(prompt), "prompt")
+    else:
+        token_ids = prompt
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < model.vocab_size:
+            raise InvalidRequest(f"Token ids must be from 0 to {model.vocab_size - 1}.", param="prompt")
+    max_tokens = body.max_tokens or _rest(model, token_ids, DEFAULT_COMPLETION_TOKENS)
+    return _draft(body, caller, model, draft_id, "completions", token_ids, max_tokens, priority)
+
+
+async def draft_chat(body: ChatBody, caller: Caller, model: ServedModel, draft_id: str) -> Draft:
+    """Raises InvalidRequest, ContextLengthExceeded or Forbidden."""
+    priority = caller.choose_priority(body.priority)
+    asked = body.max_completion_tokens or body.max_tokens
+    if body.max_tokens is not None and asked != body.max_tokens:
+        raise InvalidRequest("max_tokens and max_completion_tokens differ; give one.", param="max_tokens")
+    messages = [_plain_message(message, i) for i, message in enumerate(body.messages)]
+    size = sum(len(message["content"]) for message in messages)
+    token_ids = await _tokenize(size, lambda: model.tokenizer.render_chat(messages), "messages")
+    max_tokens = asked or _rest(model, token_ids, DEFAULT_CHAT_TOKENS)
+    return _draft(body, caller, model, draft_id, "chat.completions", token_ids, max_tokens, priority)
+
+
+def _draft(
+    body: Sampling,
+    caller: Caller,
+    model: ServedModel,
+    draft_id: str,
+    endpoint: str,
+    token_ids: list[int],
+    max_tokens: int,
+    priority: int,
+) -> Draft:
+    if not token_ids:
+        param = "messages" if endpoint == "chat.completions" else "prompt"
+        raise InvalidRequest("The prompt is empty.", param=param, code="empty_prompt")
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options is only allowed with stream.", param="stream_options")
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    sampling = SamplingParams(
+        temperature=1.0 if body.temperature is None else float(body.temperature),
+        top_p=1.0 if body.top_p is None else float(body.top_p),
+        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+        stop=stop,
+        ignore_eos=bool(body.ignore_eos),
+    )
+    return Draft(
+        id=draft_id,
+        endpoint=endpoint,
+        model=model,
+        tenant=caller.tenant,
+        prompt_token_ids=token_ids,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        priority=priority,
+        deadline_s=None if body.deadline_ms is None else time.time() + body.deadline_ms / 1000,
+        user=body.user or "",
+    )
+
+
+async def _tokenize(num_characters: int, tokenize: Callable[[], list[int]], param: str) -> list[int]:
+    try:
+        if num_characters > INLINE_CHARACTERS:
+            return await asyncio.to_thread(tokenize)
+        return tokenize()
+    except ChatTemplateMissing as error:
+        raise InvalidRequest(str(error), param="model", code="chat_template_missing") from error
+    except ChatTemplateFailed as error:
+        raise InvalidRequest(str(error), param=param) from error
+
+
+def _rest(model: ServedModel, token_ids: list[int], cap: int) -> int:
+    """The default completion length: what the context leaves, at most `cap`."""
+    rest = model.max_model_len - len(token_ids)
+    if rest < 1:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {model.max_model_len} tokens; the prompt has {len(token_ids)}."
+        )
+    return min(cap, rest)
+
+
+def _single_prompt(prompt: str | list[Any]) -> str | list[int]:
+    """A text or token ids; a list may hold one of either. Raises InvalidRequest for several prompts."""
+    if isinstance(prompt, str):
+        return prompt
+    if all(isinstance(item, int) for item in prompt):
+        return prompt
+    if len(prompt) == 1 and isinstance(prompt[0], str | list):
+        return prompt[0]
+    raise InvalidRequest(
+        "Several prompts in one request are not supported; send a request for each.",
+        param="prompt",
+        code="unsupported_value",
+    )
+
+
+def _plain_message(message: Message, index: int) -> dict[str, Any]:
+    content = message.content
+    if content is None:
+        if message.role != "assistant":
+            raise InvalidRequest("content must be a string or text parts.", param=f"messages[{index}].content")
+        content = ""
+    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+    plain: dict[str, Any] = {"role": ROLES.get(message.role, message.role), "content": text}
+    if message.name:
+        plain["name"] = message.name
+    return plain

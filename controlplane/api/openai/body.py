@@ -1,0 +1,163 @@
+"""Request bodies of OpenAI's dialect: typed, bounded, and nothing unknown or unsupported ever ignored."""
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from inference.gateway.errors import InvalidRequest
+
+MAX_STOPS = 4
+MAX_DEADLINE_MS = 7 * 24 * 3600 * 1000
+
+Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+
+
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a stream carries beside its text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Parameters that both endpoints take. Null is the default everywhere."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=256)]
+    max_tokens: Tokens | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    ignore_eos: bool | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int | str | None = None
+    deadline_ms: Annotated[float, Meta(gt=0, le=MAX_DEADLINE_MS)] | None = None
+    """Milliseconds from now in which the answer should be complete; policies order by it."""
+
+
+class CompletionBody(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of `/v1/completions`."""
+
+    prompt: str | list[int | str | list[int]]
+
+
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a message's content; only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One message. What an answer carries as null may be sent back so."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] | None = None
+    name: Annotated[str, Meta(max_length=256)] | None = None
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+    audio: None = None
+    annotations: None = None
+
+
+class ChatBody(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Tokens | None = None
+
+
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "store": (False,),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "suffix": ("",),
+    "top_k": (0, -1),
+    "min_p": (0, 0.0),
+    "min_tokens": (0,),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "prompt_cache_key": (),
+    "safety_identifier": (),
+}
+"""Options that are not supported, each with the values (null besides) that ask for nothing and are accepted."""
+
+T = TypeVar("T", CompletionBody, ChatBody)
+_DECODERS: dict[type, Any] = {kind: msgspec.json.Decoder(kind) for kind in (CompletionBody, ChatBody)}
+_WHERE = re.compile(r" - at `\$\.?([^`]*)`")
+
+
+def read_body(raw: bytes | bytearray, kind: type[T]) -> T:
+    """Decode and validate a body. Raises InvalidRequest whose `param` names the culprit."""
+    try:
+        body: T = _DECODERS[kind].decode(raw)
+    except msgspec.ValidationError:
+        body = _read_closely(raw, kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
+    return body
+
+
+def _read_closely(raw: bytes | bytearray, kind: type[T]) -> T:
+    """Take out options that ask for nothing, and say what is wrong with the rest."""
+    try:
+        fields = msgspec.json.decode(raw)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
+    if not isinstance(fields, dict):
+        raise InvalidRequest("The body must be a JSON object.", code="invalid_type")
+    known = kind.__struct_fields__
+    for name in [name for name in fields if name not in known]:
+        if name not in HARMLESS:
+            raise InvalidRequest(
+                f"Unrecognized request argument: {name[:100]}.", param=name[:100], code="unknown_parameter"
+            )
+        if not _asks_for_nothing(fields.pop(name), HARMLESS[name]):
+            raise InvalidRequest(f"The option {name} is not supported.", param=name, code="unsupported_parameter")
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from error
+
+
+def _asks_for_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
+    # By type too: 0 equals False, but `logprobs: 0` asks for something.
+    return value is None or any(type(value) is type(h) and value == h for h in harmless)
+
+
+def _invalid(message: str) -> InvalidRequest:
+    where = _WHERE.search(message)
+    param = where.group(1) if where else None
+    missing = re.search(r"missing required field `([^`]*)`", message)
+    unknown = re.search(r"contains unknown field `([^`]*)`", message)
+    if missing or unknown:
+        name = (missing or unknown).group(1)  # type: ignore[union-attr]
+        param = f"{param}.{name}" if param else name
+    code = "missing_required_parameter" if missing else "unknown_parameter" if unknown else "invalid_value"
+    sentence = _WHERE.sub("", message)
+    return InvalidRequest(f"{sentence} (at {param})." if param else f"{sentence}.", param=param, code=code)

@@ -1,0 +1,8 @@
+"""The web process's side of the queue: admission, running requests and their replies, cancellation, live fleet status."""
+
+from inference.gateway.admission import Draft
+from inference.gateway.gateway import Gateway, Reply
+from inference.gateway.monitor import FleetStatus
+from inference.gateway.served import ServedModel
+
+__all__ = ["Draft", "FleetStatus", "Gateway", "Reply", "ServedModel"]

@@ -1,0 +1,220 @@
+"""Letting one request in: length, backpressure, the tenant's limits, and its place in the fleet queue."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from inference.directory import TenantConfig
+from inference.gateway.errors import (
+    ContextLengthExceeded,
+    Overloaded,
+    QueueFull,
+    RateLimited,
+    RedisUnavailable,
+    Unavailable,
+)
+from inference.gateway.monitor import FleetMonitor
+from inference.gateway.pipeline import CommandPipeline
+from inference.gateway.served import ServedModel
+from inference.messages import InferenceRequest
+from scheduling.core.backpressure import BackpressureLimits, Level, depth_limit
+from scheduling.core.request import Priority, QueueEntry
+from scheduling.core.sequence import SamplingParams
+from scheduling.keys import Keys
+from scheduling.limits import Admission, TenantLimits
+from scheduling.store import Command
+
+log = logging.getLogger(__name__)
+REDIS_WAIT_S = 2.0
+"""How long a new request waits for a Redis that went away."""
+MAX_PLACEMENTS = 20
+"""Policy switches a single request may lose against."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A validated, tokenized request that has not been let in yet."""
+
+    id: str
+    endpoint: str
+    model: ServedModel
+    tenant: TenantConfig
+    prompt_token_ids: Sequence[int]
+    max_tokens: int
+    sampling: SamplingParams
+    priority: int
+    deadline_s: float | None = None
+    """Unix time by which the answer should be complete."""
+    user: str = ""
+    reply_to: str = ""
+    keep_s: int = 60
+
+
+class AdmissionDesk:
+    """Takes drafts through admission in order; the first refusal is raised and counted."""
+
+    def __init__(
+        self,
+        pipeline: CommandPipeline,
+        monitor: FleetMonitor,
+        keys: Keys,
+        *,
+        queue_limit: int,
+        limits: BackpressureLimits,
+    ) -> None:
+        self._pipeline = pipeline
+        self._monitor = monitor
+        self._keys = keys
+        self._queue_limit = queue_limit
+        self._backpressure = limits
+        self.limits = TenantLimits(keys)
+
+    async def admit(self, draft: Draft, request: InferenceRequest) -> Admission:
+        """Charge the tenant and enqueue. Raises ContextLengthExceeded, Overloaded, RateLimited, QueueFull, RedisUnavailable."""
+        check_length(draft)
+        max_depth = self._check_backpressure(draft)
+        admission = await self._charge(draft)
+        try:
+            await self._enqueue(draft, request, max_depth)
+        except Unavailable as error:
+            error.admission = admission
+            raise
+        return admission
+
+    def _check_backpressure(self, draft: Draft) -> int:
+        """The depth at which a request of this priority is refused."""
+        assessment = self._monitor.status(draft.model.name).assessment
+        max_depth = depth_limit(draft.priority, self._queue_limit, assessment.level, self._backpressure)
+        if max_depth <= 0:
+            self.count_refusal(draft, "overloaded")
+            raise Overloaded(
+                f"Requests of priority {Priority(draft.priority).name.lower()} are refused at the moment: "
+                f"{assessment.reason}.",
+                retry_after_s=self._drain_time_s(draft),
+            )
+        return max_depth
+
+    async def _charge(self, draft: Draft) -> Admission:
+        tenant = draft.tenant
+        tokens = len(draft.prompt_token_ids) + draft.max_tokens
+        command = self.limits.acquire(
+            tenant.name, draft.id, rpm=tenant.rpm, tpm=tenant.tpm, concurrency=tenant.concurrency, tokens=tokens
+        )
+        admission = await self._pipeline.send_within(command, REDIS_WAIT_S)
+        if not admission.ok:
+            self.count_refusal(draft, admission.reason)
+            raise _limit_reached(admission, tokens)
+        return admission
+
+    async def _enqueue(self, draft: Draft, request: InferenceRequest, max_depth: int) -> None:
+        body = msgspec.msgpack.encode(request)
+        entry = QueueEntry(
+            id=request.id,
+            tenant=request.tenant,
+            priority=request.priority,
+            arrival_s=request.arrival_s,
+            prompt_tokens=len(request.prompt_token_ids),
+            max_tokens=request.max_tokens,
+            deadline_s=request.deadline_s,
+            share=draft.tenant.weight,
+        )
+        queue = draft.model.queue
+        for attempt in range(MAX_PLACEMENTS):
+            revision, policy = await self._monitor.active_policy(draft.model, fresh=attempt > 0)
+            command = queue.enqueue(
+                entry,
+                policy.place(entry),
+                revision=revision,
+                body=body,
+                depth_limit=max_depth,
+                reply_to=request.reply_to,
+                keep_s=request.keep_s,
+            )
+            answer = await self._pipeline.send_within(command, REDIS_WAIT_S)
+            if answer.status in ("queued", "duplicate"):  # a duplicate is our own, sent again after a lost reply
+                return
+            if answer.status == "full":
+                await self._refuse_full(draft, request, answer.depth)
+        await self._give_back(request)
+        raise Unavailable("The queue's policy changes too often to place the request.")
+
+    async def _refuse_full(self, draft: Draft, request: InferenceRequest, depth: int) -> None:
+        await self._give_back(request)
+        self.count_refusal(draft, "queue_full")
+        raise QueueFull(
+            f"{depth} requests wait already, which is the bound for priority {Priority(draft.priority).name.lower()}.",
+            retry_after_s=self._drain_time_s(draft),
+        )
+
+    async def _give_back(self, request: InferenceRequest) -> None:
+        command = self.limits.cancel_charge(request.tenant, request.id, tokens=request.charged_tokens)
+        await self._pipeline.send_within(command, REDIS_WAIT_S)
+
+    def _drain_time_s(self, draft: Draft) -> float:
+        """Seconds until a request of this priority will probably be let in."""
+        status = self._monitor.status(draft.model.name)
+        depth = status.snapshot.depth if status.snapshot else 0
+        target = depth_limit(draft.priority, self._queue_limit, Level.NONE, self._backpressure)
+        return float(status.rate.retry_after_s(depth, min(target, depth)))
+
+    def count_refusal(self, draft: Draft, reason: str) -> None:
+        """Count a refusal for the metrics; nobody waits for it."""
+        field = f"{draft.model.name}|{draft.tenant.name}|{reason}"
+        future = self._pipeline.send(Command(("HINCRBY", self._keys.refusals, field, 1), int))
+        future.add_done_callback(_ignore_lost)
+
+
+def check_length(draft: Draft) -> None:
+    """Raises ContextLengthExceeded where prompt and completion do not fit the model's context."""
+    num_prompt, limit = len(draft.prompt_token_ids), draft.model.max_model_len
+    if num_prompt + draft.max_tokens > limit:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {limit} tokens. You requested {num_prompt + draft.max_tokens} "
+            f"tokens ({num_prompt} in the prompt, {draft.max_tokens} for the completion).",
+            param="messages" if draft.endpoint == "chat.completions" else "prompt",
+        )
+
+
+def to_request(draft: Draft) -> InferenceRequest:
+    """The request as it goes into the queue, arriving now."""
+    return InferenceRequest(
+        id=draft.id,
+        model=draft.model.name,
+        tenant=draft.tenant.name,
+        priority=draft.priority,
+        arrival_s=time.time(),
+        prompt_token_ids=list(draft.prompt_token_ids),
+        max_tokens=draft.max_tokens,
+        sampling=draft.sampling,
+        reply_to=draft.reply_to,
+        endpoint=draft.endpoint,
+        deadline_s=draft.deadline_s,
+        user=draft.user,
+        charged_tokens=len(draft.prompt_token_ids) + draft.max_tokens,
+        keep_s=draft.keep_s,
+    )
+
+
+def _limit_reached(admission: Admission, tokens: int) -> RateLimited:
+    sentences = {
+        "requests_per_minute": f"The limit of {admission.limit_requests} requests per minute is reached.",
+        "tokens_per_minute": f"The limit of {admission.limit_tokens} tokens per minute is reached: this request asks "
+        f"for {tokens} (prompt and max_tokens together).",
+        "concurrency": "The limit of concurrent requests is reached.",
+    }
+    return RateLimited(
+        sentences[admission.reason],
+        code=f"{admission.reason}_exceeded",
+        retry_after_s=admission.retry_after_s,
+        admission=admission,
+    )
+
+
+def _ignore_lost(future: object) -> None:
+    """A counter that Redis did not take is not worth an error."""
+    error = future.exception()  # type: ignore[attr-defined]
+    if error is not None and not isinstance(error, RedisUnavailable):
+        log.error("A refusal could not be counted: %s", error)

@@ -1,0 +1,337 @@
+"""The gateway of one web process: lets requests in, hands out their replies, cancels what nobody waits for."""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import msgspec
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from inference.directory import Directory, DirectoryWatch
+from inference.gateway.admission import AdmissionDesk, Draft, to_request
+from inference.gateway.errors import ClientGone, GatewayError, RedisUnavailable, RequestLost, ShuttingDown
+from inference.gateway.monitor import PERIOD_S, FleetMonitor, FleetStatus
+from inference.gateway.pipeline import CommandPipeline
+from inference.gateway.repair import read_missing
+from inference.gateway.replies import Mailbox, ReplyReader
+from inference.gateway.served import ServedModel, ServedModels
+from inference.messages import Finish, InferenceRequest, RequestEvent
+from scheduling.core.backpressure import BackpressureLimits
+from scheduling.keys import Keys
+from scheduling.limits import Admission
+from scheduling.store import Command
+
+log = logging.getLogger(__name__)
+HEARTBEAT_S = 1.0
+HEARTBEAT_LIFE_S = 15.0
+"""How long this process may be silent (Redis restarting, say) before the sweeper cancels its requests."""
+SIGN_OF_LIFE_S = 15.0
+"""An answer idle for this long gets a comment line, so that proxies keep the connection."""
+STALLED_S = 10.0
+"""A request silent for this long is looked up, in case its end was lost on the way."""
+MAX_HISTORY = 1_000_000
+PATIENCE_S = 600.0
+"""How long a cancellation is tried while Redis is away."""
+
+
+class Reply:
+    """A running request as its client's coroutine sees it. Read until `finish` is set; `abandon` when the client left."""
+
+    def __init__(self, gateway: "Gateway", model: ServedModel, request: InferenceRequest) -> None:
+        self.request = request
+        self.model = model
+        self.admission: Admission | None = None
+        """What the tenant's limits answered; None until the request is in the queue."""
+        self.mailbox = Mailbox(asyncio.get_running_loop().time())
+        self.abandoned = False
+        self._gateway = gateway
+
+    async def read(self) -> str:
+        """Wait for more text and take it. "" is a sign of life to pass on, or the end (`finish`).
+
+        Raises GatewayError where the request ended without `finish`.
+        """
+        mailbox = self.mailbox
+        await mailbox.wait()
+        text = mailbox.take()
+        if not text and mailbox.error is not None and mailbox.finish is None:
+            raise mailbox.error
+        return text
+
+    async def read_all(self) -> str:
+        """Wait for the end and take the whole text. Raises GatewayError where it ended without `finish`."""
+        mailbox = self.mailbox
+        mailbox.whole = True
+        while mailbox.finish is None:
+            await mailbox.wait()
+            if mailbox.error is not None and mailbox.finish is None:
+                raise mailbox.error
+        return mailbox.take()
+
+    @property
+    def finish(self) -> Finish | None:
+        """How it ended."""
+        return self.mailbox.finish
+
+    def abandon(self) -> None:
+        """Cancel unless it has ended. Returns at once."""
+        if not self.abandoned:
+            self.abandoned = True
+            self.mailbox.fail(ClientGone())
+            self._gateway.close_reply(self)
+
+
+class Gateway:
+    """Start once per web process, inside its event loop."""
+
+    def __init__(
+        self,
+        redis_url: str,
+        keys: Keys,
+        directory: DirectoryWatch,
+        *,
+        name: str = "",
+        queue_limit: int = 20_000,
+        backpressure: BackpressureLimits | None = None,
+    ) -> None:
+        once = Retry(NoBackoff(), 0)
+        options = {"protocol": 2, "retry": once, "socket_connect_timeout": 2.0}
+        self._client = redis.asyncio.Redis.from_url(redis_url, socket_timeout=5.0, **options)
+        self._reader_client = redis.asyncio.Redis.from_url(redis_url, socket_timeout=15.0, **options)
+        self._reader_client.set_response_callback("XREAD", _as_is)
+        self.name = name or uuid.uuid4().hex[:16]
+        self.keys = keys
+        self.queue_limit = queue_limit
+        self.pipeline = CommandPipeline(self._client)
+        self.models = ServedModels(keys)
+        limits = backpressure or BackpressureLimits()
+        self.monitor = FleetMonitor(self.pipeline, keys, queue_limit, limits)
+        self.desk = AdmissionDesk(self.pipeline, self.monitor, keys, queue_limit=queue_limit, limits=limits)
+        self._directory = directory
+        self._reader = ReplyReader(
+            self._reader_client, keys.replies(self.name), on_gap=self._on_gap, on_return=self._on_return
+        )
+        self._replies: dict[str, Reply] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loops: list[asyncio.Task[None]] = []
+        self.closing = False
+        """Set when the process is to stop: requests in flight go on, new ones are refused."""
+
+    @property
+    def directory(self) -> Directory:
+        """Tenants, keys and deployments as they are now."""
+        return self._directory.current
+
+    @property
+    def num_replies(self) -> int:
+        """Requests in flight through this process."""
+        return len(self._replies)
+
+    async def start(self) -> None:
+        """Load the models' tokenizers and begin to read replies. A Redis that is away is waited for in the background."""
+        await self.models.refresh(self.directory.deployments)
+        with contextlib.suppress(RedisUnavailable):
+            await self._beat()
+            await self.monitor.tick(self.models.loaded())
+        self._loops = [
+            asyncio.create_task(coroutine, name=name)
+            for name, coroutine in (
+                ("gateway-replies", self._reader.run()),
+                ("gateway-status", self._watch_fleet()),
+                ("gateway-heartbeat", self._keep_alive()),
+            )
+        ]
+
+    async def stop(self) -> None:
+        """Cancel what is in flight, leave Redis clean, close connections."""
+        self.begin_shutdown()
+        self.end_replies()
+        for reply in list(self._replies.values()):
+            reply.abandon()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2.0):
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+        for task in (*self._loops, *self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._loops, *self._tasks, return_exceptions=True)
+        with contextlib.suppress(RedisUnavailable):
+            await self.pipeline.send(Command(("ZREM", self.keys.webs, self.name), int))
+            await self.pipeline.send(Command(("DEL", self.keys.replies(self.name)), int))
+        await self._client.aclose()
+        await self._reader_client.aclose()
+
+    def begin_shutdown(self) -> None:
+        """Refuse new requests from now on."""
+        self.closing = True
+
+    def end_replies(self) -> None:
+        """Tell every client in flight that the process stops."""
+        for reply in self._replies.values():
+            reply.mailbox.fail(ShuttingDown())
+
+    # Requests
+
+    async def submit(self, draft: Draft) -> Reply:
+        """Let a request in and hand out its reply. Raises GatewayError: its kind says which check refused it."""
+        if self.closing:
+            raise ShuttingDown
+        reply = Reply(self, draft.model, to_request(draft))
+        if draft.reply_to:
+            # Before the request is in the queue: its first token may come before the enqueue's own answer.
+            self._replies[draft.id] = reply
+            self._reader.mailboxes[draft.id] = reply.mailbox
+        try:
+            reply.admission = await self.desk.admit(draft, reply.request)
+        except BaseException as error:
+            self._forget(draft.id)
+            if not isinstance(error, GatewayError) or isinstance(error, RedisUnavailable):
+                # It may have come into the queue although the answer was lost.
+                self._spawn(self._cancel(draft.model, reply.request))
+            raise
+        return reply
+
+    def close_reply(self, reply: Reply) -> None:
+        """Forget a request; cancel it where it has not ended."""
+        self._forget(reply.request.id)
+        if reply.finish is None:
+            self._spawn(self._cancel(reply.model, reply.request))
+
+    def _forget(self, request_id: str) -> None:
+        self._replies.pop(request_id, None)
+        self._reader.mailboxes.pop(request_id, None)
+
+    async def cancel(self, model: ServedModel, request: InferenceRequest) -> str:
+        """Cancel one request wherever it is: "queued", "running" or "gone". Raises RedisUnavailable."""
+        answer = await self.pipeline.send(model.queue.cancel(request.id))
+        if answer.status != "running":
+            # For one that is gone this changes nothing, unless it never came into the queue.
+            await self._settle(request, with_history=answer.status == "queued")
+        return str(answer.status)
+
+    async def _cancel(self, model: ServedModel, request: InferenceRequest) -> None:
+        """`cancel` that keeps trying while Redis is away. What it cannot finish, lease and record life time clean up."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            try:
+                await self.cancel(model, request)
+                return
+            except RedisUnavailable:
+                await asyncio.sleep(0.25)
+        log.error("Request %s could not be cancelled: Redis stayed away", request.id)
+
+    async def _settle(self, request: InferenceRequest, *, with_history: bool) -> None:
+        """Give the tenant's tokens and slot back; once it left the queue nobody else does, nor writes its history."""
+        commands: list[Command[Any]] = [
+            self.desk.limits.settle(request.tenant, request.id, refund_tokens=request.charged_tokens)
+        ]
+        if with_history:
+            event = msgspec.msgpack.encode([_cancelled_event(request)])
+            commands.append(Command(("XADD", self.keys.history, "MAXLEN", "~", MAX_HISTORY, "*", "m", event), bytes))
+        await asyncio.gather(*(self.pipeline.send_within(command, 30.0) for command in commands))
+
+    # Replies that lost something on the way
+
+    def _on_gap(self, request_id: str) -> None:
+        reply = self._replies.get(request_id)
+        if reply is not None and reply.admission is not None and not reply.mailbox.repairing:
+            reply.mailbox.repairing = True
+            self._spawn(self._repair(reply))
+
+    def _on_return(self) -> None:
+        for request_id in list(self._replies):
+            self._on_gap(request_id)
+
+    async def _repair(self, reply: Reply) -> None:
+        """Take what is missing from the request's record; end the reply where that is lost too."""
+        try:
+            update = await read_missing(self.pipeline, reply.model, reply.request)
+            if update is None:
+                reply.mailbox.fail(RequestLost())
+            else:
+                reply.mailbox.put(update, asyncio.get_running_loop().time())
+        except RedisUnavailable:
+            log.debug("Request %s is looked up again once Redis is back", reply.request.id)
+        finally:
+            reply.mailbox.repairing = False
+
+    # Loops
+
+    async def _watch_fleet(self) -> None:
+        while True:
+            try:
+                if self.models.specs is not self.directory.deployments:
+                    await self.models.refresh(self.directory.deployments)
+                await self.monitor.tick(self.models.loaded())
+            except RedisUnavailable:
+                log.debug("No fleet status while Redis is away")
+            except Exception:
+                log.exception("Reading the fleet's status failed")
+            self._look_at_idle_replies()
+            await asyncio.sleep(PERIOD_S)
+
+    def _look_at_idle_replies(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for request_id, reply in self._replies.items():
+            mailbox = reply.mailbox
+            silent_s = now - mailbox.heard_s
+            if silent_s >= STALLED_S and self.pipeline.connected:
+                mailbox.heard_s = now
+                self._on_gap(request_id)
+            if now - mailbox.shown_s >= SIGN_OF_LIFE_S:
+                mailbox.shown_s = now
+                mailbox.idle = True
+                mailbox.wake()
+
+    async def _keep_alive(self) -> None:
+        while True:
+            with contextlib.suppress(RedisUnavailable):
+                await self._beat()
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _beat(self) -> None:
+        runs_out = time.time() + HEARTBEAT_LIFE_S
+        await self.pipeline.send(Command(("ZADD", self.keys.webs, runs_out, self.name), int))
+
+    def status(self, model: str) -> FleetStatus:
+        """Queue, replicas and backpressure of a model as last read."""
+        return self.monitor.status(model)
+
+    def find_model(self, name: str) -> ServedModel:
+        """Raises ModelNotFound or ModelUnavailable."""
+        return self.models.find(name)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)  # the loop itself keeps only weak references
+        task.add_done_callback(self._tasks.discard)
+
+
+def _cancelled_event(request: InferenceRequest) -> RequestEvent:
+    return RequestEvent(
+        id=request.id,
+        model=request.model,
+        tenant=request.tenant,
+        priority=request.priority,
+        endpoint=request.endpoint,
+        state="cancelled",
+        finish_reason="cancelled",
+        arrival_s=request.arrival_s,
+        finished_s=time.time(),
+        prompt_tokens=len(request.prompt_token_ids),
+        completion_tokens=0,
+        max_tokens=request.max_tokens,
+        attempts=0,
+        deadline_s=request.deadline_s,
+        user=request.user,
+    )
+
+
+def _as_is(reply: Any, **_: Any) -> Sequence[Any]:
+    return reply  # type: ignore[no-any-return]

@@ -1,0 +1,135 @@
+"""What a web process knows of each fleet queue and its replicas, read from Redis four times a second."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from inference.gateway.pipeline import CommandPipeline
+from inference.gateway.served import ServedModel
+from inference.messages import ReplicaStatus
+from scheduling.core.answers import QueueSnapshot
+from scheduling.core.backpressure import Assessment, BackpressureLimits, DrainRate, Level, assess
+from scheduling.core.policies import Policy, build_policy
+from scheduling.keys import Keys
+from scheduling.store import Command
+
+log = logging.getLogger(__name__)
+PERIOD_S = 0.25
+DEAD_AFTER_S = 15.0
+"""A replica not heard of for this long is forgotten."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetStatus:
+    """One model's queue and replicas at one moment."""
+
+    time_s: float
+    snapshot: QueueSnapshot | None = None
+    replicas: Sequence[ReplicaStatus] = ()
+    assessment: Assessment = field(default_factory=lambda: Assessment(Level.NONE, ""))
+    estimated_wait_s: float | None = None
+    """For a request that joins the end of the queue now; None where nothing drains it."""
+    rate: DrainRate = field(default_factory=DrainRate)
+    """How fast the queue drains while something waits."""
+
+    @property
+    def kv_usage(self) -> float:
+        """Used part of the KV cache of all live replicas, 0 to 1."""
+        total = sum(r.kv_blocks_total for r in self.replicas)
+        return sum(r.kv_blocks_used for r in self.replicas) / total if total else 0.0
+
+
+class FleetMonitor:
+    """Keeps a FleetStatus and the active policy per model."""
+
+    def __init__(self, pipeline: CommandPipeline, keys: Keys, queue_limit: int, limits: BackpressureLimits) -> None:
+        self._pipeline = pipeline
+        self._keys = keys
+        self._queue_limit = queue_limit
+        self._limits = limits
+        self._backlogs: dict[str, BacklogRate] = {}
+        self._status: dict[str, FleetStatus] = {}
+        self._policies: dict[str, tuple[int, Policy]] = {}
+        self._decode = msgspec.msgpack.Decoder(ReplicaStatus).decode
+
+    def status(self, model: str) -> FleetStatus:
+        """The last reading; an empty one before the first."""
+        return self._status.get(model) or FleetStatus(time_s=0.0)
+
+    async def active_policy(self, model: ServedModel, *, fresh: bool = False) -> tuple[int, Policy]:
+        """Revision and policy to place a request by; `fresh` asks Redis instead of taking what the last tick saw."""
+        known = self._policies.get(model.name)
+        if known is None or fresh:
+            active = await self._pipeline.send(model.queue.active_policy())
+            known = self._keep_policy(model.name, active.revision, active.name, active.params)
+        return known
+
+    def _keep_policy(self, model: str, revision: int, name: str, params: Any) -> tuple[int, Policy]:
+        known = self._policies.get(model)
+        if known is None or known[0] != revision:
+            known = self._policies[model] = (revision, build_policy(name, params))
+        return known
+
+    async def tick(self, models: Sequence[ServedModel]) -> None:
+        """Read all of it once. Raises RedisUnavailable."""
+        replicas = await self._read_replicas()
+        snapshots = await asyncio.gather(*(self._pipeline.send(model.queue.snapshot()) for model in models))
+        for model, snapshot in zip(models, snapshots, strict=True):
+            mine = [r for r in replicas if r.model == model.name]
+            self._keep_policy(model.name, snapshot.revision, snapshot.policy, snapshot.params)
+            self._status[model.name] = self._assess(model.name, snapshot, mine)
+
+    async def _read_replicas(self) -> list[ReplicaStatus]:
+        since = time.time() - DEAD_AFTER_S
+        keys = self._keys
+        names = await self._pipeline.send(
+            Command(
+                ("ZRANGE", keys.replicas, since, "+inf", "BYSCORE"), lambda reply: [name.decode() for name in reply]
+            )
+        )
+        if not names:
+            return []
+        raws = await self._pipeline.send(Command(("MGET", *(keys.replica(name) for name in names)), list))
+        return [self._decode(raw) for raw in raws if raw is not None]
+
+    def _assess(self, model: str, snapshot: QueueSnapshot, replicas: list[ReplicaStatus]) -> FleetStatus:
+        backlog = self._backlogs.setdefault(model, BacklogRate())
+        backlog.observe(snapshot, time.monotonic())
+        reading = FleetStatus(time_s=time.time(), snapshot=snapshot, replicas=replicas)
+        wait_s = backlog.rate.wait_s(snapshot.waiting_tokens)
+        assessment = assess(
+            self._limits, depth=snapshot.depth, queue_limit=self._queue_limit, wait_s=wait_s, kv_usage=reading.kv_usage
+        )
+        return replace(reading, assessment=assessment, estimated_wait_s=wait_s, rate=backlog.rate)
+
+
+class BacklogRate:
+    """How fast the queue drains while something waits.
+
+    Idle time must not count: a fleet that had nothing to do for a minute would look slow, and the first burst after it
+    would be refused. So only intervals that begin and end with a backlog are fed to the average.
+    """
+
+    def __init__(self) -> None:
+        self.rate = DrainRate()
+        self._last: tuple[float, QueueSnapshot] | None = None
+        self._busy_s = 0.0
+        self._requests = 0
+        self._tokens = 0
+
+    def observe(self, snapshot: QueueSnapshot, now: float) -> None:
+        """Take a reading; `now` in seconds of any steady clock."""
+        last, self._last = self._last, (now, snapshot)
+        if last is None or not (last[1].depth and snapshot.depth) or snapshot.claimed_total < last[1].claimed_total:
+            return
+        if not self._busy_s:
+            self.rate.update(0.0, 0, 0)
+        self._busy_s += now - last[0]
+        self._requests += snapshot.claimed_total - last[1].claimed_total
+        self._tokens += max(0, snapshot.claimed_tokens_total - last[1].claimed_tokens_total)
+        self.rate.update(self._busy_s, self._requests, self._tokens)

@@ -1,0 +1,35 @@
+"""What a reply missed, read from the request's record and journal in Redis."""
+
+import asyncio
+
+import msgspec
+
+from inference.gateway.pipeline import CommandPipeline
+from inference.gateway.served import ServedModel
+from inference.messages import Finish, InferenceRequest, SequenceUpdate
+from inference.tokenization import TextStream
+
+
+async def read_missing(
+    pipeline: CommandPipeline, model: ServedModel, request: InferenceRequest
+) -> SequenceUpdate | None:
+    """Everything of the answer so far as one update from token 0; None where the record is gone.
+
+    The journal is written before the reply stream, so it is never behind what the stream carried.
+    Raises RedisUnavailable.
+    """
+    record, journal = await asyncio.gather(
+        pipeline.send(model.queue.record(request.id)),
+        pipeline.send(model.queue.tokens(request.id)),
+    )
+    if record is None or len(journal) < record.num_tokens:
+        return None
+    texts = await asyncio.to_thread(_texts, model, request, journal)
+    finish = msgspec.msgpack.decode(record.finish, type=Finish) if record.finish else None
+    return SequenceUpdate(request.id, record.attempt, 0, journal, texts, finish)
+
+
+def _texts(model: ServedModel, request: InferenceRequest, token_ids: list[int]) -> list[str]:
+    """The text that belongs to each token, as the worker made it."""
+    stream = TextStream(model.tokenizer, request.sampling.stop)
+    return [stream.push(token_id) for token_id in token_ids]

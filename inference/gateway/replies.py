@@ -1,0 +1,165 @@
+"""The answers of running requests: one stream reader per web process and a mailbox per request."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+import redis.asyncio
+
+from inference.gateway.errors import GatewayError
+from inference.gateway.pipeline import FIRST_PAUSE_S, LONGEST_PAUSE_S, LOST
+from inference.messages import Finish, SequenceUpdate
+
+log = logging.getLogger(__name__)
+BLOCK_MS = 2000
+MAX_MESSAGES = 1000
+
+
+class Mailbox:
+    """What has arrived for one request and its client has not taken yet.
+
+    A client that is slower than its tokens finds several of them together, so memory is bounded by `max_tokens`.
+    """
+
+    __slots__ = (
+        "_texts",
+        "_waiter",
+        "attempt",
+        "error",
+        "finish",
+        "heard_s",
+        "idle",
+        "num_tokens",
+        "repairing",
+        "shown_s",
+        "whole",
+    )
+
+    def __init__(self, now: float) -> None:
+        self.num_tokens = 0
+        """How many tokens have arrived, each once; the number of the next one."""
+        self.attempt = 0
+        self.finish: Finish | None = None
+        self.error: GatewayError | None = None
+        self.idle = False
+        """Set by the ticker where nothing came for a while; the client is sent a sign of life."""
+        self.heard_s = now
+        """When an update came, by the loop's clock."""
+        self.shown_s = now
+        """When the client was last sent something."""
+        self.repairing = False
+        self.whole = False
+        """Nobody looks before the end."""
+        self._texts: list[str] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, update: SequenceUpdate, now: float) -> bool:
+        """Take an update, dropping the tokens that are here already. False where tokens before it are missing."""
+        if self.finish is not None or update.attempt < self.attempt:
+            return True
+        skip = self.num_tokens - update.start
+        if skip < 0:
+            return False
+        self.attempt = update.attempt
+        self.heard_s = self.shown_s = now
+        texts = update.texts
+        if skip < len(texts):
+            self._texts.extend(texts[skip:] if skip else texts)
+            self.num_tokens += len(texts) - skip
+        if update.finish is not None:
+            self._texts.append(update.finish.text)
+            self.finish = update.finish
+            self.wake()
+        elif not self.whole:
+            self.wake()
+        return True
+
+    def fail(self, error: GatewayError) -> None:
+        """End the answer with an error, unless it has ended."""
+        if self.finish is None and self.error is None:
+            self.error = error
+            self.wake()
+
+    def wake(self) -> None:
+        """Let the client's coroutine look again."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Wait until there is an end, an error, or (unless `whole`) text or a sign of life to send."""
+        while not (self.finish or self.error or (not self.whole and (self._texts or self.idle))):
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def take(self) -> str:
+        """The text since the last call."""
+        self.idle = False
+        texts = self._texts
+        if not texts:
+            return ""
+        self._texts = []
+        return texts[0] if len(texts) == 1 else "".join(texts)
+
+
+class ReplyReader:
+    """Reads this process's reply stream and sorts the updates into mailboxes.
+
+    `on_gap(request_id)` is called where tokens are missing (the stream was trimmed, or lost with the server's data) and
+    `on_return()` after the server was away.
+    """
+
+    def __init__(
+        self,
+        client: redis.asyncio.Redis,
+        stream: str,
+        *,
+        on_gap: Callable[[str], None],
+        on_return: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._stream = stream
+        self._on_gap = on_gap
+        self._on_return = on_return
+        self._decode = msgspec.msgpack.Decoder(list[SequenceUpdate]).decode
+        self.mailboxes: dict[str, Mailbox] = {}
+
+    async def run(self) -> None:
+        """Read for ever."""
+        last_id: bytes = b"0-0"
+        pause_s = 0.0
+        while True:
+            try:
+                reply = await self._client.execute_command(
+                    "XREAD", "COUNT", MAX_MESSAGES, "BLOCK", BLOCK_MS, "STREAMS", self._stream, last_id
+                )
+            except LOST:
+                pause_s = min(LONGEST_PAUSE_S, pause_s * 2 or FIRST_PAUSE_S)
+                await asyncio.sleep(pause_s)
+                continue
+            if pause_s:
+                pause_s = 0.0
+                self._on_return()
+            if reply:
+                entries = reply[0][1]
+                self.deliver([fields[1] for _, fields in entries])
+                last_id = entries[-1][0]
+
+    def deliver(self, messages: list[bytes]) -> None:
+        """Sort messages (MessagePack lists of SequenceUpdate) into the mailboxes; unknown requests are ignored."""
+        now = asyncio.get_running_loop().time()
+        mailboxes = self.mailboxes
+        for message in messages:
+            try:
+                updates = self._decode(message)
+            except msgspec.MsgspecError:
+                log.exception("A message of the reply stream cannot be read")
+                continue
+            for update in updates:
+                mailbox = mailboxes.get(update.request_id)
+                if mailbox is not None and not mailbox.put(update, now):
+                    self._on_gap(update.request_id)

@@ -1,0 +1,92 @@
+"""The models a web process can tokenize for, kept in step with the directory's deployments."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from inference.checkpoint import inspect_checkpoint
+from inference.gateway.errors import ModelNotFound, ModelUnavailable
+from inference.messages import DeploymentSpec
+from inference.tokenization import Tokenizer
+from scheduling.fleet import FleetQueue
+from scheduling.keys import Keys
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A deployment with what admission needs of it."""
+
+    spec: DeploymentSpec
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_model_len: int
+    """Prompt and completion together, in tokens."""
+    queue: FleetQueue
+
+    @property
+    def name(self) -> str:
+        """The name clients ask for."""
+        return self.spec.name
+
+
+class ServedModels:
+    """Loads tokenizers in a thread when deployments come or change."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._served: dict[str, ServedModel] = {}
+        self._failed: dict[str, tuple[DeploymentSpec, str]] = {}
+        self.specs: Mapping[str, DeploymentSpec] = {}
+        """All deployments, those that could not be loaded included."""
+
+    def find(self, name: str) -> ServedModel:
+        """The model of that name. Raises ModelNotFound, or ModelUnavailable where its files cannot be read."""
+        model = self._served.get(name)
+        if model is not None:
+            return model
+        if name in self.specs:
+            raise ModelUnavailable(f"The model '{name}' cannot be loaded at the moment.", param="model")
+        raise ModelNotFound(f"The model '{name}' does not exist.", param="model")
+
+    def loaded(self) -> list[ServedModel]:
+        """Every model that can be asked for."""
+        return list(self._served.values())
+
+    async def refresh(self, specs: Mapping[str, DeploymentSpec]) -> None:
+        """Take over the directory's deployments; a model whose files cannot be read is left out with a log line."""
+        self.specs = specs
+        for name in self._served.keys() - specs.keys():
+            del self._served[name]
+        for name, spec in specs.items():
+            served = self._served.get(name)
+            if (served is None or served.spec != spec) and self._failed.get(name, (None, ""))[0] != spec:
+                await self._load(spec)
+
+    async def _load(self, spec: DeploymentSpec) -> None:
+        try:
+            model = await asyncio.to_thread(load_model, spec, self._keys)
+        except Exception as error:
+            self._failed[spec.name] = (spec, str(error))
+            self._served.pop(spec.name, None)
+            log.warning("Model %s cannot be served: %s", spec.name, error)
+        else:
+            self._failed.pop(spec.name, None)
+            self._served[spec.name] = model
+
+
+def load_model(spec: DeploymentSpec, keys: Keys) -> ServedModel:
+    """Read tokenizer and context length of a checkpoint."""
+    path = Path(spec.path)
+    info = inspect_checkpoint(path)
+    limit = min(spec.max_model_len or info.max_model_len, info.max_model_len)
+    return ServedModel(
+        spec=spec,
+        tokenizer=Tokenizer.load(path),
+        vocab_size=info.vocab_size,
+        max_model_len=limit,
+        queue=FleetQueue(keys, spec.name),
+    )
