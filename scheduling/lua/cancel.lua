@@ -4,12 +4,7 @@ local record = Q .. ':req:' .. id
 local packed = call('HGET', WAITING, id)
 if packed then
   local queue, entry = load_queue(), cmsgpack.unpack(packed)
-  local flow = call('HGET', queue.at .. ':at', id)
-  if flow then
-    unplace(queue, id, entry[NUMBER], flow)
-  else
-    call('SREM', Q .. ':unplaced', id)
-  end
+  unplace(queue, id)
   stop_waiting(entry)
   call('HSET', record, 'state', 'cancelled')
   call('HINCRBY', META, 'cancelled', 1)

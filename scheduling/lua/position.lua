@@ -1,12 +1,10 @@
 -- id -> {flow, before it in the flow, before it in all (estimate)} or nil
 local id = ARGV[1]
-local packed = call('HGET', WAITING, id)
-if not packed then return nil end
-local queue, entry = load_queue(), cmsgpack.unpack(packed)
-local depth = call('HLEN', WAITING)
-local flow = call('HGET', queue.at .. ':at', id)
+if call('HEXISTS', WAITING, id) == 0 then return nil end
+local queue, depth = load_queue(), call('HLEN', WAITING)
+local flow, member = locate(queue, id)
 if not flow then return { '', depth - 1, depth - 1 } end
-local rank = call('ZRANK', queue.at .. ':f:' .. flow, member_of(entry[NUMBER], id))
+local rank = call('ZRANK', queue.at .. ':f:' .. flow, member)
 -- With every request of mean cost, a flow at virtual time v has served k requests when it stands at v + k * cost / weight.
 local cost = math.max(1, tonumber(call('HGET', META, 'waiting_tokens')) / depth)
 local flows = call('ZRANGE', queue.at .. ':flows', 0, 999, 'WITHSCORES')

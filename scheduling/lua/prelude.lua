@@ -8,7 +8,7 @@
 --   :own:OWNER     id -> attempt           :last:OWNER its last numbered claim     :cancels:OWNER ids to stop
 --   :req:ID        the record              :tok:ID     the journal        :web:WEB    live ids of a web process
 --   :eN:flows      backlogged flows by virtual time   :eN:idle       drained flows that are ahead of the system
---   :eN:f:FLOW     members by rank         :eN:weights  of backlogged flows        :eN:at   id -> flow
+--   :eN:f:FLOW     members by rank         :eN:weights  of backlogged flows        :eN:at   id -> 16-digit arrival number, flow
 --   :unplaced      waiting ids in no flow  :switch     lock     :dirty     ids touched during a switch    :epochs
 --
 -- A member is the arrival number in 16 digits, a colon, the id: equal ranks are served in order of arrival.
@@ -43,7 +43,7 @@ end
 local function touch(queue, id)
   if queue.building then
     call('RPUSH', Q .. ':dirty', id)
-    call('EXPIRE', Q .. ':dirty', 60)
+    call('EXPIRE', Q .. ':dirty', 600)
   end
 end
 
@@ -54,7 +54,7 @@ end
 local function place(queue, id, number, flow, weight, rank)
   local at = queue.at
   call('ZADD', at .. ':f:' .. flow, rank, member_of(number, id))
-  call('HSET', at .. ':at', id, flow)
+  call('HSET', at .. ':at', id, string.format('%016d', number) .. flow)
   call('HSET', at .. ':weights', flow, weight)
   if call('ZADD', at .. ':flows', 'NX', queue.vt, flow) == 1 then
     -- Newly backlogged: a flow that was idle saves no credit, one that is ahead stays ahead.
@@ -71,12 +71,24 @@ local function drain(queue, flow, vt)
   if vt > queue.vt then call('ZADD', queue.at .. ':idle', vt, flow) end
 end
 
-local function unplace(queue, id, number, flow)
+-- Where a waiting request stands: its flow and its member there; nil while unplaced.
+local function locate(queue, id)
+  local placed = call('HGET', queue.at .. ':at', id)
+  if not placed then return nil end
+  return string.sub(placed, 17), string.sub(placed, 1, 16) .. ':' .. id
+end
+
+local function unplace(queue, id)
+  local flow, member = locate(queue, id)
+  if not flow then
+    call('SREM', Q .. ':unplaced', id)
+    return
+  end
   local list = queue.at .. ':f:' .. flow
-  call('ZREM', list, member_of(number, id))
+  call('ZREM', list, member)
   call('HDEL', queue.at .. ':at', id)
   if call('EXISTS', list) == 0 then
-    drain(queue, flow, tonumber(call('ZSCORE', queue.at .. ':flows', flow) or '0'))
+    drain(queue, flow, tonumber(call('ZSCORE', queue.at .. ':flows', flow)))
   end
 end
 

@@ -1,0 +1,168 @@
+"""Switching the policy of a live queue: a new order is built beside the old one, then put in force by one short script.
+
+While it is built (in chunks of a few ms, in keys of a new epoch) claims and enqueues go on in the old epoch, and every
+request that comes, goes or moves is listed; the list is worked off until little is left. The last script deals with
+that rest: what left is taken out, what came is marked unplaced and placed right after. A lock that runs out fences the
+switcher: one that died blocks nobody, one that was slow finds its lock lost before it can do harm.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import redis
+
+from scheduling.core.policies import Policy, build_policy
+from scheduling.core.request import QueueEntry
+from scheduling.fleet import FleetQueue, unpack_entry
+from scheduling.store import Command, execute
+
+LOCK_MS = 5_000
+CHUNK = 500
+REST = 200
+"""Changes that the last script may find left over: about 1 ms."""
+_pack = msgspec.msgpack.Encoder().encode
+
+
+class SwitchError(Exception):
+    """The policy was not switched; the one before stays in force."""
+
+
+class SwitchInProgress(SwitchError):  # noqa: N818
+    """Another switch of this queue is under way; try again when it is done (5 s at most if its process died)."""
+
+
+class StaleRevision(SwitchError):  # noqa: N818
+    """A policy of this or a later revision is active already."""
+
+
+class SwitchLost(SwitchError):  # noqa: N818
+    """The switch stood still for so long that its lock ran out."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchResult:
+    """How many requests waited in the new order when it came into force, and how long all took."""
+
+    moved: int
+    seconds: float
+
+
+def switch_policy(client: redis.Redis, queue: FleetQueue, policy: Policy, revision: int) -> SwitchResult:
+    """Put `policy` in force under `revision`, which must be above the active one. Loses, doubles and pauses nothing.
+
+    Repeating a switch that came into force (its caller died before it knew) does nothing and succeeds. Raises
+    SwitchInProgress, StaleRevision or SwitchLost, the queue being as before.
+    """
+    start = time.perf_counter()
+    build = _Build(client, queue, policy, uuid.uuid4().hex)
+    if not build.begin(revision):
+        return SwitchResult(0, time.perf_counter() - start)
+    try:
+        for rows in _scan_waiting(client, queue):
+            build.put(rows)
+        moved = build.flip(revision)
+    finally:
+        build.end()
+    place_unplaced(client, queue)
+    return SwitchResult(moved, time.perf_counter() - start)
+
+
+def place_unplaced(client: redis.Redis, queue: FleetQueue) -> int:
+    """Place what waits unplaced, under the policy in force. Anybody may call it at any time, also several at once."""
+    placed = 0
+    while True:
+        active, entries = execute(client, queue.unplaced())
+        if not entries:
+            return placed
+        policy = build_policy(active.name, active.params)
+        rows = [(entry.id, policy.place(entry)) for entry in entries]
+        placed += execute(client, queue.place(rows, revision=active.revision))
+
+
+class _Build:
+    """An epoch while it is built."""
+
+    def __init__(self, client: redis.Redis, queue: FleetQueue, policy: Policy, token: str) -> None:
+        self.client = client
+        self.queue = queue
+        self.policy = policy
+        self.token = token
+        self.epoch = 0
+        self.read = 0
+        """How much of the list of changes was worked off."""
+
+    def begin(self, revision: int) -> bool:
+        """Take the lock and an epoch. False where this very policy and revision are in force already."""
+        refusal, number = execute(self.client, self._script("switch_begin", revision, LOCK_MS))
+        if refusal == b"busy":
+            raise SwitchInProgress(SwitchInProgress.__doc__)
+        if refusal == b"revision":
+            active = execute(self.client, self.queue.active_policy())
+            if (active.revision, active.name, active.params) == (revision, self.policy.name, dict(self.policy.params)):
+                return False
+            raise StaleRevision(f"Revision {number} is active; a switch to {revision} comes too late.")
+        self.epoch = number
+        return True
+
+    def put(self, packed: Iterable[bytes], gone: Iterable[str] = (), read: int = 0) -> tuple[list[Any], int]:
+        """Place entries in the new epoch, take `gone` out of it; answers `read` changes and how many follow them."""
+        puts = [self._row(*unpack_entry(entry)) for entry in packed]
+        args = (LOCK_MS, self.epoch, _pack(puts), _pack(list(gone)), self.read, read)
+        reply = execute(self.client, self._script("switch_build", *args))
+        if reply[0] == 0:
+            raise SwitchLost(SwitchLost.__doc__)
+        return reply[1], reply[2]
+
+    def flip(self, revision: int) -> int:
+        """Work off the changes and put the new epoch in force; how many wait in it."""
+        params = json.dumps(dict(self.policy.params), sort_keys=True)
+        while True:
+            self._catch_up()
+            args = (self.epoch, revision, self.policy.name, params, self.read, REST)
+            reply = execute(self.client, self._script("switch_flip", *args))
+            if reply[0] == 0:
+                raise SwitchLost(SwitchLost.__doc__)
+            if reply[0] == 1:
+                return int(reply[1])
+
+    def end(self) -> None:
+        """Let go of the lock, delete epochs that are over."""
+        while execute(self.client, self._script("switch_end")) > 0:
+            pass
+
+    def _catch_up(self) -> None:
+        rows, follow = self.put((), read=CHUNK)
+        while rows:
+            self.read += len(rows)
+            waiting = [packed for _, packed in rows if packed]
+            gone = [id_.decode() for id_, packed in rows if not packed]
+            rows, follow = self.put(waiting, gone, read=CHUNK)
+            if len(rows) + follow < REST // 4:
+                return
+
+    def _row(self, entry: QueueEntry, number: int) -> tuple[str, int, str, float, float]:
+        place = self.policy.place(entry)
+        return entry.id, number, place.flow, place.weight, place.rank
+
+    def _script(self, name: str, *args: Any) -> Command[Any]:
+        return self.queue.script(name, lambda reply: reply, self.token, *args)
+
+
+def _scan_waiting(client: redis.Redis, queue: FleetQueue) -> Iterator[list[bytes]]:
+    # HSCAN gives all that was there from start to end; what came or went meanwhile stands in the list of changes.
+    cursor: Any = 0
+    while True:
+        cursor, page = execute(client, Command(("HSCAN", f"{queue.base}:waiting", cursor, "COUNT", CHUNK), _read_page))
+        yield from (page[i : i + CHUNK] for i in range(0, len(page), CHUNK))
+        if cursor == 0:
+            return
+
+
+def _read_page(reply: Any) -> tuple[int, list[bytes]]:
+    cursor, page = reply
+    return int(cursor), list(page.values()) if isinstance(page, dict) else list(page[1::2])
