@@ -173,6 +173,7 @@ def _every(seconds: float, task: str) -> dict[str, Any]:
 CELERY_BEAT_SCHEDULE = {
     "write-history": _every(0.5, "inference.tasks.write_history"),
     "sweep": _every(1, "inference.tasks.sweep"),
+    "free-slots": _every(30, "inference.tasks.free_slots"),
     "reconcile-policies": _every(2, "inference.tasks.reconcile_policies"),
     "publish-deployments": _every(5, "inference.tasks.publish_deployments"),
     "record-replicas": _every(5, "inference.tasks.record_replicas"),

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -13,11 +13,15 @@ from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
 from scheduling.store import execute
+from scheduling.switch import place_unplaced
 
 logger = logging.getLogger(__name__)
 
 MAX_HISTORY = 1_000_000
 """Entries that the history stream keeps at most while the database is away."""
+
+SLOT_GRACE_S = 60.0
+"""A slot this old without a request in a queue was lost."""
 
 
 class Sweeper:
@@ -38,8 +42,28 @@ class Sweeper:
         for queue in queues:
             for owner, num_requeued in execute(self._client, queue.expire()):
                 logger.warning("%s of %s is gone; %d requests go back to the queue.", owner, queue.model, num_requeued)
+            place_unplaced(self._client, queue)
         for web in self._client.zrangebyscore(self._keys.webs, "-inf", self._clock()):
             self._sweep_web(_text(web), queues)
+
+    def free_slots(self, tenants: Iterable[str]) -> int:
+        """Give back concurrency slots of requests that no queue knows any more; how many.
+
+        They leak where a process died between charging a request and enqueueing it, or Redis came back with older data.
+        """
+        num_freed = 0
+        for tenant in tenants:
+            for request_id in execute(self._client, self._limits.slots(tenant, self._clock() - SLOT_GRACE_S)):
+                if not self._lives(request_id):
+                    execute(self._client, self._limits.settle(tenant, request_id, refund_tokens=0))
+                    num_freed += 1
+        if num_freed:
+            logger.warning("%d concurrency slots of lost requests are free again.", num_freed)
+        return num_freed
+
+    def _lives(self, request_id: str) -> bool:
+        states = [self._client.hget(self._keys.request(model, request_id), "state") for model in self._models]
+        return any(state in (b"queued", b"running") for state in states)
 
     def _sweep_web(self, web: str, queues: list[FleetQueue]) -> None:
         """Cancel what the web process had asked for; forget it once nothing of it is left."""

@@ -14,6 +14,7 @@ from inference.historian import Historian
 from inference.sweeper import Sweeper
 from scheduling import policy_switch
 from scheduling.connection import live_keys, live_redis
+from scheduling.models import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,15 @@ def sweep() -> None:
         _sweeper().run_once()
     except AWAY as error:
         logger.warning("Sweeping waits for Redis: %s", error)
+
+
+@shared_task(ignore_result=True)
+def free_slots() -> None:
+    """Give back concurrency slots that no request holds."""
+    try:
+        _sweeper().free_slots(Tenant.objects.filter(quota__concurrency__isnull=False).values_list("name", flat=True))
+    except AWAY as error:
+        logger.warning("Concurrency slots could not be compared: %s", error)
 
 
 @shared_task(ignore_result=True)

@@ -21,6 +21,7 @@ from scheduling.fleet import ActivePolicy, FleetQueue
 from scheduling.keys import Keys
 from scheduling.models import ConfigVersion, PolicyRevision
 from scheduling.store import execute
+from scheduling.switch import SwitchError
 from scheduling.switch import switch_policy as switch_queue
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ def apply_revision(
             if revision.state == State.SUPERSEDED or _overtaken(revision):
                 return _save(revision, state=State.SUPERSEDED)
             _bring_into_force(client, queue, revision)
-    except (RedisError, OSError) as error:
+            _supersede_older(revision)
+    except (RedisError, OSError, SwitchError) as error:
         logger.warning("Revision %s waits for Redis: %s", revision, error)
         return _save(revision, state=State.PENDING, error=str(error) or type(error).__name__)
     return _announce(revision, announce)
@@ -157,12 +159,21 @@ def _overtaken(revision: PolicyRevision) -> bool:
     return PolicyRevision.objects.filter(model=revision.model, revision__gt=revision.revision).exists()
 
 
+def _supersede_older(revision: PolicyRevision) -> None:
+    waiting = PolicyRevision.objects.filter(model=revision.model, revision__lt=revision.revision)
+    waiting.exclude(state__in=[State.APPLIED, State.SUPERSEDED]).update(state=State.SUPERSEDED)
+
+
 def _bring_into_force(client: redis.Redis, queue: FleetQueue, revision: PolicyRevision) -> None:
     start_s = time.perf_counter()
     active = execute(client, queue.active_policy())
-    if active.revision >= revision.revision:
+    if (active.revision, active.name) == (revision.revision, revision.name):
+        # Who switched died before writing it down.
         _save(revision, state=State.APPLIED, error="", applied_at=revision.applied_at or timezone.now())
         return
+    if active.revision >= revision.revision:
+        # Redis was away when this row got its number, and is ahead of a database that came from a backup.
+        _save(revision, revision=active.revision + 1)
     result = switch_queue(client, queue, build_policy(revision.name, revision.params), revision.revision)
     _save(
         revision,
@@ -186,11 +197,11 @@ def _announce(revision: PolicyRevision, announce: Announce | None) -> PolicyRevi
     return _save(revision, acknowledgements=acknowledgements)
 
 
-def _save(revision: PolicyRevision, **changes: Any) -> PolicyRevision:
+def _save(row: PolicyRevision, /, **changes: Any) -> PolicyRevision:
     for name, value in changes.items():
-        setattr(revision, name, value)
-    revision.save(update_fields=list(changes))
-    return revision
+        setattr(row, name, value)
+    row.save(update_fields=list(changes))
+    return row
 
 
 def _newest_revisions() -> list[PolicyRevision]:

@@ -1,6 +1,7 @@
 """Writes to tenants, keys and quotas: one transaction each, audited, in force everywhere within a second."""
 
 import logging
+from functools import partial
 from typing import Any
 
 from django.contrib.auth.models import User
@@ -12,7 +13,26 @@ from redis.exceptions import RedisError
 from scheduling.audit import record_action
 from scheduling.connection import live_keys, live_redis
 from scheduling.credentials import generate_key
+from scheduling.fleet import FleetQueue
 from scheduling.models import ApiKey, ConfigVersion, Quota, Tenant
+from scheduling.policy_switch import reconcile_policies, switch_policy
+from scheduling.store import execute
+
+__all__ = [
+    "config_changed",
+    "create_key",
+    "create_tenant",
+    "issue_key",
+    "reconcile_policies",
+    "resume_tenant",
+    "revoke_key",
+    "rotate_key",
+    "suspend_tenant",
+    "switch_policy",
+    "update_quota",
+    "update_tenant",
+    "weight_changed",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +89,26 @@ def update_tenant(*, tenant: Tenant, actor: User | None = None, reason: str = ""
         changed.save()
     record_action(actor=actor, action="tenant.update", target=tenant.name, before=before, after=changes, reason=reason)
     config_changed()
+    if "weight" in changes:
+        weight_changed(tenant)
     return tenant
+
+
+def weight_changed(tenant: Tenant) -> None:
+    """In the transaction of a change: once it is committed, give what waits of the tenant its new share."""
+    transaction.on_commit(partial(_set_weights, tenant.name, tenant.weight))
+
+
+def _set_weights(tenant: str, weight: float) -> None:
+    """In queues under `fair`, where a tenant is a flow. What is enqueued later brings its weight along."""
+    client, keys = live_redis(), live_keys()
+    try:
+        for name in client.hkeys(keys.deployments):
+            queue = FleetQueue(keys, name.decode() if isinstance(name, bytes) else str(name))
+            if execute(client, queue.active_policy()).name == "fair":
+                execute(client, queue.set_weight(tenant, weight))
+    except (RedisError, OSError) as error:
+        logger.warning("Redis does not answer (%s); the weight of %s counts for its next requests.", error, tenant)
 
 
 def update_quota(*, tenant: Tenant, actor: User | None = None, reason: str = "", **limits: Any) -> Tenant:
@@ -112,12 +151,19 @@ def create_key(
     reason: str = "",
 ) -> str:
     """A new key, in plain text: the only time that it can be read. Raises ValidationError."""
+    return issue_key(key=ApiKey(tenant=tenant, name=name, max_priority=max_priority), actor=actor, reason=reason)
+
+
+@transaction.atomic
+def issue_key(*, key: ApiKey, actor: User | None = None, reason: str = "") -> str:
+    """Save a key that has tenant, name and ceiling, and give it in plain text. Raises ValidationError."""
     new = generate_key()
-    key = ApiKey(tenant=tenant, name=name, prefix=new.prefix, digest=new.digest, max_priority=max_priority)
+    key.prefix, key.digest = new.prefix, new.digest
     key.full_clean()
     key.save()
-    after = {"name": name, "prefix": new.prefix, "max_priority": max_priority}
-    record_action(actor=actor, action="key.create", target=f"{tenant.name}/{new.prefix}", after=after, reason=reason)
+    after = {"name": key.name, "max_priority": key.max_priority}
+    target = f"{key.tenant.name}/{key.prefix}"
+    record_action(actor=actor, action="key.create", target=target, after=after, reason=reason)
     config_changed()
     return new.plaintext
 
