@@ -18,8 +18,8 @@ from scheduling.keys import Keys
 
 log = logging.getLogger(__name__)
 STREAMS_GRACE_S = 3.5
-"""How long answers in flight may go on after SIGTERM; shorter than the server's own patience of 5 s, so that what is cut
-off gets an error frame."""
+"""How long answers in flight may go on after SIGTERM. Shorter than the server's own patience of 5 s, so that what is
+cut off gets an error frame."""
 
 
 class Lifespan:
@@ -57,8 +57,8 @@ class Lifespan:
 def _end_replies_on_sigterm(gateway: Gateway) -> None:
     """Hear of the end as early as the server does.
 
-    The server first waits for open responses and only then runs our shutdown, so long streams would be cut off without a
-    word. Its own handler stays in charge; ours goes before it.
+    The server first waits for open responses and only then runs our shutdown, so long streams would be cut off without
+    a word. Its own handler stays in charge; ours goes before it.
     """
     if threading.current_thread() is not threading.main_thread():
         return

@@ -1,4 +1,4 @@
-"""`/metrics`: the whole fleet as Prometheus reads it, taken from Redis at the scrape, so any web process answers the same."""
+"""`/metrics`: the whole fleet for Prometheus, read from Redis at the scrape, so that any web process answers the same."""
 
 import time
 import uuid

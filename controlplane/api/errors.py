@@ -62,6 +62,8 @@ def error_body(error: gateway.GatewayError) -> bytes:
 def error_headers(error: gateway.GatewayError) -> Headers:
     """Retry-After (whole seconds, and milliseconds as OpenAI's clients read them) and the rate limit's headers."""
     headers: Headers = []
+    if isinstance(error, gateway.InvalidKey):
+        headers.append((b"www-authenticate", b"Bearer"))
     if error.retry_after_s is not None:
         seconds = max(1, math.ceil(error.retry_after_s))
         milliseconds = max(1, math.ceil(error.retry_after_s * 1000))

@@ -1,4 +1,4 @@
-"""The web process's side of the queue: admission, running requests and their replies, cancellation, live fleet status."""
+"""The web process's side of the queue: admission, replies of running requests, cancellation, live fleet status."""
 
 from inference.gateway.admission import Draft
 from inference.gateway.gateway import Gateway, Reply

@@ -10,6 +10,7 @@ import msgspec
 from inference.directory import TenantConfig
 from inference.gateway.errors import (
     ContextLengthExceeded,
+    InvalidRequest,
     Overloaded,
     QueueFull,
     RateLimited,
@@ -73,7 +74,10 @@ class AdmissionDesk:
         self.limits = TenantLimits(keys)
 
     async def admit(self, draft: Draft, request: InferenceRequest) -> Admission:
-        """Charge the tenant and enqueue. Raises ContextLengthExceeded, Overloaded, RateLimited, QueueFull, RedisUnavailable."""
+        """Charge the tenant and enqueue.
+
+        Raises ContextLengthExceeded, Overloaded, RateLimited, QueueFull or RedisUnavailable.
+        """
         check_length(draft)
         max_depth = self._check_backpressure(draft)
         admission = await self._charge(draft)
@@ -100,6 +104,14 @@ class AdmissionDesk:
     async def _charge(self, draft: Draft) -> Admission:
         tenant = draft.tenant
         tokens = len(draft.prompt_token_ids) + draft.max_tokens
+        if tenant.tpm is not None and tokens > tenant.tpm:
+            self.count_refusal(draft, "tokens_per_minute")
+            raise InvalidRequest(
+                f"The request asks for {tokens} tokens (prompt and max_tokens together), more than the limit of "
+                f"{tenant.tpm} tokens per minute ever allows.",
+                code="request_exceeds_tokens_per_minute",
+                param="max_tokens",
+            )
         command = self.limits.acquire(
             tenant.name, draft.id, rpm=tenant.rpm, tpm=tenant.tpm, concurrency=tenant.concurrency, tokens=tokens
         )

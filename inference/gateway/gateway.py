@@ -41,7 +41,7 @@ PATIENCE_S = 600.0
 
 
 class Reply:
-    """A running request as its client's coroutine sees it. Read until `finish` is set; `abandon` when the client left."""
+    """A running request as its client's coroutine sees it: read until `finish` is set, `abandon` when the client left."""
 
     def __init__(self, gateway: "Gateway", model: ServedModel, request: InferenceRequest) -> None:
         self.request = request
@@ -101,10 +101,10 @@ class Gateway:
         backpressure: BackpressureLimits | None = None,
     ) -> None:
         once = Retry(NoBackoff(), 0)
-        options = {"protocol": 2, "retry": once, "socket_connect_timeout": 2.0}
+        options: dict[str, Any] = {"protocol": 2, "retry": once, "socket_connect_timeout": 2.0}
         self._client = redis.asyncio.Redis.from_url(redis_url, socket_timeout=5.0, **options)
         self._reader_client = redis.asyncio.Redis.from_url(redis_url, socket_timeout=15.0, **options)
-        self._reader_client.set_response_callback("XREAD", _as_is)
+        self._reader_client.set_response_callback("XREAD", _as_is)  # type: ignore[arg-type]
         self.name = name or uuid.uuid4().hex[:16]
         self.keys = keys
         self.queue_limit = queue_limit
@@ -134,7 +134,7 @@ class Gateway:
         return len(self._replies)
 
     async def start(self) -> None:
-        """Load the models' tokenizers and begin to read replies. A Redis that is away is waited for in the background."""
+        """Load the models' tokenizers and begin to read replies; a Redis that is away is waited for in the background."""
         await self.models.refresh(self.directory.deployments)
         with contextlib.suppress(RedisUnavailable):
             await self._beat()
@@ -216,7 +216,7 @@ class Gateway:
         return str(answer.status)
 
     async def _cancel(self, model: ServedModel, request: InferenceRequest) -> None:
-        """`cancel` that keeps trying while Redis is away. What it cannot finish, lease and record life time clean up."""
+        """`cancel` that keeps trying while Redis is away. What it cannot finish ends by lease and life time of records."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             try:

@@ -25,7 +25,7 @@ LONGEST_PAUSE_S = 0.5
 class CommandPipeline:
     """Gathers commands while a round trip is under way and sends them together in the next one.
 
-    One connection and one round trip at a time: under load batches grow by themselves, alone a command waits for nothing.
+    One connection, one round trip at a time: under load batches grow by themselves, alone a command waits for nothing.
     """
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
@@ -102,7 +102,7 @@ class CommandPipeline:
     async def _round_trip(self, commands: list[Command[Any]]) -> list[Any]:
         if len(commands) == 1:
             try:
-                return [await self._client.execute_command(*commands[0].words())]
+                return [await self._client.execute_command(*commands[0].words())]  # type: ignore[no-untyped-call]
             except (NoScriptError, redis.exceptions.ResponseError) as error:
                 return [error]
         async with self._client.pipeline(transaction=False) as pipe:

@@ -1,6 +1,5 @@
 """One HTTP exchange over ASGI: headers in, body within bounds, responses with their request id."""
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -62,8 +61,9 @@ class Exchange:
 
     async def wait_for_disconnect(self) -> None:
         """Return when the client has gone, or the response is complete."""
-        while (await self._receive())["type"] != "http.disconnect":
-            await asyncio.sleep(0)
+        message = await self._receive()
+        while message["type"] != "http.disconnect":
+            message = await self._receive()
 
     async def respond(self, status: int, body: bytes, headers: Headers = [], kind: tuple[bytes, bytes] = JSON) -> None:  # noqa: B006
         """Send a whole response."""

@@ -1,0 +1,159 @@
+"""Queues, replicas and policies for reading, and the switch of a policy for operators."""
+
+import time
+from typing import Any
+
+from django.contrib.auth.models import User
+from django.http import HttpRequest
+from ninja import Router
+
+from controlplane.api.access import KeyAuth, OperatorAuth, ViewerAuth, find_gateway
+from controlplane.api.caller import Caller
+from controlplane.api.schemas import (
+    ActivePolicyView,
+    ParameterView,
+    PoliciesView,
+    PolicyKindView,
+    QueueView,
+    ReplicaView,
+    RevisionView,
+    SwitchBody,
+)
+from inference.gateway import FleetStatus
+from inference.gateway.errors import Unavailable
+from inference.messages import ReplicaStatus
+from inference.services import announce_policy
+from scheduling.core.policies import POLICIES
+from scheduling.core.request import Priority
+from scheduling.models import PolicyRevision
+from scheduling.policy_switch import switch_policy
+
+router = Router(tags=["fleet"])
+READERS = [KeyAuth(), ViewerAuth()]
+
+# The views are sync: a session is read from the database, and that belongs into a thread.
+
+
+@router.get("/queues", response=list[QueueView], auth=READERS, summary="Every model's queue")
+def list_queues(request: HttpRequest) -> list[QueueView]:
+    """Depth, waits, backpressure and policy as this process read them within the last quarter of a second."""
+    gateway = find_gateway(request)
+    caller = request.auth if isinstance(request.auth, Caller) else None  # type: ignore[attr-defined]
+    return [_queue_view(m.name, gateway.status(m.name), caller) for m in gateway.models.loaded()]
+
+
+@router.get("/replicas", response=list[ReplicaView], auth=READERS, summary="Every engine process")
+def list_replicas(request: HttpRequest) -> list[ReplicaView]:
+    """State, batch, KV use and speed."""
+    gateway = find_gateway(request)
+    return [_replica_view(r) for m in gateway.models.loaded() for r in gateway.status(m.name).replicas]
+
+
+@router.get("/policies", response=PoliciesView, auth=READERS, summary="Policies there are and in force")
+def list_policies(request: HttpRequest) -> PoliciesView:
+    """Kinds with their parameters and guarantees, and each queue's active one."""
+    gateway = find_gateway(request)
+    active = []
+    for model in gateway.models.loaded():
+        if (snapshot := gateway.status(model.name).snapshot) is not None:
+            active.append(
+                ActivePolicyView(
+                    model=model.name,
+                    name=snapshot.policy,
+                    params=dict(snapshot.params),
+                    revision=snapshot.revision,
+                )
+            )
+    return PoliciesView(kinds=_policy_kinds(), active=active)
+
+
+@router.post("/models/{path:model}/policy", response=RevisionView, auth=OperatorAuth(), summary="Switch a policy")
+def switch_model_policy(request: HttpRequest, model: str, body: SwitchBody) -> RevisionView:
+    """For operators, by session and CSRF token. Takes effect at once; the answer says which workers have confirmed."""
+    gateway = find_gateway(request)
+    gateway.find_model(model)
+    user = request.auth  # type: ignore[attr-defined]
+    assert isinstance(user, User)
+    revision = switch_policy(
+        model=model, name=body.name, params=body.params, actor=user, reason=body.reason, announce=_announce
+    )
+    if revision.state == revision.State.PENDING:
+        raise Unavailable(
+            "Redis does not answer; the switch is recorded and follows when it does.", code="redis_unavailable"
+        )
+    return RevisionView(
+        model=model,
+        revision=revision.revision,
+        name=revision.name,
+        params=revision.params,
+        state=revision.state,
+        num_moved=revision.num_moved or 0,
+        seconds=revision.seconds,
+        acknowledgements=revision.acknowledgements or {},
+    )
+
+
+def _announce(revision: PolicyRevision) -> dict[str, Any]:
+    from inference.control import send_control
+
+    return announce_policy(revision, send_control)
+
+
+def _queue_view(model: str, status: FleetStatus, caller: Caller | None) -> QueueView:
+    snapshot = status.snapshot
+    if snapshot is None:
+        raise Unavailable("The queue has not been read yet.", code="redis_unavailable")
+    tenants = snapshot.by_tenant
+    if caller is not None:
+        tenants = {caller.tenant.name: tenants.get(caller.tenant.name, 0)}
+    oldest = snapshot.oldest_arrival_s
+    return QueueView(
+        model=model,
+        depth=snapshot.depth,
+        waiting_tokens=snapshot.waiting_tokens,
+        running=snapshot.running,
+        by_priority={p.name.lower(): snapshot.by_priority.get(p, 0) for p in Priority},
+        by_tenant=tenants,
+        oldest_wait_s=None if oldest is None else max(0.0, time.time() - oldest),
+        estimated_wait_s=status.estimated_wait_s,
+        backpressure=status.assessment.level.name.lower(),
+        backpressure_reason=status.assessment.reason,
+        policy=snapshot.policy,
+        policy_params=dict(snapshot.params),
+        policy_revision=snapshot.revision,
+    )
+
+
+def _replica_view(replica: ReplicaStatus) -> ReplicaView:
+    return ReplicaView(
+        replica=replica.replica,
+        model=replica.model,
+        state=replica.state,
+        detail=replica.detail,
+        mode=replica.mode,
+        batch_size=len(replica.slots),
+        max_batch_size=replica.max_batch_size,
+        kv_usage=replica.kv_blocks_used / replica.kv_blocks_total if replica.kv_blocks_total else 0.0,
+        tokens_per_s=replica.tokens_per_s,
+        step_ms_p50=replica.step_ms_p50,
+        step_ms_p99=replica.step_ms_p99,
+        policy=replica.policy,
+        policy_revision=replica.policy_revision,
+        heard_s_ago=max(0.0, time.time() - replica.time_s),
+    )
+
+
+def _policy_kinds() -> list[PolicyKindView]:
+    return [
+        PolicyKindView(
+            name=kind.name,
+            description=kind.description,
+            guarantee=kind.guarantee,
+            source=kind.source,
+            parameters={
+                name: ParameterView(default=p.default, minimum=p.minimum, maximum=p.maximum, description=p.description)
+                for name, p in kind.parameters.items()
+            },
+        )
+        for kind in POLICIES.values()
+    ]

@@ -1,0 +1,139 @@
+"""What the native API answers, as pydantic schemas; the API's documentation is made from these."""
+
+from typing import Any
+
+from ninja import Field, Schema
+
+
+class Usage(Schema):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Problem(Schema):
+    """Why a request ended without an answer."""
+
+    code: str
+    message: str
+
+
+class RequestView(Schema):
+    """A request as it stands now."""
+
+    id: str
+    model: str
+    state: str = Field(description="queued, running, finished, cancelled or failed")
+    priority: str
+    arrival_s: float = Field(description="Unix time of arrival.")
+    attempt: int = Field(description="How often a worker has taken it up.")
+    queue_position: int | None = Field(None, description="Requests that go before it, about; null once it runs.")
+    estimated_wait_s: float | None = Field(
+        None, description="Until it runs; null before anything was seen to drain the queue."
+    )
+    output: str = Field("", description="The text so far.")
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    error: Problem | None = None
+
+
+class CancelView(Schema):
+    """Where the request was when it was cancelled."""
+
+    id: str
+    was: str = Field(description="queued, running, or gone: it had ended")
+
+
+class QueueView(Schema):
+    """A model's queue now."""
+
+    model: str
+    depth: int
+    waiting_tokens: int
+    running: int
+    by_priority: dict[str, int]
+    by_tenant: dict[str, int] = Field(description="A tenant's key sees its own share, operators see all.")
+    oldest_wait_s: float | None
+    estimated_wait_s: float | None
+    backpressure: str
+    backpressure_reason: str
+    policy: str
+    policy_params: dict[str, float]
+    policy_revision: int
+
+
+class ReplicaView(Schema):
+    """An engine process now."""
+
+    replica: str
+    model: str
+    state: str
+    detail: str
+    mode: str
+    batch_size: int
+    max_batch_size: int
+    kv_usage: float
+    tokens_per_s: float
+    step_ms_p50: float
+    step_ms_p99: float
+    policy: str
+    policy_revision: int
+    heard_s_ago: float
+
+
+class ParameterView(Schema):
+    """A policy's parameter."""
+
+    default: float
+    minimum: float
+    maximum: float
+    description: str
+
+
+class PolicyKindView(Schema):
+    """A policy that a queue can be switched to."""
+
+    name: str
+    description: str
+    guarantee: str
+    source: str
+    parameters: dict[str, ParameterView]
+
+
+class ActivePolicyView(Schema):
+    """The policy a queue follows."""
+
+    model: str
+    name: str
+    params: dict[str, float]
+    revision: int
+
+
+class PoliciesView(Schema):
+    """What there is, and what is in force."""
+
+    kinds: list[PolicyKindView]
+    active: list[ActivePolicyView]
+
+
+class SwitchBody(Schema, extra="forbid"):
+    """A switch of policy."""
+
+    name: str = Field(max_length=64)
+    params: dict[str, float] = {}
+    reason: str = Field(min_length=1, max_length=500, description="Why; kept with the revision.")
+
+
+class RevisionView(Schema):
+    """A policy revision and who has taken it up."""
+
+    model: str
+    revision: int
+    name: str
+    params: dict[str, Any]
+    state: str
+    num_moved: int
+    seconds: float | None
+    acknowledgements: dict[str, Any]
