@@ -1,0 +1,68 @@
+"""The engine process, `python -m inference.worker`: an EngineSpec on the first line of stdin, then commands."""
+
+import logging
+import sys
+from pathlib import Path
+
+import msgspec
+
+from inference.checkpoint import CheckpointError
+from inference.engine.errors import ModelLoadError
+from inference.engine.runner import ModelRunner
+from inference.tokenization import Tokenizer
+from inference.worker.engine import Engine, connect
+from inference.worker.inbox import Inbox
+from inference.worker.pipe import Pipe, watch_signals
+from inference.worker.reporter import Reporter
+from inference.worker.spec import EngineSpec, Notice
+from inference.worker.status import first_status
+from inference.worker.telemetry import TelemetryReader, open_source
+from scheduling.keys import Keys
+
+logger = logging.getLogger("inference.worker")
+
+
+def main() -> int:
+    """Load the model, serve until told to stop, give back what is left."""
+    pipe = Pipe()
+    spec = pipe.read_spec()
+    logging.basicConfig(level=spec.log_level, format="{asctime} {levelname} {name}: {message}", style="{")
+    inbox = Inbox()
+    watch_signals(inbox)
+    pipe.follow(inbox)
+    status = first_status(spec)
+    telemetry = TelemetryReader()
+    reporter = Reporter(connect(spec), Keys(spec.key_prefix), status, telemetry.read)
+    telemetry.start()
+    reporter.start()
+    try:
+        _load_and_serve(spec, pipe, inbox, reporter, telemetry)
+    except (CheckpointError, ModelLoadError) as error:
+        logger.error("%s cannot be served: %s", spec.deployment.name, error)
+        reporter.publish(msgspec.structs.replace(status, state="failed", detail=str(error)))
+        pipe.send(Notice(state="failed", detail=str(error)))
+        return 1
+    except Exception:
+        logger.exception("The engine ends; its requests go back to the queue")
+        pipe.send(Notice(state="failed", detail="The engine failed; its log says why."))
+        return 2
+    finally:
+        reporter.close()
+    pipe.send(Notice(state="stopped"))
+    return 0
+
+
+def _load_and_serve(spec: EngineSpec, pipe: Pipe, inbox: Inbox, reporter: Reporter, telemetry: TelemetryReader) -> None:
+    path = Path(spec.deployment.path)
+    tokenizer = Tokenizer.load(path)
+    runner = ModelRunner(spec.deployment, spec.device)
+    telemetry.follow(open_source(str(runner.device)))
+    detail = runner.describe()
+    logger.info("%s serves %s: %s", spec.replica, spec.deployment.name, detail)
+    engine = Engine(spec, runner, tokenizer, pipe=pipe, inbox=inbox, reporter=reporter, detail=detail)
+    pipe.send(Notice(state="ready", detail=detail))
+    engine.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

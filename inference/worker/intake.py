@@ -1,0 +1,156 @@
+"""Claims requests from the fleet queue ahead of the loop, for no more room than the planner has."""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import redis
+
+from inference.worker.active import ActiveRequest
+from inference.worker.inbox import Inbox
+from inference.worker.lease import Lease
+from scheduling import store
+from scheduling.core.answers import Claimed, ClaimedRequest
+from scheduling.core.planner import Room
+from scheduling.fleet import FleetQueue
+
+logger = logging.getLogger(__name__)
+
+BELL_WAIT_S = 1
+"""An idle engine process tries to claim, and to expire the leases of dead ones, this often though no bell rings."""
+NO_LIMIT = 2**31 - 1
+NO_ROOM = Room(0, 0)
+
+
+class Intake(threading.Thread):
+    """A thread that claims while the loop computes. The loop calls `offer` and `take`."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        queue: FleetQueue,
+        bell: str,
+        lease: Lease,
+        *,
+        read: Callable[[ClaimedRequest, str], ActiveRequest],
+        inbox: Inbox,
+    ) -> None:
+        """`read` turns what an owner claimed into an active request; the inbox wakes the loop to take it."""
+        super().__init__(name="intake", daemon=True)
+        self._client = client
+        self._queue = queue
+        self._bell = bell
+        self._lease = lease
+        self._read = read
+        self._inbox = inbox
+        self._number = 0
+        self._changed = threading.Condition()
+        self._room = NO_ROOM
+        self._is_idle = False
+        self._claimed: deque[ActiveRequest] = deque()
+        self._closing = False
+        self.policy = ""
+        self.revision = 0
+
+    def offer(self, room: Room, *, is_idle: bool) -> None:
+        """Say what may be claimed from now on, in place of what was offered before.
+
+        `room` does not know of what is claimed and not yet taken; that is subtracted here. With `is_idle` nothing runs,
+        and a prompt that does not fit the room never will: it is claimed, to be refused.
+        """
+        if room == self._room and is_idle == self._is_idle:
+            return
+        with self._changed:
+            self._room = room
+            self._is_idle = is_idle
+            self._changed.notify()
+
+    def take(self) -> list[ActiveRequest]:
+        """What was claimed since the last call."""
+        if not self._claimed:
+            return []
+        with self._changed:
+            taken = list(self._claimed)
+            self._claimed.clear()
+            return taken
+
+    def run(self) -> None:
+        """Claim whenever there is room; between claims wait for the bell, or for room that fits the head."""
+        while (room := self._await_room()) is not None:
+            try:
+                claimed = self._claim(room)
+                if not claimed.requests and claimed.depth == 0:
+                    self._listen()
+                elif not claimed.requests:
+                    self._await_change(room)
+            except redis.RedisError as error:
+                logger.warning("No requests can be claimed: %s", error)
+                self._await_change(room)
+
+    def close(self) -> None:
+        """End the thread; what was claimed stays for `take`, or for release."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self.join()
+
+    def _await_room(self) -> Room | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._left().requests > 0)
+            return None if self._closing else self._left()
+
+    def _await_change(self, room: Room) -> None:
+        """Until the room is another; or a while, since the head of the queue may be another."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._left() != room, timeout=BELL_WAIT_S / 4)
+
+    def _left(self) -> Room:
+        """The offered room without what is claimed for it already."""
+        if not self._claimed:
+            return self._room
+        tokens = self._room.tokens - sum(len(active.sequence.tokens) for active in self._claimed)
+        return Room(self._room.requests - len(self._claimed), max(0, tokens))
+
+    def _claim(self, room: Room) -> Claimed:
+        """Claim for the room; an idle engine also claims a head of the queue that no room will ever fit."""
+        owner = self._lease.owner
+        claimed = self._claim_as(owner, room)
+        if not claimed.requests and claimed.depth and self._is_idle:
+            claimed = self._claim_as(owner, Room(1, NO_LIMIT))
+        self.policy, self.revision = claimed.policy, claimed.revision
+        if claimed.requests:
+            opened = [self._read(request, owner) for request in claimed.requests]
+            with self._changed:
+                self._claimed.extend(opened)
+            self._inbox.wake()
+        return claimed
+
+    def _claim_as(self, owner: str, room: Room) -> Claimed:
+        """One claim, repeated under its number where the reply was lost, so that no request hangs on our lease."""
+        self._number += 1
+        command = self._queue.claim(
+            owner,
+            max_requests=room.requests,
+            max_tokens=room.tokens,
+            lease_s=self._lease.lease_s,
+            number=self._number,
+        )
+        while True:
+            try:
+                claimed = store.execute(self._client, command)
+                self._lease.note_claim(owner)
+                return claimed
+            except (redis.ConnectionError, redis.TimeoutError) as error:
+                logger.warning("The reply to a claim was lost, it is repeated: %s", error)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing, timeout=BELL_WAIT_S / 4)
+                    if self._closing or self._lease.owner != owner:
+                        raise
+
+    def _listen(self) -> None:
+        """Wait for the bell. One heard without room to claim is rung again, for another engine process."""
+        if self._client.blpop([self._bell], timeout=BELL_WAIT_S) is None:
+            store.execute(self._client, self._queue.expire())
+        elif self._left().requests <= 0:
+            self._client.rpush(self._bell, 1)

@@ -1,0 +1,251 @@
+"""The engine loop: heed, take what was claimed, plan, compute, hand over; one step after the other."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from inference.engine.errors import OutOfDeviceMemory
+from inference.messages import FinishReason
+from inference.worker.active import ActiveRequest, RequestRefusedError, check_request
+from inference.worker.commands import CommandRefusedError, Controls
+from inference.worker.gate import Gate
+from inference.worker.inbox import Gone, Inbox, LeaseLost, Told, Word
+from inference.worker.intake import NO_ROOM, Intake
+from inference.worker.lease import Lease
+from inference.worker.meters import Meters
+from inference.worker.outbox import Handover, Outbox, Output
+from inference.worker.pipe import Pipe
+from inference.worker.reporter import PERIOD_S, Reporter
+from inference.worker.spec import Ack
+from inference.worker.status import StatusBoard
+from scheduling.core.planner import RequestTooLongError, StepOutput, StepPlanner
+from scheduling.core.sequence import PartResult, StepPart
+
+logger = logging.getLogger(__name__)
+
+OFFER_WAIT_S = 0.02
+"""While the outbox is full, commands are obeyed this often."""
+
+
+class Runner(Protocol):
+    """What the loop needs of the model runner; benchmarks put one without a model here."""
+
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+    def step(self, parts: Sequence[StepPart]) -> list[PartResult]:
+        """One forward pass."""
+        ...
+
+
+class EngineLoop:
+    """Owns the running batch. Everything here happens in one thread; other threads leave word in the inbox."""
+
+    def __init__(
+        self,
+        *,
+        planner: StepPlanner,
+        runner: Runner,
+        lease: Lease,
+        intake: Intake,
+        outbox: Outbox,
+        reporter: Reporter,
+        inbox: Inbox,
+        pipe: Pipe,
+        gate: Gate,
+        controls: Controls,
+        board: StatusBoard,
+        meters: Meters,
+    ) -> None:
+        self._planner = planner
+        self._runner = runner
+        self._lease = lease
+        self._intake = intake
+        self._outbox = outbox
+        self._reporter = reporter
+        self._inbox = inbox
+        self._pipe = pipe
+        self._gate = gate
+        self._controls = controls
+        self._board = board
+        self._meters = meters
+        self._active: dict[str, ActiveRequest] = {}
+        self._handover = Handover(lease.owner)
+
+    def run(self) -> None:
+        """Step until told to end. What is held then belongs to the caller to release."""
+        timeout_s = 0.0
+        while not self._gate.is_over:
+            self._heed(self._inbox.read(timeout_s))
+            started = time.perf_counter()
+            self._take_claimed()
+            self._drain()
+            parts = self._planner.plan(time.monotonic())
+            if parts:
+                self._collect(self._compute(parts))
+            self._hand_over()
+            self._offer_room()
+            self._board.update(self._reporter, self._active.values())
+            timeout_s = 0.0 if parts else self._idle_s()
+            if parts:
+                self._meters.busy_total_s += time.perf_counter() - started
+
+    def _heed(self, words: list[Word]) -> None:
+        """Commands, cancelled and lost requests, a lost lease."""
+        for word in words:
+            match word:
+                case Told():
+                    self._obey(word)
+                case Gone():
+                    self._drop(word)
+                case LeaseLost():
+                    self._abandon(word.owner)
+
+    def _obey(self, told: Told) -> None:
+        message = told.message
+        error = ""
+        try:
+            self._controls.obey(message)
+        except CommandRefusedError as refusal:
+            error = str(refusal)
+        if message.id:
+            applied_ms = 1000 * (time.monotonic() - told.read_s)
+            ack = Ack(id=message.id, ok=not error, error=error, applied_ms=applied_ms, state=self._gate.state)
+            self._pipe.send(ack)
+
+    def _drop(self, gone: Gone) -> None:
+        """End cancelled requests; forget ones that another process has now."""
+        for request_id in gone.request_ids:
+            active = self._active.get(request_id)
+            if active is None:
+                continue
+            if gone.cancelled:
+                self._end(active, "cancelled")
+            else:
+                logger.warning("Request %s is no longer held; it runs elsewhere.", request_id)
+                self._forget(active)
+
+    def _abandon(self, owner: str) -> None:
+        """After a lost lease everything has gone back to the queue: start with nothing, under a new name."""
+        if owner != self._lease.owner:
+            return
+        logger.error("The lease of %s was lost; its %d requests went back to the queue.", owner, len(self._active))
+        for active in list(self._active.values()):
+            self._forget(active)
+        self._lease.replace()
+        self._handover = Handover(self._lease.owner)
+
+    def _take_claimed(self) -> None:
+        """Admit what was claimed; a request that cannot run ends alone."""
+        for active in self._intake.take():
+            if active.owner != self._lease.owner:
+                continue
+            self._active[active.request.id] = active
+            self._meters.queue_time.observe(active.claimed_s - active.request.arrival_s)
+            try:
+                check_request(active, vocab_size=self._runner.vocab_size)
+                self._admit(active)
+            except RequestRefusedError as refusal:
+                self._end(active, "error", refusal.code, refusal.message)
+            except RequestTooLongError as refusal:
+                self._end(active, "error", "context_length_exceeded", str(refusal))
+
+    def _admit(self, active: ActiveRequest) -> None:
+        """Give a request to the planner; one that was resumed first sends what its journal has, which may be all."""
+        if active.num_resumed:
+            tokens = active.sequence.tokens[active.sequence.num_prompt_tokens :]
+            self._handover.outputs.append(Output(active, 0, tokens, list(active.texts), journals=False))
+            reason = "stop" if active.stream.stopped else self._planner.finish_reason(active.sequence)
+            if reason is not None:
+                self._end(active, reason)
+                return
+        self._planner.add(active.sequence)
+
+    def _drain(self) -> None:
+        """While draining, give back what has not begun, and when the time is up the rest."""
+        if self._gate.state != "draining":
+            return
+        sequences = self._planner.sequences
+        returned = sequences if self._gate.time_is_up else sequences[self._planner.num_running :]
+        for sequence in returned:
+            self._handover.releases.append(sequence.id)
+            self._forget(self._active[sequence.id])
+        if not self._active:
+            self._gate.emptied()
+
+    def _compute(self, parts: list[StepPart]) -> list[StepOutput]:
+        """One forward pass. Where memory lacks, the planner plans less; a request that runs alone then fails."""
+        prompt_tokens = sum(p.num_tokens for p in parts if p.sequence.num_computed < p.sequence.num_prompt_tokens)
+        started = time.perf_counter()
+        try:
+            results = self._runner.step(parts)
+        except OutOfDeviceMemory as error:
+            if self._planner.shrink():
+                logger.warning("The device is out of memory; the batch is made smaller.")
+                return []
+            results = [PartResult(error=str(error))] * len(parts)
+        seconds = time.perf_counter() - started
+        outputs = self._planner.apply(parts, results)
+        num_sampled = sum(output.token_id is not None for output in outputs)
+        self._meters.count_step(
+            batch_size=len(parts), prompt_tokens=prompt_tokens, output_tokens=num_sampled, seconds=seconds
+        )
+        return outputs
+
+    def _collect(self, outputs: list[StepOutput]) -> None:
+        """Turn tokens into text, and see who has ended."""
+        now_s = time.time()
+        for sequence, token_id, finish, error in outputs:
+            active = self._active[sequence.id]
+            if token_id is None:
+                self._end(active, "error", "engine_error", error or "")
+                continue
+            is_first = active.first_token_s is None and not active.num_resumed
+            text = active.push(token_id, now_s)
+            if is_first:
+                self._meters.time_to_first_token.observe(now_s - active.request.arrival_s)
+            self._handover.outputs.append(Output(active, sequence.num_output_tokens - 1, [token_id], [text]))
+            if active.stream.stopped or finish is not None:
+                self._end(active, "stop" if active.stream.stopped else finish or "stop")
+
+    def _end(self, active: ActiveRequest, reason: FinishReason, code: str = "", message: str = "") -> None:
+        """Hand over a request's end, and forget it."""
+        now_s = time.time()
+        finish = active.finish(reason, code, message)
+        policy, revision = self._board.current_policy()
+        event = active.event(finish, now_s=now_s, replica=self._lease.replica, policy=policy, revision=revision)
+        outputs = self._handover.outputs
+        if not (outputs and outputs[-1].active is active):
+            outputs.append(Output(active, active.sequence.num_output_tokens, [], []))
+        outputs[-1].finish, outputs[-1].event = finish, event
+        self._meters.count_end(active, reason, now_s)
+        self._forget(active)
+
+    def _forget(self, active: ActiveRequest) -> None:
+        self._planner.remove(active.sequence)
+        self._active.pop(active.request.id, None)
+
+    def _hand_over(self) -> None:
+        """Give the step to the outbox. While that is full (Redis is slow or lost) wait, and obey commands meanwhile."""
+        if not self._handover.outputs and not self._handover.releases:
+            return
+        handover, self._handover = self._handover, Handover(self._lease.owner)
+        while not self._outbox.offer(handover, OFFER_WAIT_S):
+            self._heed(self._inbox.read())
+            self._board.update(self._reporter, self._active.values())
+            if self._gate.time_is_up or handover.owner != self._lease.owner:
+                return
+
+    def _offer_room(self) -> None:
+        """Tell the intake what it may claim."""
+        room = self._planner.room() if self._gate.is_open else NO_ROOM
+        self._intake.offer(room, is_idle=not self._active)
+
+    def _idle_s(self) -> float:
+        """How long nothing will happen by itself."""
+        due_s = self._planner.due_s(time.monotonic())
+        return PERIOD_S if due_s is None else min(PERIOD_S, max(0.001, due_s))

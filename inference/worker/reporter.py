@@ -1,0 +1,80 @@
+"""Tells Redis several times a second what this engine process is doing, and what each second of it was."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+import redis
+
+from inference.messages import BatchEvent, ReplicaStatus, Telemetry
+from inference.worker.outbox import HISTORY_LENGTH
+from scheduling.keys import Keys
+
+logger = logging.getLogger(__name__)
+
+PERIOD_S = 0.25
+STATUS_KEEP_MS = 2000
+"""A status outlives hiccups of a few periods; then the replica counts as silent."""
+MAX_WAITING_EVENTS = 600
+"""Seconds that are kept for later while Redis is away; older ones are lost."""
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Reporter(threading.Thread):
+    """A thread that sends the latest status and what events there are. The loop only leaves them here."""
+
+    def __init__(
+        self, client: redis.Redis, keys: Keys, status: ReplicaStatus, telemetry: Callable[[], Telemetry | None]
+    ) -> None:
+        super().__init__(name="reporter", daemon=True)
+        self._client = client
+        self._keys = keys
+        self._status = status
+        self._telemetry = telemetry
+        self._events: deque[BatchEvent] = deque(maxlen=MAX_WAITING_EVENTS)
+        self._closing = threading.Event()
+        self._is_away = False
+
+    def publish(self, status: ReplicaStatus) -> None:
+        """Show this from now on."""
+        self._status = status
+
+    def record(self, event: BatchEvent) -> None:
+        """Send one second's record with the next status."""
+        self._events.append(msgspec.structs.replace(event, telemetry=self._telemetry()))
+
+    def run(self) -> None:
+        """Report until closed."""
+        while not self._closing.wait(PERIOD_S):
+            self.send()
+
+    def close(self) -> None:
+        """Send the last status, and end."""
+        self._closing.set()
+        self.join()
+        self.send()
+
+    def send(self) -> None:
+        """One report. Events that cannot be sent wait for the next one."""
+        events = list(self._events)
+        now = time.time()
+        status = msgspec.structs.replace(self._status, time_s=now, telemetry=self._telemetry())
+        try:
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.set(self._keys.replica(status.replica), _encode(status), px=STATUS_KEEP_MS)
+                pipe.zadd(self._keys.replicas, {status.replica: now})
+                if events:
+                    pipe.xadd(self._keys.history, {"m": _encode(events)}, maxlen=HISTORY_LENGTH, approximate=True)
+                pipe.execute()
+        except redis.RedisError as error:
+            if not self._is_away:
+                logger.warning("The status cannot be reported: %s", error)
+            self._is_away = True
+            return
+        self._is_away = False
+        for _ in events:
+            self._events.popleft()

@@ -1,0 +1,52 @@
+"""What goes over the pipe between a Celery gpu worker and its engine process: JSON lines, the EngineSpec first."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from inference.messages import DeploymentSpec
+
+CommandName = Literal["pause", "resume", "drain", "set_mode", "set_batch_size", "policy", "stop"]
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All that an engine process needs to know; it reads no environment and no database."""
+
+    deployment: DeploymentSpec
+    replica: str
+    redis_url: str
+    key_prefix: str = "penstock"
+    device: str = "auto"
+    lease_s: float = 5.0
+    drain_s: float = 5.0
+    """How long `drain` finishes what runs before the rest goes back to the queue."""
+    log_level: str = "INFO"
+
+
+class ControlMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """A command to the engine, obeyed between two steps."""
+
+    id: int
+    command: CommandName
+    arguments: dict[str, Any] = {}
+
+
+class Ack(msgspec.Struct, frozen=True, kw_only=True, tag="ack"):
+    """The engine obeyed the command of this id, or says why not."""
+
+    id: int
+    ok: bool
+    error: str = ""
+    applied_ms: float = 0.0
+    """From reading the command to having obeyed it."""
+    state: str = ""
+
+
+class Notice(msgspec.Struct, frozen=True, kw_only=True, tag="notice"):
+    """A change of the engine process that its parent should know."""
+
+    state: Literal["ready", "failed", "stopped"]
+    detail: str = ""
+
+
+Report = Ack | Notice

@@ -1,0 +1,138 @@
+"""A client's view of the fleet for tests: puts requests into the queue and collects what comes back on a reply stream."""
+
+import time
+from dataclasses import dataclass, field
+
+import msgspec
+import redis
+
+from inference.messages import BatchEvent, Finish, InferenceRequest, ReplicaStatus, RequestEvent, SequenceUpdate
+from scheduling import store
+from scheduling.core.policies import build_policy
+from scheduling.core.request import QueueEntry
+from scheduling.core.sequence import SamplingParams
+from scheduling.fleet import FleetQueue
+from scheduling.keys import Keys
+
+DEADLINE_S = 60.0
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+
+
+@dataclass
+class Answer:
+    """One request's tokens, put together by number."""
+
+    token_ids: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    finish: Finish | None = None
+    attempts: set[int] = field(default_factory=set)
+    num_repeated: int = 0
+
+    @property
+    def text(self) -> str:
+        assert self.finish is not None
+        return "".join(self.texts) + self.finish.text
+
+    def take(self, update: SequenceUpdate) -> None:
+        self.attempts.add(update.attempt)
+        assert len(update.texts) == len(update.token_ids)
+        for i, (token_id, text) in enumerate(zip(update.token_ids, update.texts, strict=True), update.start):
+            if i < len(self.token_ids):
+                assert (self.token_ids[i], self.texts[i]) == (token_id, text), "a repeated token differs"
+                self.num_repeated += 1
+                continue
+            assert i == len(self.token_ids), "a token is missing"
+            self.token_ids.append(token_id)
+            self.texts.append(text)
+        if update.finish is not None:
+            assert self.finish in (None, update.finish)
+            self.finish = update.finish
+
+
+class FleetClient:
+    """Plays the part of a web process."""
+
+    def __init__(self, client: redis.Redis, keys: Keys, model: str) -> None:
+        self.client = client
+        self.keys = keys
+        self.model = model
+        self.queue = FleetQueue(keys, model)
+        self.answers: dict[str, Answer] = {}
+        self._last = b"0"
+        self._policy = build_policy("fifo")
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        sampling: SamplingParams = GREEDY,
+        priority: int = 3,
+        body: bytes | None = None,
+    ) -> None:
+        now = time.time()
+        request = InferenceRequest(
+            id=request_id,
+            model=self.model,
+            tenant="acme",
+            priority=priority,
+            arrival_s=now,
+            prompt_token_ids=prompt,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            reply_to="web-1",
+            charged_tokens=len(prompt) + max_tokens,
+        )
+        entry = QueueEntry(
+            id=request_id,
+            tenant="acme",
+            priority=priority,
+            arrival_s=now,
+            prompt_tokens=len(prompt),
+            max_tokens=max_tokens,
+        )
+        command = self.queue.enqueue(
+            entry,
+            self._policy.place(entry),
+            revision=0,
+            body=msgspec.msgpack.encode(request) if body is None else body,
+            depth_limit=10_000,
+            reply_to="web-1",
+        )
+        assert store.execute(self.client, command).status == "queued"
+        self.answers[request_id] = Answer()
+
+    def read(self, block_ms: int = 50) -> None:
+        """Take what is on the reply stream."""
+        reply = self.client.xread({self.keys.replies("web-1"): self._last}, block=block_ms)
+        for _, messages in reply or []:
+            for message_id, fields in messages:
+                self._last = message_id
+                for update in msgspec.msgpack.decode(fields[b"m"], type=list[SequenceUpdate]):
+                    self.answers[update.request_id].take(update)
+
+    def until(self, condition: "Condition", deadline_s: float = DEADLINE_S) -> None:
+        """Read until the condition holds."""
+        end = time.monotonic() + deadline_s
+        while not condition():
+            assert time.monotonic() < end, f"not in time: {self.answers}"
+            self.read()
+
+    def until_finished(self, deadline_s: float = DEADLINE_S) -> None:
+        self.until(lambda: all(answer.finish for answer in self.answers.values()), deadline_s)
+
+    def status(self, replica: str) -> ReplicaStatus | None:
+        packed = self.client.get(self.keys.replica(replica))
+        return None if packed is None else msgspec.msgpack.decode(packed, type=ReplicaStatus)
+
+    def until_state(self, replica: str, state: str) -> ReplicaStatus:
+        self.until(lambda: (found := self.status(replica)) is not None and found.state == state)
+        status = self.status(replica)
+        assert status is not None
+        return status
+
+    def history(self) -> list[RequestEvent | BatchEvent]:
+        messages = self.client.xrange(self.keys.history)
+        decode = msgspec.msgpack.Decoder(list[RequestEvent | BatchEvent]).decode
+        return [event for _, fields in messages for event in decode(fields[b"m"])]
