@@ -1,0 +1,360 @@
+"""The queue in memory: the operations and answers of the one in Redis, for simulation and as its reference in tests."""
+
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from scheduling.core.answers import (
+    ActivePolicy,
+    Cancelled,
+    Claimed,
+    ClaimedRequest,
+    Enqueued,
+    Position,
+    QueueSnapshot,
+    RequestRecordView,
+)
+from scheduling.core.flows import Flows
+from scheduling.core.policies import Policy
+from scheduling.core.request import Placement, QueueEntry
+
+
+@dataclass(slots=True)
+class _Lease:
+    owner: str
+    flow: str
+    weight: float
+    rank: float
+    epoch: int
+
+
+@dataclass(slots=True)
+class _Record:
+    entry: QueueEntry
+    number: int
+    body: bytes
+    reply_to: str
+    keep_s: int
+    state: str = "queued"
+    attempt: int = 0
+    output: str = ""
+    finish: bytes | None = None
+    journal: bytearray = field(default_factory=bytearray)
+    lease: _Lease | None = None
+    cancelled: bool = False
+
+
+@dataclass(slots=True)
+class _Owner:
+    expires_s: float
+    held: dict[str, _Record] = field(default_factory=dict)
+    cancels: list[str] = field(default_factory=list)
+    number: int | None = None
+    """Of the last claim, and what that gave."""
+    given: list[tuple[str, int]] = field(default_factory=list)
+
+
+class FlowQueue:
+    """One model's queue. Methods are those of `FleetQueue`, whose docstrings hold here; results come directly."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._flows = Flows()
+        self._epoch = 0
+        self._policy: ActivePolicy | None = None
+        self._records: dict[str, _Record] = {}
+        self._waiting: dict[str, _Record] = {}
+        self._unplaced: dict[str, _Record] = {}
+        self._owners: dict[str, _Owner] = {}
+        self._ended: list[tuple[float, str]] = []
+        """A heap of (when a record is forgotten, id)."""
+        self._by_priority: Counter[int] = Counter()
+        self._by_tenant: Counter[str] = Counter()
+        self._waiting_tokens = 0
+        self._totals: Counter[str] = Counter()
+
+    def enqueue(
+        self,
+        entry: QueueEntry,
+        placement: Placement,
+        *,
+        revision: int,
+        body: bytes = b"",
+        depth_limit: int,
+        reply_to: str = "",
+        keep_s: int = 60,
+    ) -> Enqueued:
+        if self._ended:
+            self._forget()
+        depth, active = len(self._waiting), self._policy.revision if self._policy else 0
+        if entry.id in self._records:
+            return Enqueued("duplicate", depth, active)
+        if revision != active:
+            return Enqueued("stale", depth, active)
+        if depth >= depth_limit:
+            return Enqueued("full", depth, active)
+        self._totals["enqueued"] += 1
+        record = _Record(entry, self._totals["enqueued"], body, reply_to, keep_s)
+        self._records[entry.id] = record
+        self._start_waiting(record)
+        self._flows.place(entry.id, record.number, placement)
+        return Enqueued("queued", depth + 1, active)
+
+    def claim(
+        self,
+        owner: str,
+        *,
+        max_requests: int,
+        max_tokens: int,
+        lease_s: float,
+        now: float | None = None,
+        number: int | None = None,
+    ) -> Claimed:
+        state = self._owners.setdefault(owner, _Owner(0.0))
+        state.expires_s = self._now(now) + lease_s
+        if number is not None and state.number == number:
+            rows = [(id_, attempt) for id_, attempt in state.given if self._holds(owner, id_, attempt)]
+        else:
+            rows = self._serve(owner, state, max_requests, max_tokens)
+            if number is not None:
+                state.number, state.given = number, rows
+        requests = [
+            ClaimedRequest(id_, (record := self._records[id_]).body, attempt, _tokens(record.journal))
+            for id_, attempt in rows
+        ]
+        active = self.active_policy()
+        return Claimed(active.revision, active.name, requests, len(self._waiting))
+
+    def journal(self, owner: str, appends: Sequence[tuple[str, int, int, bytes]]) -> list[str]:
+        lost = []
+        for id_, attempt, start, packed in appends:
+            if not self._holds(owner, id_, attempt):
+                lost.append(id_)
+                continue
+            record = self._records[id_]
+            if len(record.journal) < 4 * start:
+                self._requeue(record)
+                lost.append(id_)
+            else:
+                record.journal[4 * start : 4 * start + len(packed)] = packed
+        return lost
+
+    def finish(
+        self, owner: str, request_id: str, attempt: int, *, state: str, used_tokens: int, finish: bytes, output: str
+    ) -> bool:
+        if not self._holds(owner, request_id, attempt):
+            return False
+        record = self._records[request_id]
+        lease = self._stop_running(record)
+        if lease.epoch == self._epoch:
+            self._flows.correct(lease.flow, (used_tokens - record.entry.cost_tokens) / lease.weight)
+        record.state, record.finish, record.output, record.cancelled = state, finish, output, False
+        self._totals["finished"] += 1
+        self._totals["finished_tokens"] += used_tokens
+        self._forget_later(record)
+        return True
+
+    def cancel(self, request_id: str) -> Cancelled:
+        record = self._waiting.get(request_id)
+        if record is not None:
+            if not self._flows.remove(request_id):
+                self._unplaced.pop(request_id, None)
+            self._stop_waiting(record)
+            record.state = "cancelled"
+            self._totals["cancelled"] += 1
+            self._forget_later(record)
+            return Cancelled("queued", record.body)
+        record = self._records.get(request_id)
+        if record is None or record.lease is None:
+            return Cancelled("gone")
+        if not record.cancelled:
+            record.cancelled = True
+            self._owners[record.lease.owner].cancels.append(request_id)
+        return Cancelled("running", None, record.lease.owner)
+
+    def renew(self, owner: str, lease_s: float, now: float | None = None) -> bool:
+        state = self._owners.get(owner)
+        if state is not None:
+            state.expires_s = self._now(now) + lease_s
+        return state is not None
+
+    def release(self, owner: str, request_ids: Iterable[str] | None = None) -> int:
+        held = self._owners[owner].held if owner in self._owners else {}
+        ids = sorted(held) if request_ids is None else list(request_ids)
+        records = [held[id_] for id_ in dict.fromkeys(ids) if id_ in held]
+        for record in records:
+            self._requeue(record)
+        return len(records)
+
+    def expire(self, now: float | None = None) -> list[tuple[str, int]]:
+        time_s = self._now(now)
+        expired = sorted((state.expires_s, name) for name, state in self._owners.items() if state.expires_s <= time_s)
+        answer = [(name, self.release(name)) for _, name in expired]
+        for _, name in expired:
+            del self._owners[name]
+        return answer
+
+    def take_cancels(self, owner: str) -> list[str]:
+        return list(self._owners[owner].cancels) if owner in self._owners else []
+
+    def snapshot(self) -> QueueSnapshot:
+        active = self.active_policy()
+        return QueueSnapshot(
+            depth=len(self._waiting),
+            waiting_tokens=self._waiting_tokens,
+            by_priority={level: num for level, num in sorted(self._by_priority.items()) if num},
+            by_tenant={tenant: num for tenant, num in sorted(self._by_tenant.items()) if num},
+            running=sum(len(state.held) for state in self._owners.values()),
+            oldest_arrival_s=min((record.entry.arrival_s for record in self._waiting.values()), default=None),
+            revision=active.revision,
+            policy=active.name,
+            params=active.params,
+            **{f"{name}_total": self._totals[name] for name in _TOTALS},
+        )
+
+    def record(self, request_id: str) -> RequestRecordView | None:
+        self._forget()
+        r = self._records.get(request_id)
+        if r is None:
+            return None
+        return RequestRecordView(r.state, r.attempt, r.output, r.finish, len(r.journal) // 4, r.body)
+
+    def tokens(self, request_id: str) -> list[int]:
+        record = self._records.get(request_id)
+        return _tokens(record.journal) if record else []
+
+    def position(self, request_id: str) -> Position | None:
+        if request_id not in self._waiting:
+            return None
+        depth = len(self._waiting)
+        found = self._flows.position(request_id, max(1.0, self._waiting_tokens / depth))
+        return Position("", depth - 1, depth - 1) if found is None else Position(*found)
+
+    def active_policy(self) -> ActivePolicy:
+        return self._policy or _DEFAULT
+
+    def init_policy(self, name: str, params: Mapping[str, float], revision: int) -> bool:
+        if self._policy is not None or self._waiting:
+            return False
+        self._policy = ActivePolicy(revision, name, dict(params))
+        return True
+
+    def set_weight(self, flow: str, weight: float) -> bool:
+        return self._flows.set_weight(flow, weight)
+
+    def reply_to_requests(self, web: str) -> list[str]:
+        live = (r for r in self._records.values() if r.state in ("queued", "running"))
+        return [record.entry.id for record in live if record.reply_to == web]
+
+    def switch(self, policy: Policy, revision: int) -> int:
+        """`switch_policy` in memory: order what waits by `policy` under a higher revision; how many that were."""
+        if revision <= self.active_policy().revision:
+            raise ValueError(f"Revision {self.active_policy().revision} is active; {revision} comes too late.")
+        self._flows, self._epoch = Flows(), self._epoch + 1
+        self._unplaced.clear()
+        for record in self._waiting.values():
+            self._flows.place(record.entry.id, record.number, policy.place(record.entry))
+        self._policy = ActivePolicy(revision, policy.name, dict(policy.params))
+        return len(self._waiting)
+
+    def unplaced(self, limit: int = 500) -> tuple[ActivePolicy, list[QueueEntry]]:
+        return self.active_policy(), [record.entry for record in list(self._unplaced.values())[:limit]]
+
+    def place(self, placed: Sequence[tuple[str, Placement]], *, revision: int) -> int:
+        if revision != self.active_policy().revision:
+            return 0
+        num_placed = 0
+        for id_, placement in placed:
+            if record := self._unplaced.pop(id_, None):
+                self._flows.place(id_, record.number, placement)
+                num_placed += 1
+        return num_placed
+
+    def _serve(self, owner: str, state: _Owner, max_requests: int, max_tokens: int) -> list[tuple[str, int]]:
+        flows = self._flows
+        rows: list[tuple[str, int]] = []
+        while len(rows) < max_requests and (head := flows.head()) is not None:
+            id_, rank, weight, flow = head
+            record = self._waiting[id_]
+            tokens = record.entry.prompt_tokens + len(record.journal) // 4
+            if tokens > max_tokens:
+                break
+            max_tokens -= tokens
+            cost = record.entry.cost_tokens
+            flows.take(cost)
+            self._stop_waiting(record)
+            record.attempt += 1
+            record.state = "running"
+            record.lease = _Lease(owner, flow, weight, rank, self._epoch)
+            state.held[id_] = record
+            if record.cancelled:
+                state.cancels.append(id_)
+            self._totals["claimed"] += 1
+            self._totals["claimed_tokens"] += cost
+            rows.append((id_, record.attempt))
+        if rows:
+            flows.settle()
+        return rows
+
+    def _holds(self, owner: str, request_id: str, attempt: int) -> bool:
+        record = self._records.get(request_id)
+        return bool(record and record.lease and record.lease.owner == owner and record.attempt == attempt)
+
+    def _requeue(self, record: _Record) -> None:
+        lease, id_ = self._stop_running(record), record.entry.id
+        record.state = "queued"
+        self._start_waiting(record)
+        if lease.epoch == self._epoch:
+            self._flows.correct(lease.flow, -record.entry.cost_tokens / lease.weight)
+            self._flows.place(id_, record.number, Placement(flow=lease.flow, weight=lease.weight, rank=lease.rank))
+        else:
+            self._unplaced[id_] = record
+        self._totals["requeued"] += 1
+
+    def _start_waiting(self, record: _Record) -> None:
+        entry = record.entry
+        self._waiting[entry.id] = record
+        self._by_priority[entry.priority] += 1
+        self._by_tenant[entry.tenant] += 1
+        self._waiting_tokens += entry.cost_tokens
+
+    def _stop_waiting(self, record: _Record) -> None:
+        entry = record.entry
+        del self._waiting[entry.id]
+        self._by_priority[entry.priority] -= 1
+        self._by_tenant[entry.tenant] -= 1
+        if not self._by_tenant[entry.tenant]:
+            del self._by_tenant[entry.tenant]
+        self._waiting_tokens -= entry.cost_tokens
+
+    def _stop_running(self, record: _Record) -> _Lease:
+        lease = record.lease
+        assert lease is not None
+        state = self._owners[lease.owner]
+        del state.held[record.entry.id]
+        if record.cancelled:
+            state.cancels.remove(record.entry.id)
+        record.lease = None
+        return lease
+
+    def _forget_later(self, record: _Record) -> None:
+        heappush(self._ended, (self._clock() + record.keep_s, record.entry.id))
+
+    def _forget(self) -> None:
+        now = self._clock()
+        while self._ended and self._ended[0][0] <= now:
+            self._records.pop(heappop(self._ended)[1], None)
+
+    def _now(self, now: float | None) -> float:
+        return self._clock() if now is None else now
+
+
+_DEFAULT = ActivePolicy(0, "fifo", {})
+_TOTALS = ("enqueued", "claimed", "claimed_tokens", "finished", "finished_tokens", "cancelled", "requeued")
+
+
+def _tokens(journal: bytearray) -> list[int]:
+    return list(struct.unpack(f"<{len(journal) // 4}i", journal)) if journal else []

@@ -1,0 +1,211 @@
+"""The queue in Redis and the one in memory are driven step by step with the same operations and answer the same."""
+
+import struct
+import uuid
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from scheduling.core.policies import Policy, build_policy
+from scheduling.core.queue import FlowQueue
+from scheduling.core.request import QueueEntry
+from scheduling.fleet import FleetQueue
+from scheduling.keys import Keys
+from scheduling.store import Command, execute
+from scheduling.switch import switch_policy
+
+OWNERS = st.sampled_from(["gpu-0:1", "gpu-1:1", "gpu-2:1"])
+POLICY = st.sampled_from(["fifo", "priority", "fair"])
+TENANTS = st.sampled_from(["ada", "bob", "cleo", "dän"])
+TIMES = st.floats(0, 1000)
+
+
+class BothQueues(RuleBasedStateMachine):
+    """Every rule runs an operation on both queues and compares the answers; invariants compare what can be read."""
+
+    client: redis.Redis
+
+    @initialize(name=POLICY)
+    def start(self, name: str) -> None:
+        self.now = 0.0
+        self.memory = FlowQueue(clock=lambda: 0.0)
+        self.fleet = FleetQueue(Keys(f"h{uuid.uuid4().hex[:12]}"), "demo")
+        self.policy: Policy = build_policy(name)
+        self.revision = 1
+        self.ids: list[str] = []
+        self.claims = 0
+        self.run(self.fleet.init_policy(name, self.policy.params, 1))
+        assert self.memory.init_policy(name, self.policy.params, 1)
+
+    def run(self, command: Command[Any]) -> Any:
+        return execute(self.client, command)
+
+    def pick(self, index: int) -> str:
+        return self.ids[index % len(self.ids)] if self.ids else "nobody"
+
+    @rule(
+        tenant=TENANTS,
+        priority=st.integers(0, 5),
+        arrival_s=TIMES,
+        tokens=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+        share=st.sampled_from([0.3, 1.0, 2.0, 7.0]),
+        stale=st.integers(0, 9),
+        depth_limit=st.sampled_from([3, 100, 100, 100]),
+        web=st.sampled_from(["", "web-1"]),
+    )
+    def enqueue(
+        self,
+        tenant: str,
+        priority: int,
+        arrival_s: float,
+        tokens: tuple[int, int],
+        share: float,
+        stale: int,
+        depth_limit: int,
+        web: str,
+    ) -> None:
+        id_ = f"r{len(self.ids)}"
+        entry = QueueEntry(
+            id=id_,
+            tenant=tenant,
+            priority=priority,
+            arrival_s=arrival_s,
+            prompt_tokens=tokens[0],
+            max_tokens=tokens[1],
+            share=share,
+        )
+        revision = self.revision - (stale == 0)
+        args: dict[str, Any] = {
+            "revision": revision, "body": id_.encode(), "depth_limit": depth_limit, "reply_to": web,
+        }  # fmt: skip
+        place = self.policy.place(entry)
+        answer = self.memory.enqueue(entry, place, **args)
+        assert self.run(self.fleet.enqueue(entry, place, **args)) == answer
+        assert self.run(self.fleet.enqueue(entry, place, **args)) == self.memory.enqueue(entry, place, **args)
+        if answer.status == "queued":
+            self.ids.append(id_)
+
+    @rule(owner=OWNERS, requests=st.integers(0, 5), tokens=st.sampled_from([30, 200, 10_000]), again=st.booleans())
+    def claim(self, owner: str, requests: int, tokens: int, again: bool) -> None:
+        self.claims += 1
+        args: dict[str, Any] = {
+            "max_requests": requests, "max_tokens": tokens, "lease_s": 5.0, "now": self.now, "number": self.claims,
+        }  # fmt: skip
+        answer = self.memory.claim(owner, **args)
+        assert self.run(self.fleet.claim(owner, **args)) == answer
+        if again:
+            repeated = self.run(self.fleet.claim(owner, **args))
+            assert repeated == self.memory.claim(owner, **args) == answer
+
+    @rule(owner=OWNERS, index=st.integers(0), start=st.integers(0, 3), num=st.integers(1, 3), attempt=st.integers(0, 3))
+    def journal(self, owner: str, index: int, start: int, num: int, attempt: int) -> None:
+        record = self.memory.record(self.pick(index))
+        attempt = attempt if attempt or record is None else record.attempt
+        start = start if start or record is None else record.num_tokens
+        appends = [(self.pick(index), attempt, start, struct.pack(f"<{num}i", *range(start, start + num)))]
+        assert self.run(self.fleet.journal(owner, appends)) == self.memory.journal(owner, appends)
+        assert self.run(self.fleet.tokens(self.pick(index))) == self.memory.tokens(self.pick(index))
+
+    @rule(owner=OWNERS, index=st.integers(0), used=st.integers(0, 120), wrong=st.integers(0, 5))
+    def finish(self, owner: str, index: int, used: int, wrong: int) -> None:
+        id_ = self.pick(index)
+        record = self.memory.record(id_)
+        attempt = (record.attempt if record else 1) + (wrong == 0)
+        args: dict[str, Any] = {"state": "finished", "used_tokens": used, "finish": b"end", "output": "text"}
+        assert self.run(self.fleet.finish(owner, id_, attempt, **args)) == self.memory.finish(
+            owner, id_, attempt, **args
+        )
+
+    @rule(index=st.integers(0))
+    def cancel(self, index: int) -> None:
+        assert self.run(self.fleet.cancel(self.pick(index))) == self.memory.cancel(self.pick(index))
+
+    @rule(owner=OWNERS)
+    def renew(self, owner: str) -> None:
+        assert self.run(self.fleet.renew(owner, 5.0, self.now)) == self.memory.renew(owner, 5.0, self.now)
+
+    @rule(owner=OWNERS, indexes=st.none() | st.lists(st.integers(0), max_size=3))
+    def release(self, owner: str, indexes: list[int] | None) -> None:
+        ids = None if indexes is None else [self.pick(index) for index in indexes]
+        assert self.run(self.fleet.release(owner, ids)) == self.memory.release(owner, ids)
+
+    @rule(elapsed_s=st.floats(0, 10))
+    def expire(self, elapsed_s: float) -> None:
+        self.now += elapsed_s
+        assert self.run(self.fleet.expire(self.now)) == self.memory.expire(self.now)
+
+    @rule(flow=TENANTS, weight=st.sampled_from([0.5, 1.0, 3.0]))
+    def set_weight(self, flow: str, weight: float) -> None:
+        assert self.run(self.fleet.set_weight(flow, weight)) == self.memory.set_weight(flow, weight)
+
+    @rule(name=POLICY)
+    def switch(self, name: str) -> None:
+        self.policy, self.revision = build_policy(name), self.revision + 1
+        result = switch_policy(self.client, self.fleet, self.policy, self.revision)
+        assert result.moved == self.memory.switch(self.policy, self.revision)
+
+    @rule()
+    def place_unplaced(self) -> None:
+        active, entries = self.run(self.fleet.unplaced())
+        expected, same = self.memory.unplaced()
+        entries.sort(key=lambda entry: entry.id)
+        assert (active, entries) == (expected, sorted(same, key=lambda entry: entry.id))
+        rows = [(entry.id, self.policy.place(entry)) for entry in entries]
+        assert self.run(self.fleet.place(rows, revision=self.revision - 1)) == 0
+        assert self.run(self.fleet.place(rows, revision=self.revision)) == self.memory.place(
+            rows, revision=self.revision
+        )
+
+    @rule(index=st.integers(0))
+    def look(self, index: int) -> None:
+        id_ = self.pick(index)
+        assert self.run(self.fleet.record(id_)) == self.memory.record(id_)
+        assert self.run(self.fleet.position(id_)) == self.memory.position(id_)
+
+    @invariant()
+    def what_can_be_read_is_the_same(self) -> None:
+        assert self.run(self.fleet.snapshot()) == self.memory.snapshot()
+        assert self.run(self.fleet.active_policy()) == self.memory.active_policy()
+        assert set(self.run(self.fleet.reply_to_requests("web-1"))) == set(self.memory.reply_to_requests("web-1"))
+        for owner in ("gpu-0:1", "gpu-1:1", "gpu-2:1"):
+            assert self.run(self.fleet.take_cancels(owner)) == self.memory.take_cancels(owner)
+
+    def teardown(self) -> None:
+        if hasattr(self, "memory"):
+            self.everything_drains_in_the_same_order()
+            stale = self.client.keys(f"{self.fleet.base}:*")
+            self.client.delete(*stale)
+
+    def everything_drains_in_the_same_order(self) -> None:
+        self.place_unplaced()
+        for owner in ("gpu-0:1", "gpu-1:1", "gpu-2:1"):
+            self.release(owner, None)
+        self.place_unplaced()
+        self.claim("gpu-0:1", 10_000, 10_000_000, again=False)
+        assert self.memory.snapshot().depth == 0
+        for id_ in self.ids:
+            record = self.memory.record(id_)
+            assert record is not None
+            self.finish("gpu-0:1", self.ids.index(id_), 7, wrong=1)
+        left = {key.decode().removeprefix(f"{self.fleet.base}:").split(":")[0] for key in self.client.keys(
+            f"{self.fleet.base}:*"
+        )}  # fmt: skip
+        epoch = f"e{self.revision - 1}"
+        assert left <= {"meta", "owners", "last", "own", "req", "tok", "bell", "epochs", epoch}, left
+
+
+@pytest.mark.parametrize("examples", [40])
+def test_both_queues_give_the_same_answers_to_the_same_operations(store: redis.Redis, examples: int) -> None:
+    class Machine(BothQueues):
+        client = store
+
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=examples, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
