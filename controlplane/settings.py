@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from django.urls import reverse_lazy
+
 from controlplane.config import ROOT, Config, load_config
 from controlplane.database import database_settings
 
@@ -200,6 +202,26 @@ LOGGING = {
 
 # Admin's theme
 
+# Keys are shown once, in a message; in a cookie it leaves no trace on the server.
+MESSAGE_STORAGE = "django.contrib.messages.storage.cookie.CookieStorage"
+
+_BLUE = {
+    "50": "#f2f7fd", "100": "#e6f0fb", "200": "#c7ddf6", "300": "#9cc4f0", "400": "#6db3ff", "500": "#2f7fd6",
+    "600": "#1559a8", "700": "#124c90", "800": "#113f75", "900": "#12365f", "950": "#0b2340",
+}  # fmt: skip
+
+
+def _page(title: str, icon: str, model: str) -> dict[str, Any]:
+    """A line of the admin's side bar, for those who may see the model."""
+    app, name = model.split(".")
+    return {
+        "title": title,
+        "icon": icon,
+        "link": reverse_lazy(f"admin:{app}_{name}_changelist"),
+        "permission": lambda request: request.user.has_perm(f"{app}.view_{name}"),
+    }
+
+
 UNFOLD = {
     "SITE_TITLE": "Penstock",
     "SITE_HEADER": "Penstock",
@@ -209,4 +231,38 @@ UNFOLD = {
     "SHOW_HISTORY": True,
     "SHOW_VIEW_ON_SITE": True,
     "BORDER_RADIUS": "6px",
+    "COLORS": {"primary": _BLUE},
+    "SIDEBAR": {
+        "show_search": False,
+        "navigation": [
+            {
+                "title": "Who may send what",
+                "items": [
+                    _page("Tenants", "groups", "scheduling.tenant"),
+                    _page("API keys", "key", "scheduling.apikey"),
+                    _page("Latency targets", "timer", "scheduling.servicelevel"),
+                ],
+            },
+            {
+                "title": "What serves it",
+                "items": [
+                    _page("Deployments", "deployed_code", "inference.modeldeployment"),
+                    _page("Replicas", "memory", "inference.replica"),
+                    _page("Policy switches", "swap_vert", "scheduling.policyrevision"),
+                ],
+            },
+            {
+                "title": "What happened",
+                "items": [
+                    _page("Requests", "receipt_long", "inference.requestrecord"),
+                    _page("Batches", "stacked_bar_chart", "inference.batchrecord"),
+                    _page("Audit trail", "history", "scheduling.operatoraction"),
+                ],
+            },
+            {
+                "title": "Who may sign in",
+                "items": [_page("Users", "person", "auth.user"), _page("Groups", "group_work", "auth.group")],
+            },
+        ],
+    },
 }

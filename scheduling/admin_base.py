@@ -1,0 +1,110 @@
+"""What the admin pages share: changes that are audited and told to every process, and tables that are only read."""
+# mypy: disable-error-code="misc,untyped-decorator"
+# (the theme comes without types)
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from django.contrib.auth.models import User
+from django.db.models import Model, QuerySet
+from django.forms import BaseModelForm
+from django.http import HttpRequest
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import SafeString
+from unfold.admin import ModelAdmin
+from unfold.paginator import InfinitePaginator
+
+from scheduling.audit import record_action
+from scheduling.services import config_changed
+
+
+def signed_in(request: HttpRequest) -> User:
+    """Who uses the page; the admin lets nobody else in."""
+    return cast(User, request.user)
+
+
+def describe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Form values as the audit trail keeps them."""
+    return {name: str(value) if isinstance(value, Model) else value for name, value in values.items()}
+
+
+def record_form(request: HttpRequest, form: "BaseModelForm[Any]", *, target: str, created: bool) -> None:
+    """Write down what a saved form changed, in the transaction of the page."""
+    kind = form.instance._meta.model_name
+    names = list(form.cleaned_data) if created else form.changed_data
+    after = describe({name: form.cleaned_data.get(name) for name in names if name != form.instance._meta.pk.name})
+    before = {} if created else describe({name: form.initial.get(name) for name in after})
+    action = f"{kind}.{'create' if created else 'update'}"
+    record_action(actor=signed_in(request), action=action, target=target, before=before, after=after)
+
+
+class AuditedAdmin(ModelAdmin):
+    """Every change is written to the audit trail and reaches all processes within a second."""
+
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
+        super().save_model(request, obj, form, change)
+        if form.changed_data or not change:
+            record_form(request, form, target=str(obj), created=not change)
+            config_changed()
+
+    def delete_model(self, request: HttpRequest, obj: Any) -> None:
+        self._record_deletion(request, [obj])
+        super().delete_model(request, obj)
+
+    def delete_queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
+        self._record_deletion(request, queryset)
+        super().delete_queryset(request, queryset)
+
+    def _record_deletion(self, request: HttpRequest, rows: Iterable[Any]) -> None:
+        for row in rows:
+            record_action(actor=signed_in(request), action=f"{row._meta.model_name}.delete", target=str(row))
+        config_changed()
+
+
+class ReadOnlyAdmin(ModelAdmin):
+    """A table that the system writes and people read. Rows may be many: none are counted."""
+
+    paginator = InfinitePaginator
+    show_full_result_count = False
+    list_per_page = 50
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+
+def show_values(values: Mapping[str, Any]) -> SafeString | str:
+    """A small JSON object, one `name value` after the other."""
+    if not values:
+        return "-"
+    return format_html_join(", ", "{} <strong>{}</strong>", ((name, _short(value)) for name, value in values.items()))
+
+
+def show_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> SafeString | str:
+    """`name old → new` of what differs."""
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if not changed:
+        return "-"
+    parts = ((name, _short(before.get(name)), _short(after.get(name))) for name in changed)
+    if before:
+        return format_html_join(", ", "{} {} → <strong>{}</strong>", parts)
+    return format_html_join(", ", "{0} <strong>{2}</strong>", parts)
+
+
+def show_key(plaintext: str, owner: str) -> SafeString:
+    """The message that shows a key, this once."""
+    return format_html(
+        "The key of {}: <code style='user-select: all'>{}</code> Copy it now; it cannot be shown again.",
+        owner,
+        plaintext,
+    )
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
