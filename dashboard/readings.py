@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import redis.asyncio
@@ -11,7 +12,7 @@ from inference.messages import DeploymentSpec, ReplicaStatus
 from scheduling.core.answers import QueueSnapshot
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
-from scheduling.store import aexecute
+from scheduling.store import Command, aexecute
 
 FORGET_AFTER_S = 600.0
 """A replica that fell silent without a good-bye is shown as lost for this long."""
@@ -43,13 +44,13 @@ class FleetReader:
     async def read(self, now_s: float) -> Reading:
         """Two round trips. Raises redis.RedisError or OSError where the server is away."""
         raw_specs, raw_names = await asyncio.gather(
-            self._client.hgetall(self._keys.deployments), self._client.zrange(self._keys.replicas, 0, -1)
+            self._ask("HGETALL", self._keys.deployments), self._ask("ZRANGE", self._keys.replicas, 0, -1)
         )
         deployments = self._deployments(raw_specs)
         queues = [FleetQueue(self._keys, model) for model in deployments]
-        statuses, *snapshots = await asyncio.gather(
+        statuses, snapshots = await asyncio.gather(
             self._statuses([name.decode() for name in raw_names]),
-            *(aexecute(self._client, queue.snapshot()) for queue in queues),
+            asyncio.gather(*(aexecute(self._client, queue.snapshot()) for queue in queues)),
         )
         self._remember(now_s, statuses)
         return Reading(
@@ -60,14 +61,15 @@ class FleetReader:
             lost={name: status for name, (_, status) in self._known.items() if name not in statuses},
         )
 
+    async def _ask(self, *words: Any) -> Any:
+        return await aexecute(self._client, Command(words, lambda reply: reply))
+
     def _deployments(self, raw: Mapping[bytes, bytes]) -> dict[str, DeploymentSpec]:
         specs = {}
         for name, value in sorted(raw.items()):
             try:
                 specs[name.decode()] = self._decode_spec(value)
-            except (
-                msgspec.MsgspecError
-            ):  # written by a newer version: the gpu workers say so, this page shows the others
+            except msgspec.MsgspecError:  # of another version; the gpu workers report it
                 continue
         return specs
 
@@ -75,7 +77,8 @@ class FleetReader:
         if not names:
             return {}
         found: dict[str, ReplicaStatus] = {}
-        for name, raw in zip(names, await self._client.mget([self._keys.replica(n) for n in names]), strict=True):
+        replies = await self._ask("MGET", *map(self._keys.replica, names))
+        for name, raw in zip(names, replies, strict=True):
             try:
                 if raw is not None:
                     found[name] = self._decode_status(raw)

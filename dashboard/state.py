@@ -1,8 +1,8 @@
 """The document a live page shows: how it changes by numbered updates, and how the parts of it are spelled.
 
-A page takes a snapshot and then applies updates; `static/js/state.js` mirrors `apply`. An update holds a JSON merge patch
-(RFC 7396) of the document, and at most one new history row per model. A document therefore holds no nulls outside history rows:
-what is not known is left out.
+A page takes a snapshot and then applies updates; `static/js/state.js` mirrors `apply`. An update holds a JSON merge
+patch (RFC 7396) of the document, and at most one new history row per model. A document therefore holds no nulls
+outside history rows: what is not known is left out.
 """
 
 from collections.abc import Mapping

@@ -1,29 +1,166 @@
-"""The live page and what its buttons ask for."""
+"""The live page and what its buttons ask for. Buttons post forms and are answered in JSON, errors in a sentence."""
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
 
 from django.contrib.auth.decorators import login_required, permission_required
-from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.contrib.auth.models import User
+from django.db import DatabaseError
+from django.http import HttpRequest, HttpResponse, JsonResponse, QueryDict
 from django.shortcuts import render
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_GET, require_POST
+from redis.exceptions import RedisError
 
-from dashboard.access import SWITCH_POLICY, VIEW
+from dashboard.access import CONTROL_REPLICA, SWITCH_POLICY, VIEW
+from inference.services import announce_policy, control_replicas, read_replicas
+from scheduling.connection import live_keys, live_redis
+from scheduling.core.policies import POLICIES, PolicyError
+from scheduling.models import PolicyRevision
+from scheduling.policy_switch import switch_policy
+
+log = logging.getLogger(__name__)
+COMMANDS = {"pause": "paused", "resume": "resumed", "drain": "draining"}
+MAX_REASON = 500
+
+View = Callable[..., HttpResponse]
 
 
 @login_required
 @permission_required(VIEW, raise_exception=True)
+@never_cache
+@require_GET
 def live(request: HttpRequest) -> HttpResponse:
     """The page; its figures come by the socket."""
-    return render(request, "dashboard/live.html")
+    can_switch, can_control = request.user.has_perm(SWITCH_POLICY), request.user.has_perm(CONTROL_REPLICA)
+    context = {
+        "can_switch": can_switch,
+        "can_control": can_control,
+        "role": "operator" if can_switch or can_control else "viewer",
+        "policies": POLICIES.values(),
+    }
+    return render(request, "dashboard/live.html", context)
 
 
+@never_cache
+@require_GET
 def session(request: HttpRequest) -> JsonResponse:
     """Whether the session still holds: a page whose socket is refused asks here whether to sign in again."""
     return JsonResponse({"signed_in": request.user.is_authenticated, "may_view": request.user.has_perm(VIEW)})
 
 
-def switch(request: HttpRequest, model: str) -> JsonResponse:
-    """Switch a queue's policy."""
-    return JsonResponse({}, status=403 if not request.user.has_perm(SWITCH_POLICY) else 400)
+def refuse(status: int, sentence: str) -> JsonResponse:
+    """An error as the page shows it."""
+    return JsonResponse({"error": sentence}, status=status)
 
 
-def control(request: HttpRequest, replica: str, command: str) -> JsonResponse:
+def operators_only(permission: str) -> Callable[[View], View]:
+    """POST by a signed-in user who holds `permission`, with a reason; others get a sentence instead of a redirect."""
+
+    def decorate(view: View) -> View:
+        @require_POST
+        @wraps(view)
+        def guarded(request: HttpRequest, **arguments: str) -> HttpResponse:
+            if not request.user.is_authenticated:
+                return refuse(401, "Your session has ended. Sign in again and repeat.")
+            if not request.user.has_perm(permission):
+                return refuse(403, "Your account may look but not switch. Ask an administrator for the group operator.")
+            if not 0 < len(request.POST.get("reason", "").strip()) <= MAX_REASON:
+                return refuse(400, f"Give a reason of at most {MAX_REASON} characters: it is kept in the audit trail.")
+            try:
+                return view(request, **arguments)
+            except DatabaseError:
+                log.exception("The database did not take %s", request.path)
+                return refuse(503, "The database does not answer, so nothing was changed. Try again in a moment.")
+
+        return guarded
+
+    return decorate
+
+
+@operators_only(SWITCH_POLICY)
+def switch(request: HttpRequest, *, model: str) -> JsonResponse:
+    """Order a model's queue by another policy."""
+    name = request.POST.get("policy", "")
+    try:
+        if not live_redis().hexists(live_keys().deployments, model):
+            return refuse(404, f"There is no model {model}; it may have been taken away. Load the page again.")
+    except (RedisError, OSError):
+        log.warning("Redis is away: the switch of %s will wait for it", model)
+    try:
+        params = _read_params(name, request.POST)
+        revision = switch_policy(
+            model=model, name=name, params=params, actor=_actor(request), reason=_reason(request), announce=_announce
+        )
+    except PolicyError as error:
+        return refuse(400, str(error))
+    return JsonResponse(
+        {
+            "model": model,
+            "name": revision.name,
+            "revision": revision.revision,
+            "state": revision.state,
+            "moved": revision.num_moved,
+            "confirmed": _confirmed(revision.acknowledgements),
+        }
+    )
+
+
+@operators_only(CONTROL_REPLICA)
+def control(request: HttpRequest, *, replica: str, command: str) -> JsonResponse:
     """Pause, resume or drain a worker."""
-    return JsonResponse({}, status=400)
+    if command not in COMMANDS:
+        return refuse(404, f"A worker knows the commands {', '.join(COMMANDS)}, not {command}.")
+    try:
+        if replica not in {status.replica for status in read_replicas(live_redis(), live_keys())}:
+            return refuse(404, f"No worker {replica} is running.")
+        acks = control_replicas(
+            replicas=[replica], command=command, send=_send, actor=_actor(request), reason=_reason(request)
+        )
+    except (RedisError, OSError):
+        return refuse(503, f"{replica} could not be told: the queue's store does not answer.")
+    ack = acks.get(replica)
+    if not isinstance(ack, Mapping) or not ack.get("ok"):
+        why = (ack.get("error") if isinstance(ack, Mapping) else None) or "no answer within two seconds"
+        return refuse(502, f"{replica} did not confirm ({why}). Look at its state.")
+    return JsonResponse({"message": f"{replica} is {COMMANDS[command]}."})
+
+
+def _read_params(policy: str, form: QueryDict) -> dict[str, Any]:
+    """The parameters of `policy`, from fields named `policy.parameter`; the policy refuses what is no number."""
+    params: dict[str, Any] = {}
+    for field, value in form.items():
+        kind, _, name = field.partition(".")
+        if kind == policy and name:
+            try:
+                params[name] = float(str(value))
+            except ValueError:
+                params[name] = value
+    return params
+
+
+def _confirmed(acknowledgements: Mapping[str, Any]) -> dict[str, float]:
+    """Replica -> milliseconds until it had taken the policy up; those that did not confirm are left out."""
+    acks = {name: ack for name, ack in acknowledgements.items() if isinstance(ack, Mapping) and ack.get("ok")}
+    return {name: float(ack.get("applied_ms") or 0.0) for name, ack in acks.items()}
+
+
+def _announce(revision: PolicyRevision) -> Mapping[str, Any]:
+    return announce_policy(revision, _send)
+
+
+def _send(replicas: list[str], command: str, **arguments: Any) -> Mapping[str, Any]:
+    from inference.control import send_control
+
+    return send_control(replicas, command, **arguments)
+
+
+def _reason(request: HttpRequest) -> str:
+    return request.POST["reason"].strip()
+
+
+def _actor(request: HttpRequest) -> User:
+    assert isinstance(request.user, User)
+    return request.user

@@ -1,0 +1,189 @@
+// The live page: takes state from the feed and draws it.
+
+import { drawBatches } from "./batch.js";
+import { Chart } from "./charts.js";
+import { ControlDialog, SwitchDialog } from "./dialogs.js";
+import { byId, el, keyed, setAttribute, setText } from "./dom.js";
+import { Feed } from "./feed.js";
+import { clock, count, duration, rate } from "./format.js";
+import { column, split } from "./history.js";
+import { learnTenants, tenantColour, tenantHatched } from "./palette.js";
+import { drawBackpressure, drawFigures, drawPolicy, drawSplit } from "./panels.js";
+import { Uptake } from "./uptake.js";
+import { drawActions, drawWorkers } from "./workers.js";
+
+const seconds = (value) => (value === 0 ? "0" : duration(value));
+const charts = {
+  queue: new Chart(byId("chart-queue"), { format: count, stacked: true }),
+  tokens: new Chart(byId("chart-tokens"), { format: rate }),
+  flow: new Chart(byId("chart-flow"), { format: rate, legend: byId("legend-flow") }),
+  waits: new Chart(byId("chart-waits"), { format: seconds, legend: byId("legend-waits") }),
+};
+
+let snapshot = null;
+let drawnRow = "";
+let said = {};
+const uptake = new Uptake(announce);
+const switching = byId("switch-dialog") && new SwitchDialog((answer, began) => uptake.begin(answer.model, answer, began));
+const controlling = byId("control-dialog") && new ControlDialog((answer) => announce(answer.message));
+
+function announce(text) {
+  setText(byId("announcer"), text);
+}
+
+function chosenModel() {
+  const names = Object.keys(snapshot.state.models);
+  const wanted = new URLSearchParams(location.search).get("model") ?? localStorage.getItem("penstock-model");
+  return names.includes(wanted) ? wanted : names[0];
+}
+
+const splitBy = () => document.querySelector('input[name="split"]:checked').value;
+
+function draw() {
+  const { state, history } = snapshot;
+  const name = chosenModel();
+  const model = state.models[name];
+  learnTenants(state.tenants);
+  document.body.classList.remove("loading");
+  drawFaults(state.faults);
+  drawModelChoice(Object.keys(state.models), name);
+  byId("empty").hidden = Boolean(model);
+  byId("figures").hidden = !model;
+  const replicas = Object.entries(state.replicas).sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }));
+  drawWorkers(byId("workers"), replicas, state.time_s, (replica, command) => controlling.show(replica, command));
+  drawActions(byId("actions"), state.actions, state.time_s);
+  if (model) drawModel(name, model, replicas.filter(([, r]) => r.model === name), history[name], state.time_s);
+}
+
+function drawModel(name, model, replicas, rows, now) {
+  const live = replicas.filter(([, r]) => r.state !== "lost");
+  drawFigures(model, live);
+  drawSplit(model, splitBy());
+  drawBackpressure(model.backpressure);
+  uptake.draw(name, model.policy, drawPolicy(model.policy, replicas));
+  drawBatches(byId("batches"), live);
+  drawLegend(live);
+  setText(byId("batch-sum"), live.length ? "" : "No worker runs this model; requests wait until one starts.");
+  if (byId("switch")) byId("switch").disabled = false;
+  drawCharts(name, rows, now);
+  tellChanges(name, model);
+}
+
+function drawLegend(replicas) {
+  const names = [...new Set(replicas.flatMap(([, r]) => r.slots.map((slot) => slot[1])))].sort();
+  keyed(byId("legend"), names.slice(0, 12), (n) => n, (n) => el("li", {}, el("i", { class: "swatch" }), ` ${n}`), (node, n) => {
+    node.firstElementChild.style.setProperty("--colour", tenantColour(n));
+    node.firstElementChild.classList.toggle("hatched", tenantHatched(n));
+  });
+}
+
+function drawCharts(name, rows, now) {
+  const row = `${name} ${splitBy()} ${rows.length ? rows[rows.length - 1][0] : 0}`;
+  if (row === drawnRow) return;
+  drawnRow = row;
+  const times = column(rows, "time");
+  const line = (label, colour, values, dash) => ({ label, colour, values: column(rows, values), dash });
+  charts.queue.draw(times, split(rows, splitBy()), now);
+  charts.tokens.draw(times, [line("output tokens/s", "var(--chart-1)", "tokens")], now);
+  charts.flow.draw(times, [line("arriving", "var(--chart-1)", "arrivals"), line("ending", "var(--chart-2)", "completions", [6, 3])], now);
+  charts.waits.draw(times, [line("TTFT p99", "var(--chart-2)", "ttft99", [6, 3]), line("TTFT p50", "var(--chart-1)", "ttft50"), line("queue p50", "var(--chart-3)", "queue", [2, 3])], now);
+}
+
+/** Says aloud what an operator must not miss: the level and the policy, when they change. */
+function tellChanges(name, model) {
+  const now = { name, level: model.backpressure.level, revision: model.policy.revision };
+  if (said.name === name && said.level !== now.level) announce(`Backpressure is ${now.level} of 4, ${model.backpressure.name}. ${model.backpressure.reason}`);
+  else if (said.name === name && said.revision !== now.revision) announce(`The policy of ${name} is ${model.policy.name}, revision ${now.revision}.`);
+  said = now;
+  document.title = `${model.backpressure.level ? `(${model.backpressure.name}) ` : ""}${count(model.depth)} waiting · ${name} · Penstock`;
+}
+
+function drawModelChoice(names, chosen) {
+  const select = byId("model");
+  if ([...select.options].map((o) => o.value).join() !== names.join() || !names.length) {
+    select.replaceChildren(...(names.length ? names.map((n) => el("option", { value: n, text: n })) : [el("option", { text: "none" })]));
+  }
+  if (chosen && select.value !== chosen) select.value = chosen;
+  select.disabled = names.length < 2;
+}
+
+// Connection
+
+const LABELS = { live: "Live", connecting: "Connecting", stale: "Stale", "signed-out": "Signed out", forbidden: "No access" };
+let feedProblem = null;
+let faults = {};
+
+function onStatus(status, heard) {
+  setAttribute(byId("connection"), "data-state", status);
+  setText(byId("connection").querySelector(".label"), LABELS[status]);
+  document.body.classList.toggle("stale", status !== "live" && snapshot !== null);
+  feedProblem = null;
+  if (status === "stale") feedProblem = [`The feed is stale since ${clock(heard)}. Trying to reach the server again; the figures below are the last ones heard.`];
+  if (status === "connecting" && !snapshot) feedProblem = ["The server does not answer yet. Trying again."];
+  const back = `/login/?next=${encodeURIComponent(location.pathname + location.search)}`;
+  if (status === "signed-out") feedProblem = ["Your session has ended.", el("a", { href: back, text: "Sign in again" })];
+  if (status === "forbidden") feedProblem = ["Your account may no longer see this page. Ask an administrator for the group viewer."];
+  drawBanner();
+}
+
+function drawFaults(now) {
+  if (JSON.stringify(now) === JSON.stringify(faults)) return;
+  faults = now;
+  drawBanner();
+}
+
+function drawBanner() {
+  const lines = feedProblem ? [feedProblem] : Object.values(faults).map((f) => [`${f.message} Since ${clock(f.since_s * 1000)}.`]);
+  byId("banner").hidden = lines.length === 0;
+  byId("banner").replaceChildren(...lines.map((parts) => el("p", {}, ...parts.flatMap((part) => [part, " "]))));
+}
+
+// Controls
+
+byId("model").addEventListener("change", (event) => {
+  localStorage.setItem("penstock-model", event.target.value);
+  const url = new URL(location.href);
+  url.searchParams.set("model", event.target.value);
+  history.replaceState(null, "", url);
+  draw();
+});
+for (const radio of document.querySelectorAll('input[name="split"]')) radio.addEventListener("change", () => snapshot && draw());
+byId("switch")?.addEventListener("click", () => {
+  const name = chosenModel();
+  switching.show(name, snapshot.state.models[name].policy);
+});
+
+const THEMES = ["auto", "light", "dark"];
+const THEME_SIGNS = { auto: "◐", light: "☀", dark: "☾" };
+
+function showTheme() {
+  const theme = document.documentElement.dataset.theme ?? "auto";
+  const button = byId("theme");
+  setText(button.firstElementChild, THEME_SIGNS[theme]);
+  setText(button.lastElementChild, `${theme[0].toUpperCase()}${theme.slice(1)}`);
+  button.setAttribute("aria-label", theme === "auto" ? "Theme: as the system has it" : `Theme: ${theme}`);
+  for (const chart of Object.values(charts)) chart.recolour();
+}
+
+byId("theme").addEventListener("click", () => {
+  const theme = document.documentElement.dataset.theme ?? "auto";
+  const next = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
+  if (next === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = next;
+  localStorage.setItem("penstock-theme", next);
+  showTheme();
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
+showTheme();
+
+let waiting = false;
+const socket = new URL("live/", location.origin.replace(/^http/, "ws"));
+new Feed(socket, "/session/", (next) => {
+  snapshot = next;
+  if (waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => {
+    waiting = false;
+    draw();
+  });
+}, onStatus).start();
