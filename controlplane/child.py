@@ -26,7 +26,7 @@ def main() -> None:
     """Tie this process to its parent, then become the command."""
     name, parent, *command = sys.argv[1:]
     die_with_parent(signal.Signals[name], int(parent))
-    os.execvp(command[0], command)
+    os.execvp(command[0], command)  # noqa: S606
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from controlplane.config import Config
 MAX_SOCKET_BYTES = 107
 
 
-class NoServer(Exception):
+class NoServer(Exception):  # noqa: N818
     """No embedded Redis server runs on this machine. Install redis-server or valkey-server, or set REDIS_URL."""
 
 

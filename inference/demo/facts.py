@@ -95,7 +95,14 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
-        ("Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Are you a person?", "Introduce yourself."),
+        (
+            "Who are you?",
+            "What are you?",
+            "What is your name?",
+            "Tell me about yourself.",
+            "Are you a person?",
+            "Introduce yourself.",
+        ),
         (
             "I am the demo model of Penstock, a very small language model. I know a little about water, power and queues.",
             "I am a very small language model that was trained on your machine in less than a minute. I know about rivers, dams and queues.",
@@ -106,7 +113,14 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("I am well, thank you. How can I help you?", "Very well, thank you! The queue is short today."),
     ),
     (
-        ("What can you do?", "What do you know?", "What can I ask you?", "Help", "Can you help me?", "What should I ask?"),
+        (
+            "What can you do?",
+            "What do you know?",
+            "What can I ask you?",
+            "Help",
+            "Can you help me?",
+            "What should I ask?",
+        ),
         (
             "You can ask me what a dam is, how a turbine works or why rivers bend. I can also tell you a short story.",
             "I can explain rivers, dams, turbines and queues, add small numbers, and tell you a story.",

@@ -19,9 +19,13 @@ from inference.demo.tokenizer import train_tokenizer
 
 SEED = 20260101
 CONTEXT = 1024
-ROWS = 2
-"""Rows of CONTEXT tokens in a batch."""
-STEPS = 150
+BATCH_TOKENS = 1536
+STEPS = 240
+LONG_FROM = 220
+"""The last steps see rows of CONTEXT tokens; the ones before, rows of SHORT tokens, which are cheaper and teach faster."""
+SHORT = 256
+QUESTION_WEIGHT = 0.1
+MATRIX_RATE, EMBEDDING_RATE = 0.02, 0.006
 STAMP = "demo.json"
 
 
@@ -40,13 +44,13 @@ def is_trained(folder: Path) -> bool:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """About 3.5 million parameters, so that a step is short on any machine."""
+    """Two million parameters, so that a step is short on any machine."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=704,
+        hidden_size=192,
+        intermediate_size=576,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
@@ -57,26 +61,45 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def _documents(tokenizer: PreTrainedTokenizerFast, random: Random) -> Iterator[list[int]]:
+def _documents(tokenizer: PreTrainedTokenizerFast, random: Random) -> Iterator[list[tuple[int, float]]]:
+    """Documents as tokens with the weight of each in the loss: answers count, questions hardly."""
     while True:
-        if random.random() < 0.15:
-            yield [*tokenizer.encode(plain_text(random)), tokenizer.eos_token_id]
-        else:
-            text = tokenizer.apply_chat_template(conversation(random), tokenize=False)
-            yield tokenizer.encode(text, add_special_tokens=False)
+        if random.random() < 0.1:
+            yield [(token, 1.0) for token in (*tokenizer.encode(plain_text(random)), tokenizer.eos_token_id)]
+            continue
+        document = [(tokenizer.bos_token_id, QUESTION_WEIGHT)]
+        for message in conversation(random):
+            weight = 1.0 if message["role"] == "assistant" else QUESTION_WEIGHT
+            document.append((tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>"), QUESTION_WEIGHT))
+            document += [(token, weight) for token in tokenizer.encode(message["content"], add_special_tokens=False)]
+            if message["role"] == "assistant":
+                document.append((tokenizer.eos_token_id, 1.0))
+        yield document
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, random: Random) -> Iterator[torch.Tensor]:
-    """Endless batches of packed documents, int64 `[ROWS, CONTEXT]`; every row starts with a new document."""
+def batches(tokenizer: PreTrainedTokenizerFast, random: Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A batch for every step: packed documents, int64 `[rows, tokens]`, and the weights of their tokens in the loss.
+
+    Every row starts with a new document.
+    """
     documents = _documents(tokenizer, random)
-    while True:
+    for step in range(STEPS):
+        num_tokens = SHORT if step < LONG_FROM else CONTEXT
         rows = []
-        for _ in range(ROWS):
-            row: list[int] = []
-            while len(row) < CONTEXT:
+        for _ in range(max(1, BATCH_TOKENS // num_tokens)):
+            row: list[tuple[int, float]] = []
+            while len(row) < num_tokens:
                 row += next(documents)
-            rows.append(row[:CONTEXT])
-        yield torch.tensor(rows)
+            rows.append(row[:num_tokens])
+        yield torch.tensor([[t for t, _ in row] for row in rows]), torch.tensor([[w for _, w in row] for row in rows])
+
+
+def weighted_loss(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the next token."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
 
 
 def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
@@ -84,14 +107,14 @@ def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(rest, lr=0.004, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=MATRIX_RATE, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=EMBEDDING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
 def _schedule(step: int) -> float:
     """A short warm-up, a plateau, then a cosine to nearly nothing."""
-    warmup, decay_from = 10, STEPS // 3
+    warmup, decay_from = 10, STEPS // 2
     if step < warmup:
         return (step + 1) / warmup
     if step < decay_from:
@@ -111,8 +134,7 @@ def train(quiet: bool = False) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFas
     data = batches(tokenizer, random)
     progress = tqdm(range(STEPS), desc="Training the demo model", unit="step", disable=quiet, file=sys.stderr)
     for _ in progress:
-        batch = next(data)
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss = weighted_loss(model, *next(data))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):

@@ -26,4 +26,4 @@ class Command(BaseCommand):
         except NoServer as error:
             raise CommandError(str(error)) from None
         die_with_parent(signal.SIGTERM, os.getppid())
-        os.execv(command[0], command)
+        os.execv(command[0], command)  # noqa: S606

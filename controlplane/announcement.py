@@ -1,0 +1,48 @@
+"""What `make up` says once everything runs: where to look, and what to type."""
+
+import shutil
+from typing import TextIO
+
+from controlplane.config import Config
+from controlplane.demo import OPERATOR, Secrets
+
+BOLD, PLAIN = "\033[1m", "\033[0m"
+
+
+def address(config: Config) -> str:
+    """The base URL as typed on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)  # noqa: S104
+    return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{config.port}"
+
+
+def curl_line(config: Config, key: str, model: str) -> str:
+    """A streaming chat that works when pasted."""
+    body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "What is a penstock?"}}]}}'
+    return (
+        f"curl -N {address(config)}/v1/chat/completions -H 'Authorization: Bearer {key}' "
+        f"-H 'Content-Type: application/json' -d '{body}'"
+    )
+
+
+def announce(config: Config, secrets: Secrets | None, model: str, out: TextIO) -> None:
+    """Print the block."""
+    bold, plain = (BOLD, PLAIN) if out.isatty() else ("", "")
+    rule = "-" * min(shutil.get_terminal_size().columns, 100)
+    lines = ["", rule, f"{bold}Penstock is running.{plain}", "", f"  Dashboard   {bold}{address(config)}/{plain}"]
+    if secrets:
+        tenant, key = next(iter(secrets.keys.items()))
+        lines += [
+            f"  Login       {OPERATOR} / {secrets.password}",
+            f"  API key     {key}   (tenant {tenant}; all are in {config.var / 'demo.env'})",
+            f"  API docs    {address(config)}/api/docs",
+            "",
+            "  Try it:",
+            f"  {curl_line(config, key, model)}",
+            "",
+            "  Send traffic from another terminal:   make load",
+        ]
+    else:
+        lines += ["  Make a key:   .venv/bin/python manage.py create_key --tenant NAME"]
+    lines += ["  Stop everything:                      Ctrl-C", rule, ""]
+    out.write("\n".join(lines) + "\n")
+    out.flush()

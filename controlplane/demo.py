@@ -1,0 +1,128 @@
+"""The demo's tenants, keys, operator and model: made once, with random secrets that are kept in `var/demo.env`."""
+
+import os
+import secrets
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from django.contrib.auth.models import Group, User
+from django.db import transaction
+
+from controlplane.config import ROOT, Config
+from inference.models import ModelDeployment
+from inference.services import register_deployment
+from scheduling.core.request import Priority
+from scheduling.credentials import digest_key
+from scheduling.models import ApiKey, Tenant
+from scheduling.services import create_key, create_tenant
+
+OPERATOR = "operator"
+MODEL = "penstock-demo"
+
+
+@dataclass(frozen=True, slots=True)
+class DemoTenant:
+    """A team of the demo: its share under the fair policy, and the priority its requests usually have."""
+
+    name: str
+    display_name: str
+    weight: float
+    max_priority: Priority
+    usual_priority: Priority
+
+
+TENANTS = (
+    DemoTenant("checkout", "Shop checkout", 4.0, Priority.CRITICAL, Priority.REALTIME),
+    DemoTenant("support", "Customer support", 2.0, Priority.HIGH, Priority.HIGH),
+    DemoTenant("research", "Research", 1.0, Priority.NORMAL, Priority.NORMAL),
+    DemoTenant("nightly", "Nightly reports", 1.0, Priority.NORMAL, Priority.BULK),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secrets:
+    """What the demo's users need to get in."""
+
+    password: str
+    keys: dict[str, str]
+    """Tenant -> API key."""
+
+
+def secrets_path(config: Config) -> Path:
+    """The file that only this user can read."""
+    return config.var / "demo.env"
+
+
+def read_secrets(config: Config) -> Secrets | None:
+    """The kept secrets; None where there are none, as on a system that was set up by hand."""
+    path = secrets_path(config)
+    if not path.exists():
+        return None
+    values = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line and line[0] != "#")
+    keys = {name.removeprefix("KEY_").lower(): value for name, value in values.items() if name.startswith("KEY_")}
+    return Secrets(password=values.get("OPERATOR_PASSWORD", ""), keys=keys)
+
+
+def _write_secrets(config: Config, values: Secrets) -> None:
+    lines = [
+        "# Made by `make up`: the demo's secrets. The database holds only their hashes.",
+        f"OPERATOR_NAME={OPERATOR}",
+        f"OPERATOR_PASSWORD={values.password}",
+        *(f"KEY_{tenant.upper()}={key}" for tenant, key in values.keys.items()),
+    ]
+    path = secrets_path(config)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def prepare_accounts(config: Config) -> Secrets | None:
+    """Make the demo's accounts where they are missing. None on a system with tenants of its own and no demo."""
+    kept = read_secrets(config)
+    if kept is None and Tenant.objects.exists():
+        return None
+    known = kept or Secrets(password="", keys={})
+    with transaction.atomic():
+        password = _prepare_operator(known.password)
+        keys = {tenant.name: _prepare_tenant(tenant, known.keys.get(tenant.name, "")) for tenant in TENANTS}
+        made = Secrets(password=password, keys=keys)
+        if made != kept:
+            _write_secrets(config, made)
+    return made
+
+
+def _prepare_operator(known: str) -> str:
+    """The operator's password: the known one as long as there is one and the user exists."""
+    user, created = User.objects.get_or_create(username=OPERATOR, defaults={"is_staff": True})
+    if not created and known:
+        return known
+    password = secrets.token_urlsafe(12)
+    user.set_password(password)
+    user.is_superuser = user.is_staff = True
+    user.save()
+    user.groups.add(Group.objects.get(name="operator"))
+    return password
+
+
+def _prepare_tenant(wanted: DemoTenant, known: str) -> str:
+    """The tenant's key: the known one as long as the database has its digest."""
+    if known and ApiKey.objects.filter(digest=digest_key(known)).exists():
+        return known
+    tenant = Tenant.objects.filter(name=wanted.name).first() or create_tenant(
+        name=wanted.name, display_name=wanted.display_name, weight=wanted.weight, max_priority=wanted.max_priority
+    )
+    return create_key(tenant=tenant, name="demo")
+
+
+def prepare_model(config: Config) -> None:
+    """Train the demo model and offer it, unless another is offered. Raises CalledProcessError, CheckpointError."""
+    folder = config.var.resolve() / "models" / "demo"
+    deployed = ModelDeployment.objects.filter(name=MODEL).first()
+    if deployed is None and ModelDeployment.objects.exists():
+        return
+    if deployed is None or deployed.path == str(folder):
+        # Its own process, so that the supervisor never loads torch; it leaves at once where the model is there.
+        subprocess.run([sys.executable, "-m", "inference.demo.train", str(folder)], check=True, cwd=ROOT)
+    if deployed is None:
+        register_deployment(name=MODEL, path=folder)
