@@ -12,7 +12,8 @@ from controlplane.config import ROOT, Config, load_config
 from controlplane.database import database_settings
 
 PENSTOCK: Config = load_config()
-PENSTOCK.var.mkdir(parents=True, exist_ok=True)
+for _folder in (PENSTOCK.var, PENSTOCK.var / "static"):
+    _folder.mkdir(parents=True, exist_ok=True)
 
 
 def _secret_key(var: Path) -> str:
