@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ from inference.engine.errors import ModelLoadError
 from inference.engine.runner import ModelRunner
 from inference.tokenization import Tokenizer
 from inference.worker.engine import Engine, connect
-from inference.worker.inbox import Inbox
+from inference.worker.inbox import Inbox, Told
 from inference.worker.pipe import Pipe, watch_signals
 from inference.worker.reporter import Reporter
 from inference.worker.spec import EngineSpec, Notice
@@ -20,6 +21,9 @@ from inference.worker.telemetry import TelemetryReader, open_source
 from scheduling.keys import Keys
 
 logger = logging.getLogger("inference.worker")
+
+RETRY_S = 30.0
+"""How long a process that cannot serve its checkpoint waits before it ends, to be started again."""
 
 
 def main() -> int:
@@ -41,6 +45,7 @@ def main() -> int:
         logger.error("%s cannot be served: %s", spec.deployment.name, error)
         reporter.publish(msgspec.structs.replace(status, state="failed", detail=str(error)))
         pipe.send(Notice(state="failed", detail=str(error)))
+        _await_stop(inbox)
         return 1
     except Exception:
         logger.exception("The engine ends; its requests go back to the queue")
@@ -62,6 +67,15 @@ def _load_and_serve(spec: EngineSpec, pipe: Pipe, inbox: Inbox, reporter: Report
     engine = Engine(spec, runner, tokenizer, pipe=pipe, inbox=inbox, reporter=reporter, detail=detail)
     pipe.send(Notice(state="ready", detail=detail))
     engine.run()
+
+
+def _await_stop(inbox: Inbox) -> None:
+    """Show the failed state for a while, rather than load what cannot be loaded over and over."""
+    deadline = time.monotonic() + RETRY_S
+    while (left_s := deadline - time.monotonic()) > 0:
+        for word in inbox.read(left_s):
+            if isinstance(word, Told) and word.message.command == "stop":
+                return
 
 
 if __name__ == "__main__":

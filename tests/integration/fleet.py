@@ -1,6 +1,7 @@
-"""A client's view of the fleet for tests: puts requests into the queue and collects what comes back on a reply stream."""
+"""Plays a web process for tests: puts requests into the queue and collects what comes back on a reply stream."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -112,7 +113,7 @@ class FleetClient:
                 for update in msgspec.msgpack.decode(fields[b"m"], type=list[SequenceUpdate]):
                     self.answers[update.request_id].take(update)
 
-    def until(self, condition: "Condition", deadline_s: float = DEADLINE_S) -> None:
+    def until(self, condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
         """Read until the condition holds."""
         end = time.monotonic() + deadline_s
         while not condition():
