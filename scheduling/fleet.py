@@ -258,22 +258,25 @@ def _read_position(reply: list[Any] | None) -> Position | None:
 
 
 def _read_snapshot(reply: list[Any]) -> QueueSnapshot:
-    meta, by_priority, by_tenant, running, depth, oldest = reply
-    fields = _pairs(meta)
+    fields, oldest = _pairs(reply[0]), reply[1]
     policy = _read_policy([fields.get(b"revision"), fields.get(b"policy"), fields.get(b"params")])
     totals = {f"{name}_total": int(fields.get(name.encode(), 0)) for name in _TOTALS}
     return QueueSnapshot(
-        depth=depth,
+        depth=int(fields.get(b"depth", 0)),
         waiting_tokens=int(fields.get(b"waiting_tokens", 0)),
-        by_priority={int(level): int(num) for level, num in sorted(_pairs(by_priority).items())},
-        by_tenant={tenant.decode(): int(num) for tenant, num in sorted(_pairs(by_tenant).items())},
-        running=running,
+        by_priority={int(level): num for level, num in _counts(fields, b"p:")},
+        by_tenant={tenant.decode(): num for tenant, num in _counts(fields, b"t:")},
+        running=int(fields.get(b"running", 0)),
         oldest_arrival_s=float(oldest[1]) if oldest else None,
         revision=policy.revision,
         policy=policy.name,
         params=policy.params,
         **totals,
     )
+
+
+def _counts(fields: dict[bytes, bytes], prefix: bytes) -> list[tuple[bytes, int]]:
+    return sorted((name[len(prefix) :], int(num)) for name, num in fields.items() if name.startswith(prefix))
 
 
 _TOTALS = ("enqueued", "claimed", "claimed_tokens", "finished", "finished_tokens", "cancelled", "requeued")

@@ -9,7 +9,7 @@ switcher: one that died blocks nobody, one that was slow finds its lock lost bef
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ import msgspec
 import redis
 
 from scheduling.core.policies import Policy, build_policy
-from scheduling.core.request import QueueEntry
 from scheduling.fleet import FleetQueue, unpack_entry
 from scheduling.store import Command, execute
 
@@ -63,8 +62,7 @@ def switch_policy(client: redis.Redis, queue: FleetQueue, policy: Policy, revisi
     if not build.begin(revision):
         return SwitchResult(0, time.perf_counter() - start)
     try:
-        for rows in _scan_waiting(client, queue):
-            build.put(rows)
+        build.fill()
         moved = build.flip(revision)
     finally:
         build.end()
@@ -109,14 +107,12 @@ class _Build:
         self.epoch = number
         return True
 
-    def put(self, packed: Iterable[bytes], gone: Iterable[str] = (), read: int = 0) -> tuple[list[Any], int]:
-        """Place entries in the new epoch, take `gone` out of it; answers `read` changes and how many follow them."""
-        puts = [self._row(*unpack_entry(entry)) for entry in packed]
-        args = (LOCK_MS, self.epoch, _pack(puts), _pack(list(gone)), self.read, read)
-        reply = execute(self.client, self._script("switch_build", *args))
-        if reply[0] == 0:
-            raise SwitchLost(SwitchLost.__doc__)
-        return reply[1], reply[2]
+    def fill(self) -> None:
+        """Place all that waits, in chunks."""
+        rows, cursor, _ = self._step((), "scan", 0)
+        while cursor:
+            rows, cursor, _ = self._step(rows, "scan", cursor)
+        self._step(rows, "changes", self.read, limit=0)
 
     def flip(self, revision: int) -> int:
         """Work off the changes and put the new epoch in force; how many wait in it."""
@@ -136,33 +132,31 @@ class _Build:
             pass
 
     def _catch_up(self) -> None:
-        rows, follow = self.put((), read=CHUNK)
+        rows, self.read, follow = self._step((), "changes", self.read)
         while rows:
-            self.read += len(rows)
-            waiting = [packed for _, packed in rows if packed]
-            gone = [id_.decode() for id_, packed in rows if not packed]
-            rows, follow = self.put(waiting, gone, read=CHUNK)
+            rows, self.read, follow = self._step(rows, "changes", self.read)
             if len(rows) + follow < REST // 4:
+                self._step(rows, "changes", self.read, limit=0)
                 return
 
-    def _row(self, entry: QueueEntry, number: int) -> tuple[str, int, str, float, float]:
-        place = self.policy.place(entry)
-        return entry.id, number, place.flow, place.weight, place.rank
+    def _step(
+        self, rows: Collection[tuple[bytes, bytes]], source: str, position: int, limit: int = CHUNK
+    ) -> tuple[list[tuple[bytes, bytes]], int, int]:
+        """Put rows (id, packed entry or b"" if gone) into the new epoch, or take them out; read the next ones.
+
+        Answers those, where to read on, and how many changes follow.
+        """
+        flows: dict[str, tuple[float, list[Any]]] = {}
+        for entry, number in (unpack_entry(packed) for _, packed in rows if packed):
+            place = self.policy.place(entry)
+            flows.setdefault(place.flow, (place.weight, []))[1].extend((place.rank, number, entry.id))
+        puts = [(flow, weight, requests) for flow, (weight, requests) in flows.items()]
+        gone = [id_.decode() for id_, packed in rows if not packed]
+        args = (LOCK_MS, self.epoch, _pack(puts), _pack(gone), source, position, limit)
+        reply = execute(self.client, self._script("switch_build", *args))
+        if reply[0] == 0:
+            raise SwitchLost(SwitchLost.__doc__)
+        return reply[1], reply[2], reply[3]
 
     def _script(self, name: str, *args: Any) -> Command[Any]:
         return self.queue.script(name, lambda reply: reply, self.token, *args)
-
-
-def _scan_waiting(client: redis.Redis, queue: FleetQueue) -> Iterator[list[bytes]]:
-    # HSCAN gives all that was there from start to end; what came or went meanwhile stands in the list of changes.
-    cursor: Any = 0
-    while True:
-        cursor, page = execute(client, Command(("HSCAN", f"{queue.base}:waiting", cursor, "COUNT", CHUNK), _read_page))
-        yield from (page[i : i + CHUNK] for i in range(0, len(page), CHUNK))
-        if cursor == 0:
-            return
-
-
-def _read_page(reply: Any) -> tuple[int, list[bytes]]:
-    cursor, page = reply
-    return int(cursor), list(page.values()) if isinstance(page, dict) else list(page[1::2])

@@ -1,22 +1,22 @@
 -- id -> {queued | running | gone, body, owner}
 local id = ARGV[1]
 local record = Q .. ':req:' .. id
-local packed = call('HGET', WAITING, id)
-if packed then
-  local queue, entry = load_queue(), cmsgpack.unpack(packed)
+local r = call('HMGET', record, 'state', 'entry', 'body', 'owner')
+if r[1] == 'queued' then
+  local queue, entry = load_queue(), cmsgpack.unpack(r[2])
   unplace(queue, id)
-  stop_waiting(entry)
+  call('ZREM', ARRIVALS, id)
   call('HSET', record, 'state', 'cancelled')
-  call('HINCRBY', META, 'cancelled', 1)
+  count_waiting(queue, entry, -1)
+  add(queue, 'cancelled', 1)
+  save(queue)
   forget_later(entry)
   touch(queue, id)
-  return { 'queued', call('HGET', record, 'body') or '', '' }
+  return { 'queued', r[3], '' }
 end
-packed = call('HGET', RUNNING, id)
-if packed then
-  local owner = cmsgpack.unpack(packed)[OWNER]
+if r[1] == 'running' then
   -- Kept in the record too, so that the next owner hears of it if this one dies.
-  if call('HSETNX', record, 'cancel', 1) == 1 then call('RPUSH', Q .. ':cancels:' .. owner, id) end
-  return { 'running', '', owner }
+  if call('HSETNX', record, 'cancel', 1) == 1 then call('RPUSH', Q .. ':cancels:' .. r[4], id) end
+  return { 'running', '', r[4] }
 end
 return { 'gone', '', '' }

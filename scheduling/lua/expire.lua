@@ -6,10 +6,14 @@ for _, owner in ipairs(owners) do
   if num >= 2000 then break end
   local ids = call('HKEYS', Q .. ':own:' .. owner)
   table.sort(ids)
-  for _, id in ipairs(ids) do requeue(queue, id, held(owner, id)) end
+  for _, id in ipairs(ids) do
+    local _, lease = held(owner, id)
+    requeue(queue, owner, id, lease)
+  end
   call('ZREM', Q .. ':owners', owner)
   call('DEL', Q .. ':own:' .. owner, Q .. ':last:' .. owner, Q .. ':cancels:' .. owner)
   num = num + #ids
   expired[#expired + 1] = { owner, #ids }
 end
+save(queue)
 return expired

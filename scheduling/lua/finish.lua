@@ -1,17 +1,18 @@
 -- owner, id, attempt, state, used tokens, finish, output -> 1 if this owner and attempt held it
 local owner, id, used = ARGV[1], ARGV[2], tonumber(ARGV[5])
-local lease = held(owner, id)
-if not lease or lease[ATTEMPT] ~= tonumber(ARGV[3]) then return 0 end
+local attempt, lease = held(owner, id)
+if not attempt or attempt ~= tonumber(ARGV[3]) then return 0 end
 local queue = load_queue()
 local entry = cmsgpack.unpack(lease[ENTRY])
-stop_running(id, lease)
+stop_running(queue, owner, id)
 if lease[EPOCH] == queue.epoch then
   correct(queue, lease[FLOW], (used - entry[PROMPT] - entry[MAXIMUM]) / lease[WEIGHT])
 end
 local record = Q .. ':req:' .. id
 if call('HDEL', record, 'cancel') == 1 then call('LREM', Q .. ':cancels:' .. owner, 0, id) end
-call('HSET', record, 'state', ARGV[4], 'finish', ARGV[6], 'output', ARGV[7])
-call('HINCRBY', META, 'finished', 1)
-call('HINCRBY', META, 'finished_tokens', used)
+call('HSET', record, 'state', ARGV[4], 'owner', '', 'finish', ARGV[6], 'output', ARGV[7])
+add(queue, 'finished', 1)
+add(queue, 'finished_tokens', used)
+save(queue)
 forget_later(entry)
 return 1

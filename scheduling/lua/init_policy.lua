@@ -1,4 +1,4 @@
 -- name, parameters, revision -> 1, or 0 where a policy is active or requests wait
-if call('HEXISTS', META, 'policy') == 1 or call('HLEN', WAITING) > 0 then return 0 end
+if call('HEXISTS', META, 'policy') == 1 or call('EXISTS', ARRIVALS) == 1 then return 0 end
 call('HSET', META, 'policy', ARGV[1], 'params', ARGV[2], 'revision', ARGV[3])
 return 1

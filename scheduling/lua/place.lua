@@ -3,11 +3,12 @@ local queue, placed = load_queue(), 0
 if queue.revision ~= tonumber(ARGV[1]) then return 0 end
 for _, p in ipairs(cmsgpack.unpack(ARGV[2])) do
   if call('SREM', Q .. ':unplaced', p[1]) == 1 then
-    local entry = cmsgpack.unpack(call('HGET', WAITING, p[1]))
+    local entry = cmsgpack.unpack(call('HGET', Q .. ':req:' .. p[1], 'entry'))
     place(queue, p[1], entry[NUMBER], p[2], p[3], p[4])
     touch(queue, p[1])
     ring()
     placed = placed + 1
   end
 end
+save(queue)
 return placed

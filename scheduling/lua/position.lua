@@ -1,21 +1,20 @@
 -- id -> {flow, before it in the flow, before it in all (estimate)} or nil
 local id = ARGV[1]
-if call('HEXISTS', WAITING, id) == 0 then return nil end
-local queue, depth = load_queue(), call('HLEN', WAITING)
+if not call('ZSCORE', ARRIVALS, id) then return nil end
+local queue = load_queue()
 local flow, member = locate(queue, id)
-if not flow then return { '', depth - 1, depth - 1 } end
+if not flow then return { '', queue.depth - 1, queue.depth - 1 } end
 local rank = call('ZRANK', queue.at .. ':f:' .. flow, member)
--- With every request of mean cost, a flow at virtual time v has served k requests when it stands at v + k * cost / weight.
-local cost = math.max(1, tonumber(call('HGET', META, 'waiting_tokens')) / depth)
+-- With all requests of mean cost, a flow at virtual time v has served k of them when it stands at v + k * cost / weight.
+local cost = math.max(1, tonumber(call('HGET', META, 'waiting_tokens')) / queue.depth)
 local flows = call('ZRANGE', queue.at .. ':flows', 0, 999, 'WITHSCORES')
 local own = tonumber(call('ZSCORE', queue.at .. ':flows', flow))
-local due = own + rank * cost / tonumber(call('HGET', queue.at .. ':weights', flow))
+local due = own + rank * cost / weight_of(queue, flow)
 local before = rank
 for i = 1, #flows, 2 do
   local vt = tonumber(flows[i + 1])
   if flows[i] ~= flow and vt <= due then
-    local weight = tonumber(call('HGET', queue.at .. ':weights', flows[i]))
-    local served = math.floor((due - vt) * weight / cost) + 1
+    local served = math.floor((due - vt) * weight_of(queue, flows[i]) / cost) + 1
     before = before + math.min(call('ZCARD', queue.at .. ':f:' .. flows[i]), served)
   end
 end

@@ -1,25 +1,26 @@
 -- Shared by every script, put before it. KEYS[1] is the base of the queue's (or tenant's) keys; all others begin with it
 -- and so share its hash tag. Numbers go to redis.call as numbers: Redis then writes them with 17 digits, where Lua's own
--- conversion to a string would keep 14.
+-- conversion to a string would keep 14. A call costs more than what it does, so counters are gathered and written at once.
 --
---   :meta          revision, policy, params, epoch, vt (system virtual time), building (epoch of a switch), totals
---   :waiting       id -> packed entry      :arrivals   id by arrival      :by_priority, :by_tenant   waiting requests
---   :running       id -> packed lease      :owners     owner by the end of its lease
---   :own:OWNER     id -> attempt           :last:OWNER its last numbered claim     :cancels:OWNER ids to stop
---   :req:ID        the record              :tok:ID     the journal        :web:WEB    live ids of a web process
---   :eN:flows      backlogged flows by virtual time   :eN:idle       drained flows that are ahead of the system
---   :eN:f:FLOW     members by rank         :eN:weights  of backlogged flows        :eN:at   id -> 16-digit arrival number, flow
---   :unplaced      waiting ids in no flow  :switch     lock     :dirty     ids touched during a switch    :epochs
---
--- A member is the arrival number in 16 digits, a colon, the id: equal ranks are served in order of arrival.
+--   :meta          revision, policy, params, epoch, vt (system virtual time), building (epoch of a switch), last_epoch,
+--                  totals and counts, t:TENANT and p:PRIORITY waiting requests, w:EPOCH:FLOW weights of backlogged flows
+--   :arrivals      waiting ids by arrival        :unplaced   waiting ids in no flow
+--   :eN:flows      backlogged flows by virtual time          :eN:idle   drained flows that are ahead of the system
+--   :eN:f:FLOW     members by rank; a member is the arrival number in 16 digits, a colon, the id: so equal ranks are
+--                  served in order of arrival
+--   :owners        owners by the end of their lease          :own:OWNER   id -> attempt, colon, packed lease
+--   :last:OWNER    its last numbered claim                   :cancels:OWNER   ids to stop
+--   :req:ID        the record: body, state, attempt, entry (packed), eN (arrival number and flow in that epoch), owner,
+--                  cancel, finish, output                    :tok:ID   the journal       :web:WEB   its live ids
+--   :switch        a switch's lock      :dirty   ids touched during it      :epochs   those that may have keys
 local call = redis.call
 local Q = KEYS[1]
-local META, WAITING, RUNNING = Q .. ':meta', Q .. ':waiting', Q .. ':running'
+local META, ARRIVALS = Q .. ':meta', Q .. ':arrivals'
 
 -- Fields of a packed entry and of a packed lease.
 local ID, TENANT, PRIORITY, ARRIVAL, PROMPT, MAXIMUM, DEADLINE, SHARE, REPLY_TO, KEEP, NUMBER =
   1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
-local OWNER, ATTEMPT, FLOW, RANK, WEIGHT, EPOCH, ENTRY = 1, 2, 3, 4, 5, 6, 7
+local FLOW, RANK, WEIGHT, EPOCH, ENTRY = 1, 2, 3, 4, 5
 
 local function clock(given)
   if given and given ~= '' then return tonumber(given) end
@@ -28,18 +29,52 @@ local function clock(given)
 end
 
 local function load_queue()
-  local m = call('HMGET', META, 'revision', 'policy', 'epoch', 'vt', 'building')
+  local m = call('HMGET', META, 'revision', 'policy', 'epoch', 'vt', 'building', 'depth', 'enqueued')
   local building = m[5]
   -- A switch whose lock ran out is dead; nothing is listed for it any more.
   if building and call('EXISTS', Q .. ':switch') == 0 then building = false end
   local epoch = m[3] or '0'
   return {
     revision = tonumber(m[1] or 0), policy = m[2] or 'fifo', epoch = epoch, at = Q .. ':e' .. epoch,
-    vt = tonumber(m[4] or 0), building = building,
+    vt = tonumber(m[4] or 0), building = building, depth = tonumber(m[6] or 0), enqueued = tonumber(m[7] or 0),
+    sums = {}, sets = {}, drops = {},
   }
 end
 
--- Tell a switch that is under way that these requests came, went or moved.
+local function add(queue, field, by)
+  queue.sums[field] = (queue.sums[field] or 0) + by
+end
+
+-- Write what was gathered: `sums` are added to fields of meta (tenants and priorities without any are dropped), `sets`
+-- replace them.
+local function save(queue)
+  local fields, values, drops = {}, {}, {}
+  for field in pairs(queue.sums) do fields[#fields + 1] = field end
+  if #fields > 0 then
+    for i, old in ipairs(call('HMGET', META, unpack(fields))) do
+      local field = fields[i]
+      local new = tonumber(old or 0) + queue.sums[field]
+      if new == 0 and string.match(field, '^[tp]:') then
+        drops[#drops + 1] = field
+      else
+        values[#values + 1] = field
+        values[#values + 1] = new
+      end
+    end
+  end
+  for field, value in pairs(queue.sets) do
+    if value then
+      values[#values + 1] = field
+      values[#values + 1] = value
+    else
+      drops[#drops + 1] = field
+    end
+  end
+  if #values > 0 then call('HSET', META, unpack(values)) end
+  if #drops > 0 then call('HDEL', META, unpack(drops)) end
+end
+
+-- Tell a switch that is under way that this request came, went or moved.
 local function touch(queue, id)
   if queue.building then
     call('RPUSH', Q .. ':dirty', id)
@@ -47,34 +82,43 @@ local function touch(queue, id)
   end
 end
 
-local function member_of(number, id)
-  return string.format('%016d', number) .. ':' .. id
+local function weight_field(queue, flow)
+  return 'w:' .. queue.epoch .. ':' .. flow
+end
+
+local function weight_of(queue, flow)
+  local field = weight_field(queue, flow)
+  return tonumber(queue.sets[field] or call('HGET', META, field))
+end
+
+local function set_backlogged(queue, flow, weight)
+  queue.sets[weight_field(queue, flow)] = weight
+  if call('ZADD', queue.at .. ':flows', 'NX', queue.vt, flow) == 1 then
+    -- Newly backlogged: a flow that was idle saves no credit, one that is ahead stays ahead.
+    local own = tonumber(call('ZSCORE', queue.at .. ':idle', flow) or '0')
+    if own > queue.vt then call('ZADD', queue.at .. ':flows', own, flow) end
+    call('ZREM', queue.at .. ':idle', flow)
+  end
 end
 
 local function place(queue, id, number, flow, weight, rank)
-  local at = queue.at
-  call('ZADD', at .. ':f:' .. flow, rank, member_of(number, id))
-  call('HSET', at .. ':at', id, string.format('%016d', number) .. flow)
-  call('HSET', at .. ':weights', flow, weight)
-  if call('ZADD', at .. ':flows', 'NX', queue.vt, flow) == 1 then
-    -- Newly backlogged: a flow that was idle saves no credit, one that is ahead stays ahead.
-    local own = tonumber(call('ZSCORE', at .. ':idle', flow) or '0')
-    if own > queue.vt then call('ZADD', at .. ':flows', own, flow) end
-    call('ZREM', at .. ':idle', flow)
-  end
+  local digits = string.format('%016d', number)
+  call('ZADD', queue.at .. ':f:' .. flow, rank, digits .. ':' .. id)
+  call('HSET', Q .. ':req:' .. id, 'e' .. queue.epoch, digits .. flow)
+  set_backlogged(queue, flow, weight)
 end
 
 -- A flow's last waiting request is gone: remember its virtual time only while that is ahead of the system's.
 local function drain(queue, flow, vt)
   call('ZREM', queue.at .. ':flows', flow)
-  call('HDEL', queue.at .. ':weights', flow)
+  queue.sets[weight_field(queue, flow)] = false
   if vt > queue.vt then call('ZADD', queue.at .. ':idle', vt, flow) end
 end
 
 -- Where a waiting request stands: its flow and its member there; nil while unplaced.
 local function locate(queue, id)
-  local placed = call('HGET', queue.at .. ':at', id)
-  if not placed then return nil end
+  local placed = call('HGET', Q .. ':req:' .. id, 'e' .. queue.epoch)
+  if not placed or placed == '' then return nil end
   return string.sub(placed, 17), string.sub(placed, 1, 16) .. ':' .. id
 end
 
@@ -86,7 +130,7 @@ local function unplace(queue, id)
   end
   local list = queue.at .. ':f:' .. flow
   call('ZREM', list, member)
-  call('HDEL', queue.at .. ':at', id)
+  call('HDEL', Q .. ':req:' .. id, 'e' .. queue.epoch)
   if call('EXISTS', list) == 0 then
     drain(queue, flow, tonumber(call('ZSCORE', queue.at .. ':flows', flow)))
   end
@@ -107,26 +151,11 @@ local function correct(queue, flow, delta)
   end
 end
 
-local function count(hash, field, by)
-  if call('HINCRBY', hash, field, by) <= 0 then call('HDEL', hash, field) end
-end
-
-local function start_waiting(entry, packed)
-  local id = entry[ID]
-  call('HSET', WAITING, id, packed)
-  call('ZADD', Q .. ':arrivals', entry[ARRIVAL], id)
-  call('HINCRBY', Q .. ':by_priority', entry[PRIORITY], 1)
-  call('HINCRBY', Q .. ':by_tenant', entry[TENANT], 1)
-  call('HINCRBY', META, 'waiting_tokens', entry[PROMPT] + entry[MAXIMUM])
-end
-
-local function stop_waiting(entry)
-  local id = entry[ID]
-  call('HDEL', WAITING, id)
-  call('ZREM', Q .. ':arrivals', id)
-  count(Q .. ':by_priority', entry[PRIORITY], -1)
-  count(Q .. ':by_tenant', entry[TENANT], -1)
-  call('HINCRBY', META, 'waiting_tokens', -(entry[PROMPT] + entry[MAXIMUM]))
+local function count_waiting(queue, entry, by)
+  add(queue, 'depth', by)
+  add(queue, 'waiting_tokens', by * (entry[PROMPT] + entry[MAXIMUM]))
+  add(queue, 't:' .. entry[TENANT], by)
+  add(queue, 'p:' .. entry[PRIORITY], by)
 end
 
 -- The bell is a hint, so it holds few elements; an idle engine process also looks by itself now and then.
@@ -141,35 +170,37 @@ local function forget_later(entry)
   if entry[REPLY_TO] ~= '' then call('SREM', Q .. ':web:' .. entry[REPLY_TO], entry[ID]) end
 end
 
-local function stop_running(id, lease)
-  call('HDEL', RUNNING, id)
-  call('HDEL', Q .. ':own:' .. lease[OWNER], id)
+-- The attempt and lease under which `owner` holds a request, or nil.
+local function held(owner, id)
+  local lease = call('HGET', Q .. ':own:' .. owner, id)
+  if not lease then return nil end
+  local colon = string.find(lease, ':', 1, true)
+  return tonumber(string.sub(lease, 1, colon - 1)), cmsgpack.unpack(string.sub(lease, colon + 1))
+end
+
+local function stop_running(queue, owner, id)
+  call('HDEL', Q .. ':own:' .. owner, id)
+  add(queue, 'running', -1)
 end
 
 -- Back into the queue at its old rank, its charge returned. After a switch its placement is the old policy's: then it
 -- waits unplaced until somebody who can run the new policy places it.
-local function requeue(queue, id, lease)
+local function requeue(queue, owner, id, lease)
   local entry = cmsgpack.unpack(lease[ENTRY])
-  stop_running(id, lease)
-  call('LREM', Q .. ':cancels:' .. lease[OWNER], 0, id)
-  call('HSET', Q .. ':req:' .. id, 'state', 'queued')
-  start_waiting(entry, lease[ENTRY])
+  stop_running(queue, owner, id)
+  call('LREM', Q .. ':cancels:' .. owner, 0, id)
+  call('HSET', Q .. ':req:' .. id, 'state', 'queued', 'owner', '')
+  call('ZADD', ARRIVALS, entry[ARRIVAL], id)
+  count_waiting(queue, entry, 1)
   if lease[EPOCH] == queue.epoch then
     correct(queue, lease[FLOW], -(entry[PROMPT] + entry[MAXIMUM]) / lease[WEIGHT])
     place(queue, id, entry[NUMBER], lease[FLOW], lease[WEIGHT], lease[RANK])
   else
     call('SADD', Q .. ':unplaced', id)
   end
-  call('HINCRBY', META, 'requeued', 1)
+  add(queue, 'requeued', 1)
   touch(queue, id)
   ring()
-end
-
-local function held(owner, id)
-  local packed = call('HGET', RUNNING, id)
-  if not packed then return nil end
-  local lease = cmsgpack.unpack(packed)
-  if lease[OWNER] == owner then return lease end
 end
 
 -- The body of the script follows.

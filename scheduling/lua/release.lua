@@ -8,10 +8,11 @@ else
 end
 local queue = load_queue()
 for _, id in ipairs(ids) do
-  local lease = held(owner, id)
-  if lease then
-    requeue(queue, id, lease)
+  local attempt, lease = held(owner, id)
+  if attempt then
+    requeue(queue, owner, id, lease)
     released = released + 1
   end
 end
+save(queue)
 return released

@@ -1,5 +1,6 @@
 -- flow, weight -> 1, or 0 where nothing of the flow waits
 local queue = load_queue()
-if call('HEXISTS', queue.at .. ':weights', ARGV[1]) == 0 then return 0 end
-call('HSET', queue.at .. ':weights', ARGV[1], ARGV[2])
+local field = weight_field(queue, ARGV[1])
+if call('HEXISTS', META, field) == 0 then return 0 end
+call('HSET', META, field, ARGV[2])
 return 1

@@ -1,15 +1,39 @@
--- token, lock milliseconds, epoch, {{id, arrival number, flow, weight, rank}} to put there, {ids} to take out,
--- offset in the list of what came, went or moved meanwhile, how much of it to read
---   -> {1, {{id, packed entry or ''}}, how many follow}, or {0} where the lock was lost
+-- token, lock milliseconds, epoch, {{flow, weight, {rank, arrival number, id, ...}}} to put there, {ids} to take out,
+-- 'scan' (what waits) or 'changes' (what came, went or moved since), where to read on, how much
+--   -> {1, {{id, packed entry or '' if it waits no more}}, where to read on, changes that follow}, {0} if the lock was lost
 if call('GET', Q .. ':switch') ~= ARGV[1] then return { 0 } end
 call('PEXPIRE', Q .. ':switch', ARGV[2])
-local building = { at = Q .. ':e' .. ARGV[3], vt = 0 }
-for _, p in ipairs(cmsgpack.unpack(ARGV[4])) do place(building, p[1], p[2], p[3], p[4], p[5]) end
+local building = { epoch = ARGV[3], at = Q .. ':e' .. ARGV[3], vt = 0, sums = {}, sets = {} }
+
+for _, group in ipairs(cmsgpack.unpack(ARGV[4])) do
+  local flow, requests, members = group[1], group[3], {}
+  for i = 1, #requests, 3 do
+    local digits, id = string.format('%016d', requests[i + 1]), requests[i + 2]
+    members[#members + 1] = requests[i]
+    members[#members + 1] = digits .. ':' .. id
+    call('HSET', Q .. ':req:' .. id, 'e' .. ARGV[3], digits .. flow)
+  end
+  call('ZADD', building.at .. ':f:' .. flow, unpack(members))
+  set_backlogged(building, flow, group[2])
+end
 for _, id in ipairs(cmsgpack.unpack(ARGV[5])) do
   if locate(building, id) then unplace(building, id) end
 end
-local offset, rows = tonumber(ARGV[6]), {}
-for i, id in ipairs(call('LRANGE', Q .. ':dirty', offset, offset + tonumber(ARGV[7]) - 1)) do
-  rows[i] = { id, call('HGET', WAITING, id) or '' }
+save(building)
+
+local ids, next_read, limit = {}, tonumber(ARGV[7]), tonumber(ARGV[8])
+if ARGV[6] == 'scan' then
+  -- Gives everything that waits from beginning to end of the scan; the rest stands among the changes.
+  local page = call('ZSCAN', ARRIVALS, ARGV[7], 'COUNT', limit)
+  next_read = tonumber(page[1])
+  for i = 1, #page[2], 2 do ids[#ids + 1] = page[2][i] end
+elseif limit > 0 then
+  ids = call('LRANGE', Q .. ':dirty', next_read, next_read + limit - 1)
+  next_read = next_read + #ids
 end
-return { 1, rows, call('LLEN', Q .. ':dirty') - offset - #rows }
+local rows = {}
+for i, id in ipairs(ids) do
+  local r = call('HMGET', Q .. ':req:' .. id, 'state', 'entry')
+  rows[i] = { id, r[1] == 'queued' and r[2] or '' }
+end
+return { 1, rows, next_read, call('LLEN', Q .. ':dirty') - next_read }

@@ -1,4 +1,4 @@
--- token -> how many keys of epochs that are over were left to delete
+-- token -> how many flows of epochs that are over are left to delete
 if call('GET', Q .. ':switch') == ARGV[1] then call('DEL', Q .. ':switch', Q .. ':dirty') end
 local queue, left = load_queue(), 0
 for _, epoch in ipairs(call('SMEMBERS', Q .. ':epochs')) do
@@ -6,11 +6,12 @@ for _, epoch in ipairs(call('SMEMBERS', Q .. ':epochs')) do
     local at = Q .. ':e' .. epoch
     for _, flow in ipairs(call('ZRANGE', at .. ':flows', 0, 499)) do
       call('UNLINK', at .. ':f:' .. flow)
+      call('HDEL', META, 'w:' .. epoch .. ':' .. flow)
       call('ZREM', at .. ':flows', flow)
     end
     left = left + call('ZCARD', at .. ':flows')
     if call('EXISTS', at .. ':flows') == 0 then
-      call('UNLINK', at .. ':idle', at .. ':at', at .. ':weights')
+      call('UNLINK', at .. ':idle')
       call('SREM', Q .. ':epochs', epoch)
     end
   end

@@ -195,7 +195,7 @@ class BothQueues(RuleBasedStateMachine):
             f"{self.fleet.base}:*"
         )}  # fmt: skip
         epoch = f"e{self.revision - 1}"
-        assert left <= {"meta", "owners", "last", "own", "req", "tok", "bell", "epochs", epoch}, left
+        assert left <= {"meta", "owners", "last", "req", "tok", "bell", "epochs", epoch}, left
 
 
 @pytest.mark.parametrize("examples", [40])
