@@ -142,6 +142,11 @@ class FleetQueue:
         """A request's record, or None once it is forgotten."""
         return self.script("record", _read_record, request_id)
 
+    def ended_s(self, request_id: str) -> Command[float | None]:
+        """When a request ended (unix seconds), 0 for one no longer (or not yet) known, None while it waits or runs."""
+        key = self.keys.request(self.model, request_id)
+        return Command(("HMGET", key, "state", "ended"), _read_ended)
+
     def tokens(self, request_id: str) -> Command[list[int]]:
         """A request's output tokens so far."""
         return Command(("GET", self.keys.tokens(self.model, request_id)), _read_tokens)
@@ -251,6 +256,11 @@ def _read_record(reply: list[Any] | None) -> RequestRecordView | None:
         return None
     state, attempt, output, finish, body, num_bytes = reply
     return RequestRecordView(state.decode(), int(attempt), output.decode(), finish or None, num_bytes // 4, body)
+
+
+def _read_ended(reply: list[Any]) -> float | None:
+    state, ended = reply
+    return None if state in (b"queued", b"running") else float(ended or 0)
 
 
 def _read_position(reply: list[Any] | None) -> Position | None:

@@ -6,7 +6,7 @@ if r[1] == 'queued' then
   local queue, entry = load_queue(), cmsgpack.unpack(r[2])
   unplace(queue, id)
   call('ZREM', ARRIVALS, id)
-  call('HSET', record, 'state', 'cancelled')
+  call('HSET', record, 'state', 'cancelled', 'ended', clock())
   count_waiting(queue, entry, -1)
   add(queue, 'cancelled', 1)
   save(queue)

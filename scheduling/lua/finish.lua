@@ -10,7 +10,8 @@ if lease[EPOCH] == queue.epoch then
 end
 local record = Q .. ':req:' .. id
 if call('HDEL', record, 'cancel') == 1 then call('LREM', Q .. ':cancels:' .. owner, 0, id) end
-call('HSET', record, 'state', ARGV[4], 'owner', '', 'finish', ARGV[6], 'output', ARGV[7])
+call('HSET', record, 'state', ARGV[4], 'owner', '', 'finish', ARGV[6], 'output', ARGV[7],
+  'ended', clock())
 add(queue, 'finished', 1)
 add(queue, 'finished_tokens', used)
 save(queue)

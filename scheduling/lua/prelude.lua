@@ -11,7 +11,7 @@
 --   :owners        owners by the end of their lease          :own:OWNER   id -> attempt, colon, packed lease
 --   :last:OWNER    its last numbered claim                   :cancels:OWNER   ids to stop
 --   :req:ID        the record: body, state, attempt, entry (packed), eN (arrival number and flow in that epoch), owner,
---                  cancel, finish, output                    :tok:ID   the journal       :web:WEB   its live ids
+--                  cancel, finish, output, ended (time)      :tok:ID   the journal       :web:WEB   its live ids
 --   :switch        a switch's lock      :dirty   ids touched during it      :epochs   those that may have keys
 local call = redis.call
 local Q = KEYS[1]
