@@ -15,6 +15,8 @@ TENANT_NAME = RegexValidator(
     "A tenant's name has up to 63 lower-case letters, digits, - and _, and begins with a letter or digit.",
 )
 
+AT_LEAST_ONE = MinValueValidator(1, "A limit is at least 1; leave the field empty for no limit.")
+
 
 class PriorityLevel(models.IntegerChoices):
     """The six levels, as forms show them."""
@@ -75,11 +77,15 @@ class Quota(models.Model):
     """What a tenant may use; an empty field means no limit."""
 
     tenant = models.OneToOneField(Tenant, on_delete=models.CASCADE, related_name="quota")
-    rpm = models.PositiveIntegerField("requests per minute", null=True, blank=True)
+    rpm = models.PositiveIntegerField("requests per minute", null=True, blank=True, validators=[AT_LEAST_ONE])
     tpm = models.PositiveIntegerField(
-        "tokens per minute", null=True, blank=True, help_text="Prompt and completion tokens together."
+        "tokens per minute",
+        null=True,
+        blank=True,
+        validators=[AT_LEAST_ONE],
+        help_text="Prompt and completion tokens together.",
     )
-    concurrency = models.PositiveIntegerField("concurrent requests", null=True, blank=True)
+    concurrency = models.PositiveIntegerField("concurrent requests", null=True, blank=True, validators=[AT_LEAST_ONE])
     max_priority = models.PositiveSmallIntegerField(
         "highest priority",
         choices=PriorityLevel.choices,

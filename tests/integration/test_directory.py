@@ -8,6 +8,7 @@ import redis
 import redis.asyncio
 from channels.db import database_sync_to_async
 
+from controlplane.config import Config
 from inference.directory import Directory, DirectoryWatch, load_directory, publish_deployments
 from inference.models import ModelDeployment
 from scheduling import services
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("
 
 
 @pytest.fixture
-def tenant() -> Tenant:
+def tenant(installation: Config) -> Tenant:
     return services.create_tenant(name="acme", weight=2.5, rpm=60, tpm=None, concurrency=4, max_priority=1)
 
 
