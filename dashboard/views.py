@@ -15,6 +15,7 @@ from django.views.decorators.http import require_GET, require_POST
 from redis.exceptions import RedisError
 
 from dashboard.access import CONTROL_REPLICA, SWITCH_POLICY, VIEW
+from inference.control import send_control
 from inference.services import announce_policy, control_replicas, read_replicas
 from scheduling.connection import live_keys, live_redis
 from scheduling.core.policies import POLICIES, PolicyError
@@ -117,7 +118,7 @@ def control(request: HttpRequest, *, replica: str, command: str) -> JsonResponse
         if replica not in {status.replica for status in read_replicas(live_redis(), live_keys())}:
             return refuse(404, f"No worker {replica} is running.")
         acks = control_replicas(
-            replicas=[replica], command=command, send=_send, actor=_actor(request), reason=_reason(request)
+            replicas=[replica], command=command, send=send_control, actor=_actor(request), reason=_reason(request)
         )
     except (RedisError, OSError):
         return refuse(503, f"{replica} could not be told: the queue's store does not answer.")
@@ -148,13 +149,7 @@ def _confirmed(acknowledgements: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _announce(revision: PolicyRevision) -> Mapping[str, Any]:
-    return announce_policy(revision, _send)
-
-
-def _send(replicas: list[str], command: str, **arguments: Any) -> Mapping[str, Any]:
-    from inference.control import send_control
-
-    return send_control(replicas, command, **arguments)
+    return announce_policy(revision, send_control)
 
 
 def _reason(request: HttpRequest) -> str:

@@ -7,10 +7,13 @@ import { resolveColour } from "./palette.js";
 
 const SPAN_S = 300;
 
-/** One chart in `parent`. `format(value)` words axis and tooltip values; `stacked` sums the series upwards. */
+/**
+ * One chart in `parent`. `format(value)` words axis and tooltip values, `least` is the lowest top of the axis, `steps` are
+ * the distances its marks may have (uPlot's own by default), `stacked` sums the series upwards.
+ */
 export class Chart {
-  constructor(parent, { format, stacked = false, legend = null }) {
-    Object.assign(this, { parent, format, stacked, legend, plot: null, shape: "" });
+  constructor(parent, { format, least, steps, stacked = false, legend = null }) {
+    Object.assign(this, { parent, format, least, steps, stacked, legend, plot: null, shape: "" });
     this.tooltip = el("div", { class: "tooltip", hidden: true });
     new ResizeObserver(() => this.resize()).observe(parent);
   }
@@ -43,17 +46,17 @@ export class Chart {
     const grid = { stroke: resolveColour("var(--line)"), width: 1 };
     return {
       ...this.size(),
-      padding: [8, 6, 0, 0],
+      padding: [8, 18, 0, 0],
       legend: { show: false },
       cursor: { y: false, points: { size: 6 }, drag: { setScale: false, x: false } },
       scales: {
         x: { range: () => [this.now - SPAN_S, this.now] },
-        y: { range: (_, low, high) => [0, Math.max(high ?? 0, 1e-3) * 1.08 || 1] },
+        y: { range: (_, low, high) => [0, Math.max((high ?? 0) * 1.08, this.least)] },
       },
       axes: [
         { ...axis, size: 24, grid: { show: false }, space: 60, splits: () => [240, 180, 120, 60, 0].map((s) => this.now - s),
           values: (_, splits) => splits.map((at) => (this.now - at < 1 ? "now" : `−${Math.round((this.now - at) / 60)} min`)) },
-        { ...axis, size: 46, grid, space: 34, values: (_, splits) => splits.map((v) => this.format(v)) },
+        { ...axis, size: 46, grid, space: 34, ...(this.steps && { incrs: this.steps }), values: (_, splits) => splits.map((v) => this.format(v)) },
       ],
       series: [{}, ...this.series.map((s) => this.line(s))],
       hooks: { setCursor: [(plot) => this.point(plot)] },

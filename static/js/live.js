@@ -12,12 +12,13 @@ import { drawBackpressure, drawFigures, drawPolicy, drawSplit } from "./panels.j
 import { Uptake } from "./uptake.js";
 import { drawActions, drawWorkers } from "./workers.js";
 
+const WHOLE = [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5].map((power) => n * 10 ** power)).sort((a, b) => a - b);
 const seconds = (value) => (value === 0 ? "0" : duration(value));
 const charts = {
-  queue: new Chart(byId("chart-queue"), { format: count, stacked: true }),
-  tokens: new Chart(byId("chart-tokens"), { format: rate }),
-  flow: new Chart(byId("chart-flow"), { format: rate, legend: byId("legend-flow") }),
-  waits: new Chart(byId("chart-waits"), { format: seconds, legend: byId("legend-waits") }),
+  queue: new Chart(byId("chart-queue"), { format: count, least: 5, steps: WHOLE, stacked: true }),
+  tokens: new Chart(byId("chart-tokens"), { format: rate, least: 10 }),
+  flow: new Chart(byId("chart-flow"), { format: rate, least: 1, legend: byId("legend-flow") }),
+  waits: new Chart(byId("chart-waits"), { format: seconds, least: 0.01, legend: byId("legend-waits") }),
 };
 
 let snapshot = null;

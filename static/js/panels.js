@@ -68,7 +68,9 @@ const LEVEL_SIGNS = ["✓", "▲", "▲", "▲▲", "■"];
 export function drawBackpressure({ level, name, reason, refused }) {
   setAttribute(byId("level"), "data-level", level);
   setText(byId("level"), `${LEVEL_SIGNS[level]} ${level} of 4, ${name}`);
-  setAttribute(byId("gauge"), "data-level", level);
+  const gauge = byId("gauge");
+  while (gauge.children.length < 4) gauge.append(el("i"));
+  setAttribute(gauge, "data-level", level);
   setText(byId("level-reason"), level === 0
     ? "All priorities are admitted."
     : `${reason[0].toUpperCase()}${reason.slice(1)}. Refused with 503: ${refused.join(", ")}.`);
