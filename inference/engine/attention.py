@@ -174,9 +174,7 @@ def _attend_group(
         scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~visible, float("-inf"))
         found = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v.repeat_interleave(repeat, 1)
     else:
-        found = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, scale=scale, enable_gqa=repeat > 1
-        )
+        found = functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=repeat > 1)
     return found.transpose(1, 2).flatten(0, 1)[group.real]
 
 

@@ -5,12 +5,21 @@
  * so that a request gets the same tokens in any batch. */
 
 #include <math.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+#define omp_get_num_threads() 1
+#define omp_get_max_threads() 1
+#endif
 
 #define BLOCK 16  /* tokens per KV block: one vector of scores */
 #define PANEL 32  /* outputs per packed panel: two vectors */
 #define ROWS 12   /* rows per tile: 24 accumulators, which AVX-512 has registers for */
+#define SPINS 2000 /* looks at a gate before a thread lets others have its core */
+#define MAX_SHARDS 64
 #define CHUNK 192 /* rows whose inputs stay in the second-level cache while all panels pass */
 
 typedef float vec __attribute__((vector_size(64), aligned(4)));
@@ -27,12 +36,32 @@ typedef struct {
     const long *token_ids, *positions, *slots, *rows;
     const int *query_starts, *context_lens, *block_tables;
     const int *part_of; /* [num_tokens] */
+    long first_token;   /* number of the first token within the whole batch, which `rows` count in */
 } Batch;
 
 typedef struct {
     long heads, kv_heads, head_dim, window; /* window 0: none */
     float scale, softcap;                   /* softcap 0: none */
 } Heads;
+
+/* Where the threads of a forward pass meet between operations. Unlike OpenMP's barrier it gives way soon: this process
+ * shares its cores with others, and who waits by spinning holds up the very thread it waits for. */
+typedef struct {
+    int arrived, phase;
+} Gate;
+
+static void meet(Gate *gate) {
+    int threads = omp_get_num_threads();
+    if (threads == 1) return;
+    int phase = __atomic_load_n(&gate->phase, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&gate->arrived, 1, __ATOMIC_ACQ_REL) == threads) {
+        __atomic_store_n(&gate->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&gate->phase, phase + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int spins = 0; __atomic_load_n(&gate->phase, __ATOMIC_ACQUIRE) == phase; spins++)
+        if (spins > SPINS) sched_yield();
+}
 
 /* exp, to 2 units in the last place (Cephes' polynomial); NaN stays NaN. */
 INLINE float exp_fast(float x) {
@@ -92,20 +121,22 @@ static void panel(const Linear *l, long index, const float *x, long x_stride, lo
     }
 }
 
-/* Called by all threads of a parallel region. */
-static void linear_shared(const Linear *l, const float *x, long rows, int add, float *out) {
+/* Called by all threads of a parallel region, as is everything named `_shared`; they meet at its end. */
+static void linear_shared(const Linear *l, const float *x, long rows, int add, float *out, Gate *gate) {
     long panels = (l->outputs + PANEL - 1) / PANEL;
     for (long at = 0; at < rows; at += CHUNK) {
         long count = rows - at < CHUNK ? rows - at : CHUNK;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (long p = 0; p < panels; p++)
             panel(l, p, x + at * l->inputs, l->inputs, count, add, out + at * l->outputs, l->outputs);
     }
+    meet(gate);
 }
 
 void linear(const Linear *l, const float *x, long rows, float *out) {
+    Gate gate = {0, 0};
 #pragma omp parallel
-    linear_shared(l, x, rows, 0, out);
+    linear_shared(l, x, rows, 0, out, &gate);
 }
 
 void pack(const float *weight, long outputs, long inputs, float *packed) {
@@ -183,12 +214,12 @@ static void store(const Heads *h, long slot, const float *k, long k_stride, cons
     }
 }
 
-/* Called by all threads; the keys and values of the step are stored. q [token][head][head_dim], strides in floats. */
+/* The keys and values of the step are stored already. q [token][head][head_dim], strides in floats. */
 static void attention_shared(const Heads *h, const Batch *b, const float *q, long token_stride, long head_stride,
-                             const float *keys, const float *values, float *out) {
+                             const float *keys, const float *values, float *out, Gate *gate) {
     long group = h->heads / h->kv_heads, longest = b->table_width * BLOCK;
     float *weights = malloc(longest * sizeof(float));
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 4) nowait
     for (long item = 0; item < b->num_tokens * h->kv_heads; item++) {
         long t = item / h->kv_heads, head = item % h->kv_heads;
         const int *table = b->block_tables + b->part_of[t] * b->table_width;
@@ -197,17 +228,20 @@ static void attention_shared(const Heads *h, const Batch *b, const float *q, lon
                    out + (t * h->heads + i) * h->head_dim);
     }
     free(weights);
+    meet(gate);
 }
 
 /* One layer's attention for any architecture. strides: token and head of q, k, v, in floats. */
 void paged_attention(const Heads *h, const Batch *b, const float *q, const float *k, const float *v, const long *strides,
                      float *keys, float *values, float *out) {
+    Gate gate = {0, 0};
 #pragma omp parallel
     {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (long t = 0; t < b->num_tokens; t++)
             store(h, b->slots[t], k + t * strides[2], strides[3], v + t * strides[4], strides[5], keys, values);
-        attention_shared(h, b, q, strides[0], strides[1], keys, values, out);
+        meet(&gate);
+        attention_shared(h, b, q, strides[0], strides[1], keys, values, out, &gate);
     }
 }
 
@@ -268,35 +302,105 @@ static void activate(float *gate_up, long n, float *out) {
     for (long i = 0; i < n; i++) out[i] = gate_up[i] / (1.0f + exp_fast(-gate_up[i])) * up[i];
 }
 
-static void layer_shared(const Model *m, const Layer *l, const Batch *b, float *x, float *normed, float *wide, float *inner) {
-    long tokens = b->num_tokens, hidden = m->hidden, dim = l->heads.head_dim;
-#pragma omp for schedule(static)
-    for (long t = 0; t < tokens; t++) rms_norm(x + t * hidden, l->input_norm, hidden, m->eps, normed + t * hidden);
-    linear_shared(&l->qkv, normed, tokens, 0, wide);
-#pragma omp for schedule(static)
-    for (long t = 0; t < tokens; t++) place(m, l, b, t, wide + t * l->qkv.outputs);
-    attention_shared(&l->heads, b, wide, l->qkv.outputs, dim, l->keys, l->values, inner);
-    linear_shared(&l->output, inner, tokens, 1, x);
-#pragma omp for schedule(static)
-    for (long t = 0; t < tokens; t++) rms_norm(x + t * hidden, l->post_norm, hidden, m->eps, normed + t * hidden);
-    linear_shared(&l->gate_up, normed, tokens, 0, wide);
-#pragma omp for schedule(static)
-    for (long t = 0; t < tokens; t++) activate(wide + t * l->gate_up.outputs, l->down.inputs, inner + t * l->down.inputs);
-    linear_shared(&l->down, inner, tokens, 1, x);
+/* Scratch of a forward pass, and where its logits go. */
+typedef struct {
+    float *x, *normed; /* [tokens][hidden] */
+    float *wide;       /* [tokens][wide_width], qkv or gate_up */
+    float *inner;      /* [tokens][inner_width], attention's or the MLP's */
+    float *logits;     /* [num_rows][vocab] */
+    long wide_width, inner_width;
+} Space;
+
+static void layer_shared(const Model *m, const Layer *l, const Batch *b, const Space *s, Gate *gate) {
+    long tokens = b->num_tokens, hidden = m->hidden, wide = l->gate_up.outputs, inner = l->down.inputs;
+#pragma omp for schedule(static) nowait
+    for (long t = 0; t < tokens; t++) rms_norm(s->x + t * hidden, l->input_norm, hidden, m->eps, s->normed + t * hidden);
+    meet(gate);
+    linear_shared(&l->qkv, s->normed, tokens, 0, s->wide, gate);
+#pragma omp for schedule(static) nowait
+    for (long t = 0; t < tokens; t++) place(m, l, b, t, s->wide + t * l->qkv.outputs);
+    meet(gate);
+    attention_shared(&l->heads, b, s->wide, l->qkv.outputs, l->heads.head_dim, l->keys, l->values, s->inner, gate);
+    linear_shared(&l->output, s->inner, tokens, 1, s->x, gate);
+#pragma omp for schedule(static) nowait
+    for (long t = 0; t < tokens; t++) rms_norm(s->x + t * hidden, l->post_norm, hidden, m->eps, s->normed + t * hidden);
+    meet(gate);
+    linear_shared(&l->gate_up, s->normed, tokens, 0, s->wide, gate);
+#pragma omp for schedule(static) nowait
+    for (long t = 0; t < tokens; t++) activate(s->wide + t * wide, inner, s->inner + t * inner);
+    meet(gate);
+    linear_shared(&l->down, s->inner, tokens, 1, s->x, gate);
 }
 
-/* Logits [num_rows][vocab] of the rows asked for. Scratch: x, normed [tokens][hidden]; wide [tokens][widest qkv or gate_up];
- * inner [tokens][widest attention or MLP]. */
-void llama_forward(const Model *m, const Batch *b, float *x, float *normed, float *wide, float *inner, float *logits) {
-#pragma omp parallel
-    {
-#pragma omp for schedule(static)
-        for (long t = 0; t < b->num_tokens; t++)
-            memcpy(x + t * m->hidden, m->embedding + b->token_ids[t] * m->hidden, m->hidden * sizeof(float));
-        for (long i = 0; i < m->num_layers; i++) layer_shared(m, m->layers + i, b, x, normed, wide, inner);
-#pragma omp for schedule(static)
-        for (long r = 0; r < b->num_rows; r++)
-            rms_norm(x + b->rows[r] * m->hidden, m->norm, m->hidden, m->eps, normed + r * m->hidden);
-        linear_shared(&m->lm_head, normed, b->num_rows, 0, logits);
+static void forward_shared(const Model *m, const Batch *b, const Space *s, Gate *gate) {
+#pragma omp for schedule(static) nowait
+    for (long t = 0; t < b->num_tokens; t++)
+        memcpy(s->x + t * m->hidden, m->embedding + b->token_ids[t] * m->hidden, m->hidden * sizeof(float));
+    meet(gate);
+    for (long i = 0; i < m->num_layers; i++) layer_shared(m, m->layers + i, b, s, gate);
+#pragma omp for schedule(static) nowait
+    for (long r = 0; r < b->num_rows; r++)
+        rms_norm(s->x + (b->rows[r] - b->first_token) * m->hidden, m->norm, m->hidden, m->eps, s->normed + r * m->hidden);
+    meet(gate);
+    linear_shared(&m->lm_head, s->normed, b->num_rows, 0, s->logits, gate);
+}
+
+/* The part of a batch, and of its space, that begins at sequence `first` and ends before `last`. */
+static void take_shard(const Model *m, const Batch *b, const Space *s, long first, long last, Batch *shard, Space *space) {
+    long from = b->query_starts[first], row = 0, end = 0;
+    while (row < b->num_rows && b->rows[row] < from) row++;
+    for (end = row; end < b->num_rows && b->rows[end] < b->query_starts[last];) end++;
+    *shard = *b;
+    shard->num_tokens = b->query_starts[last] - from;
+    shard->num_rows = end - row;
+    shard->first_token = from;
+    shard->token_ids += from;
+    shard->positions += from;
+    shard->slots += from;
+    shard->part_of += from;
+    shard->rows += row;
+    *space = *s;
+    space->x += from * m->hidden;
+    space->normed += from * m->hidden;
+    space->wide += from * s->wide_width;
+    space->inner += from * s->inner_width;
+    space->logits += row * m->lm_head.outputs;
+}
+
+/* Split the sequences into runs of about as many tokens; answers the tokens of the largest. */
+static long split(const Batch *b, int shards, long *starts) {
+    long part = 0, largest = 0;
+    for (int i = 0; i < shards; i++) {
+        starts[i] = part;
+        while (part < b->num_parts && b->query_starts[part] < b->num_tokens * (i + 1) / shards) part++;
+        long tokens = b->query_starts[part] - b->query_starts[starts[i]];
+        largest = tokens > largest ? tokens : largest;
     }
+    starts[shards] = b->num_parts;
+    return largest;
+}
+
+/* Logits [num_rows][vocab] of the rows asked for. Where the weights stay in the cache (`small`), each thread takes some
+ * of the sequences through all layers by itself and none waits for another; otherwise, and where one long prefill chunk
+ * would keep a single thread busy, the threads share every operation and each weight is read once. */
+void llama_forward(const Model *m, const Batch *b, const Space *s, int small) {
+    long starts[MAX_SHARDS + 1];
+    int threads = omp_get_max_threads() < MAX_SHARDS ? omp_get_max_threads() : MAX_SHARDS;
+    int alone = small && (b->num_tokens <= 4 || split(b, threads, starts) * threads * 2 <= b->num_tokens * 3);
+    if (alone && b->num_tokens > 4) {
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+        for (int i = 0; i < threads; i++) {
+            Gate gate = {0, 0};
+            Batch shard;
+            Space space;
+            take_shard(m, b, s, starts[i], starts[i + 1], &shard, &space);
+            if (shard.num_tokens)
+#pragma omp parallel num_threads(1)
+                forward_shared(m, &shard, &space, &gate);
+        }
+        return;
+    }
+    Gate gate = {0, 0};
+#pragma omp parallel num_threads(alone ? 1 : threads)
+    forward_shared(m, b, s, &gate);
 }

@@ -40,6 +40,7 @@ class Batch(ctypes.Structure):
         *((name, Long) for name in ("num_tokens", "num_parts", "table_width", "num_rows")),
         *((name, Pointer) for name in ("token_ids", "positions", "slots", "rows")),
         *((name, Pointer) for name in ("query_starts", "context_lens", "block_tables", "part_of")),
+        ("first_token", Long),
     ]
 
 
@@ -74,6 +75,16 @@ class Model(ctypes.Structure):
         ("eps", ctypes.c_float),
         *((name, Pointer) for name in ("layers", "embedding", "cos", "sin", "norm")),
         ("lm_head", Linear),
+    ]
+
+
+class Space(ctypes.Structure):
+    """Scratch of a forward pass, and where its logits go."""
+
+    _fields_ = [
+        *((name, Pointer) for name in ("x", "normed", "wide", "inner", "logits")),
+        ("wide_width", Long),
+        ("inner_width", Long),
     ]
 
 
@@ -117,6 +128,11 @@ class PackedLinear(torch.nn.Module):
             self.out_features,
         )  # fmt: skip
 
+    @property
+    def packed_bytes(self) -> int:
+        """Memory the weights take."""
+        return self._packed.numel() * 4
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] to [..., outputs]."""
         x = x.contiguous()
@@ -140,7 +156,7 @@ def load_kernels() -> ctypes.CDLL | None:
     kernels.linear.argtypes = [Pointer, Pointer, Long, Pointer]
     kernels.pack.argtypes = [Pointer, Long, Long, Pointer]
     kernels.paged_attention.argtypes = [Pointer] * 9
-    kernels.llama_forward.argtypes = [Pointer] * 7
+    kernels.llama_forward.argtypes = [Pointer, Pointer, Pointer, ctypes.c_int]
     for function in (kernels.linear, kernels.pack, kernels.paged_attention, kernels.llama_forward):
         function.restype = None
     return kernels

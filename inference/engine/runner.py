@@ -156,7 +156,9 @@ class ModelRunner:
                     self._how = "fused and compiled"
                 else:
                     forward = ModulesForward(kernels, model, self._cache, self.device)
-                    self._how = "transformers' modules" + (" with compiled attention and linear layers" if kernels else "")
+                    self._how = "transformers' modules" + (
+                        " with compiled attention and linear layers" if kernels else ""
+                    )
             loading.verify(forward, expected, self.dtype)
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory from error

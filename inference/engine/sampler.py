@@ -62,6 +62,6 @@ def _draw(
 
 def _nucleus(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Zero all but the fewest likeliest tokens whose sum reaches top_p (Holtzman et al. 2020, section 3.1)."""
-    ranked, order = probs.sort(-1, descending=True, stable=True)
+    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
     ranked[ranked.cumsum(-1) - ranked >= top_p[:, None]] = 0
     return torch.zeros_like(probs).scatter_(-1, order, ranked)
