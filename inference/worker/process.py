@@ -63,6 +63,12 @@ class EngineProcess:
         """Send a command and wait for nothing. Raises EngineGoneError."""
         self._write(ControlMessage(id=0, command=command, arguments=arguments))
 
+    def hang_up(self) -> None:
+        """Close the pipe, as the end of this process would; the engine gives its requests back and ends."""
+        with self._lock:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+
     def kill(self) -> None:
         """End it at once; its lease runs out and others take its requests."""
         self._process.kill()

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import msgspec
-import redis
 
 from inference.messages import BatchEvent, Finish, InferenceRequest, ReplicaStatus, RequestEvent, SequenceUpdate
 from scheduling import store
@@ -16,6 +16,7 @@ from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 
 DEADLINE_S = 60.0
+Event = TypeVar("Event", RequestEvent, BatchEvent)
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
@@ -53,7 +54,7 @@ class Answer:
 class FleetClient:
     """Plays the part of a web process."""
 
-    def __init__(self, client: redis.Redis, keys: Keys, model: str) -> None:
+    def __init__(self, client: Any, keys: Keys, model: str) -> None:
         self.client = client
         self.keys = keys
         self.model = model
@@ -133,7 +134,8 @@ class FleetClient:
         assert status is not None
         return status
 
-    def history(self) -> list[RequestEvent | BatchEvent]:
-        messages = self.client.xrange(self.keys.history)
+    def events(self, kind: type[Event]) -> list[Event]:
+        """Events of one kind on the history stream."""
         decode = msgspec.msgpack.Decoder(list[RequestEvent | BatchEvent]).decode
-        return [event for _, fields in messages for event in decode(fields[b"m"])]
+        messages = self.client.xrange(self.keys.history)
+        return [event for _, fields in messages for event in decode(fields[b"m"]) if isinstance(event, kind)]
