@@ -1,5 +1,6 @@
 """A web process, an instant engine and a Redis server of their own, for benchmarks and tests of the gateway."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,16 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = "tiny"
 PREFIX = "bench"
 SETUP = """
-import sys, django
+import json, sys, django
 django.setup()
 from django.core.management import call_command
 call_command("migrate", verbosity=0)
 from inference.models import ModelDeployment
 from scheduling.services import config_changed, create_key, create_tenant
-model, path, tenants = sys.argv[1], sys.argv[2], sys.argv[3:]
+model, path, tenants = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 ModelDeployment.objects.create(name=model, path=path)
-for name in tenants:
-    print(create_key(tenant=create_tenant(name=name)))
+for name, quota in tenants.items():
+    print(create_key(tenant=create_tenant(name=name, **quota)))
 config_changed()
 """
 
@@ -90,7 +91,7 @@ class Stack:
 
     def start_web(self) -> subprocess.Popen[bytes]:
         """Start the web process as `make up` does, and wait until it answers."""
-        options = "--loop asyncio --http httptools --ws websockets --timeout-graceful-shutdown 5 --no-access-log"
+        options = "--loop asyncio --http httptools --ws websockets-sansio --timeout-graceful-shutdown 5 --no-access-log"
         command = [sys.executable, "-m", "uvicorn", "controlplane.asgi:application", *options.split()]
         command += ["--port", str(self.port), "--log-level", "warning"]
         self.web = subprocess.Popen(command, cwd=ROOT, env=self.environment)
@@ -146,8 +147,12 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]
 
 
 @contextmanager
-def running_stack(tenants: tuple[str, ...] = ("team",), **settings: str) -> Iterator[Stack]:
-    """Redis, a prepared database with one key per tenant, and a web process; `settings` are environment variables."""
+def running_stack(tenants: Mapping[str, Mapping[str, int]] | None = None, **settings: str) -> Iterator[Stack]:
+    """Redis, a prepared database with a key per tenant (of that quota), and a web process.
+
+    `settings` are environment variables.
+    """
+    tenants = tenants or {"team": {}}
     folder = Path(tempfile.mkdtemp(prefix="psb-"))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -164,7 +169,7 @@ def running_stack(tenants: tuple[str, ...] = ("team",), **settings: str) -> Iter
             "DATABASE_URL": "",
             **settings,
         }
-        command = [sys.executable, "-c", SETUP, MODEL, str(running.checkpoint), *tenants]
+        command = [sys.executable, "-c", SETUP, MODEL, str(running.checkpoint), json.dumps(tenants)]
         answer = subprocess.run(command, cwd=ROOT, env=running.environment, check=True, capture_output=True, text=True)
         running.api_keys = dict(zip(tenants, answer.stdout.split(), strict=True))
         stack.enter_context(ended(running.start_web()))

@@ -1,6 +1,6 @@
 """The web process: `/v1/*` goes to a lean application, probes beside it, websockets to Channels, the rest to Django.
 
-Run as `uvicorn controlplane.asgi:application --loop asyncio --http httptools --ws websockets
+Run as `uvicorn controlplane.asgi:application --loop asyncio --http httptools --ws websockets-sansio
 --timeout-graceful-shutdown 5 --no-access-log`.
 """
 
@@ -17,7 +17,7 @@ _django: Any = get_asgi_application()
 # What follows imports models, so only now.
 from django.conf import settings  # noqa: E402
 
-from controlplane.api.openai import OpenAIApp  # noqa: E402
+from controlplane.api.openai.app import OpenAIApp  # noqa: E402
 from controlplane.api.openai.exchange import Receive, Scope, Send, request_id  # noqa: E402
 from controlplane.health import answer_healthz, answer_readyz  # noqa: E402
 from controlplane.lifespan import Lifespan  # noqa: E402

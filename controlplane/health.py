@@ -12,7 +12,7 @@ from django.db import connection
 
 from controlplane.api.openai.exchange import Exchange, Receive, Scope, Send
 from inference.directory import DirectoryWatch
-from inference.gateway import Gateway
+from inference.gateway.gateway import Gateway
 from scheduling.store import Command
 
 PATIENCE_S = 2.0

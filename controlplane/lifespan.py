@@ -13,7 +13,7 @@ from controlplane.api.openai.exchange import Receive, Send
 from controlplane.config import Config
 from dashboard.aggregator import Aggregator
 from inference.directory import DirectoryWatch
-from inference.gateway import Gateway
+from inference.gateway.gateway import Gateway
 from scheduling.keys import Keys
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""`/metrics`: the whole fleet for Prometheus, read from Redis at the scrape, so that any web process answers the same."""
+"""`/metrics`: the whole fleet for Prometheus, read from Redis at the scrape, so that all web processes say the same."""
 
 import time
 import uuid
@@ -13,8 +13,9 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from controlplane.api.openai.exchange import Exchange, Receive, Scope, Send
-from inference.gateway import FleetStatus, Gateway
 from inference.gateway.errors import RedisUnavailable
+from inference.gateway.gateway import Gateway
+from inference.gateway.monitor import FleetStatus
 from inference.messages import LATENCY_BUCKETS_S, Histogram, ReplicaState, ReplicaStatus
 from scheduling.core.request import Priority
 from scheduling.store import Command

@@ -1,5 +1,6 @@
 """Who may call the native API: a tenant's key, or a signed-in operator."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from django.conf import settings
@@ -11,13 +12,13 @@ from ninja.security import APIKeyCookie, HttpBearer
 
 from controlplane.api.caller import Caller, find_caller
 from dashboard.access import SWITCH_POLICY, VIEW
-from inference.gateway import Gateway
 from inference.gateway.errors import Forbidden, Unavailable
+from inference.gateway.gateway import Gateway
 
 
 def find_gateway(request: HttpRequest) -> Gateway:
     """The gateway of this web process. Raises Unavailable outside of one."""
-    scope: dict[str, Any] = request.scope if isinstance(request, ASGIRequest) else {}
+    scope: Mapping[str, Any] = request.scope if isinstance(request, ASGIRequest) else {}
     gateway = scope.get("state", {}).get("gateway")
     if gateway is None:
         raise Unavailable("This process serves no requests.")

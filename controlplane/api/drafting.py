@@ -8,8 +8,9 @@ from typing import Any
 
 from controlplane.api.caller import Caller
 from controlplane.api.openai.body import ChatBody, CompletionBody, Message, Sampling
-from inference.gateway import Draft, ServedModel
+from inference.gateway.admission import Draft
 from inference.gateway.errors import ContextLengthExceeded, InvalidRequest
+from inference.gateway.served import ServedModel
 from inference.tokenization import ChatTemplateFailed, ChatTemplateMissing
 from scheduling.core.sequence import SamplingParams
 

@@ -19,8 +19,8 @@ from controlplane.api.schemas import (
     RevisionView,
     SwitchBody,
 )
-from inference.gateway import FleetStatus
 from inference.gateway.errors import Unavailable
+from inference.gateway.monitor import FleetStatus
 from inference.messages import ReplicaStatus
 from inference.services import announce_policy
 from scheduling.core.policies import POLICIES
@@ -53,17 +53,11 @@ def list_replicas(request: HttpRequest) -> list[ReplicaView]:
 def list_policies(request: HttpRequest) -> PoliciesView:
     """Kinds with their parameters and guarantees, and each queue's active one."""
     gateway = find_gateway(request)
-    active = []
-    for model in gateway.models.loaded():
-        if (snapshot := gateway.status(model.name).snapshot) is not None:
-            active.append(
-                ActivePolicyView(
-                    model=model.name,
-                    name=snapshot.policy,
-                    params=dict(snapshot.params),
-                    revision=snapshot.revision,
-                )
-            )
+    active = [
+        ActivePolicyView(model=model.name, name=at.policy, params=dict(at.params), revision=at.revision)
+        for model in gateway.models.loaded()
+        if (at := gateway.status(model.name).snapshot) is not None
+    ]
     return PoliciesView(kinds=_policy_kinds(), active=active)
 
 

@@ -15,8 +15,9 @@ from controlplane.api.drafting import draft_chat, draft_completion
 from controlplane.api.errors import limit_headers
 from controlplane.api.openai.body import ChatBody, CompletionBody, read_body
 from controlplane.api.schemas import CancelView, Problem, RequestView, Usage
-from inference.gateway import Gateway, ServedModel
 from inference.gateway.errors import InvalidRequest, NotFound
+from inference.gateway.gateway import Gateway
+from inference.gateway.served import ServedModel
 from inference.messages import Finish, InferenceRequest
 from scheduling.core.request import Priority
 from scheduling.fleet import RequestRecordView
@@ -49,8 +50,11 @@ async def submit_request(request: HttpRequest, response: HttpResponse) -> tuple[
     Answers 202 at once; poll the address in `Location`. The answer is kept for an hour.
     """
     gateway, caller = find_gateway(request), _caller(request)
-    chat = _has_messages(request.body)
-    body = read_body(request.body, ChatBody if chat else CompletionBody)
+    body: ChatBody | CompletionBody
+    if _has_messages(request.body):
+        body = read_body(request.body, ChatBody)
+    else:
+        body = read_body(request.body, CompletionBody)
     if body.stream:
         raise InvalidRequest("A submitted request cannot stream; use /v1.", param="stream")
     model = gateway.find_model(body.model)

@@ -29,9 +29,11 @@ class RequestView(Schema):
     priority: str
     arrival_s: float = Field(description="Unix time of arrival.")
     attempt: int = Field(description="How often a worker has taken it up.")
-    queue_position: int | None = Field(None, description="Requests that go before it, about; null once it runs.")
+    queue_position: int | None = Field(
+        default=None, description="Requests that go before it, about; null once it runs."
+    )
     estimated_wait_s: float | None = Field(
-        None, description="Until it runs; null before anything was seen to drain the queue."
+        default=None, description="Until it runs; null before anything was seen to drain the queue."
     )
     output: str = Field("", description="The text so far.")
     finish_reason: str | None = None

@@ -33,8 +33,10 @@ HEARTBEAT_LIFE_S = 15.0
 """How long this process may be silent (Redis restarting, say) before the sweeper cancels its requests."""
 SIGN_OF_LIFE_S = 15.0
 """An answer idle for this long gets a comment line, so that proxies keep the connection."""
-STALLED_S = 10.0
+STALLED_S = 3.0
 """A request silent for this long is looked up, in case its end was lost on the way."""
+STALLED_UNHEARD_S = 10.0
+"""The same before its first token: it probably waits in the queue."""
 MAX_HISTORY = 1_000_000
 PATIENCE_S = 600.0
 """How long a cancellation is tried while Redis is away."""
@@ -281,7 +283,7 @@ class Gateway:
         for request_id, reply in self._replies.items():
             mailbox = reply.mailbox
             silent_s = now - mailbox.heard_s
-            if silent_s >= STALLED_S and self.pipeline.connected:
+            if silent_s >= (STALLED_S if mailbox.num_tokens else STALLED_UNHEARD_S) and self.pipeline.connected:
                 mailbox.heard_s = now
                 self._on_gap(request_id)
             if now - mailbox.shown_s >= SIGN_OF_LIFE_S:

@@ -16,7 +16,7 @@ from controlplane.api.errors import error_body, limit_headers
 from controlplane.api.openai.body import ChatBody, CompletionBody, read_body
 from controlplane.api.openai.exchange import Exchange, Receive, Scope, Send
 from controlplane.api.openai.render import SIGN_OF_LIFE, ChatRendering, CompletionRendering, error_frame
-from inference.gateway import Draft, Gateway, Reply
+from inference.gateway.admission import Draft
 from inference.gateway.errors import (
     GatewayError,
     InvalidRequest,
@@ -25,6 +25,7 @@ from inference.gateway.errors import (
     RequestEnded,
     ShuttingDown,
 )
+from inference.gateway.gateway import Gateway, Reply
 from inference.messages import DeploymentSpec, Finish
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,83 @@
+"""What the gateway's tests share: raw HTTP to a web process, and waiting for a condition."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import redis
+
+from benchmarks.stack import MODEL, PREFIX, Stack
+from scheduling.fleet import FleetQueue, QueueSnapshot
+from scheduling.keys import Keys
+from scheduling.store import execute
+
+KEYS = Keys(prefix=PREFIX)
+QUEUE = FleetQueue(KEYS, MODEL)
+
+
+def wait_until(condition: Callable[[], object], patience_s: float = 10.0) -> None:
+    """Look until a condition holds. Raises AssertionError after `patience_s`."""
+    deadline, pause = time.monotonic() + patience_s, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        pause.wait(0.01)
+
+
+@dataclass(slots=True)
+class Api:
+    """HTTP to a stack's web process."""
+
+    stack: Stack
+
+    def call(self, method: str, path: str, tenant: str | None = "alpha", **options: Any) -> httpx.Response:
+        headers = options.pop("headers", {})
+        if tenant is not None:
+            headers = {"Authorization": f"Bearer {self.stack.api_keys[tenant]}", **headers}
+        return httpx.request(method, self.stack.url + path, headers=headers, timeout=30, **options)
+
+    def complete(self, tenant: str = "alpha", **fields: Any) -> httpx.Response:
+        body = {"model": MODEL, "prompt": "ba be bi", **fields}
+        return self.call("POST", "/v1/completions", tenant, json=body)
+
+    def snapshot(self) -> QueueSnapshot:
+        with redis.Redis.from_url(self.stack.redis.url) as client:
+            return execute(client, QUEUE.snapshot())
+
+    @contextmanager
+    def hanging(self, tenant: str = "alpha", **fields: Any) -> Iterator[socket.socket]:
+        """A completion whose client has sent it and reads nothing; it goes away at the end of the block."""
+        body = json.dumps({"model": MODEL, "prompt": "ba be bi", "max_tokens": 500, **fields}).encode()
+        address = urlsplit(self.stack.url)
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(body)}\r\n"
+            f"Authorization: Bearer {self.stack.api_keys[tenant]}\r\n\r\n"
+        )
+        with closing(socket.create_connection((address.hostname, address.port))) as client:
+            client.sendall(head.encode() + body)
+            yield client
+
+
+def code_of(response: httpx.Response) -> str:
+    """The error's code; checks that its body is OpenAI's on the way."""
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert response.headers["x-request-id"]
+    return str(error["code"])
+
+
+def frames_of(text: str) -> list[Any]:
+    """The JSON frames of an event stream."""
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ") and line != "data: [DONE]"]
+
+
+def text_of(text: str) -> str:
+    """The text that an event stream of `/v1/completions` carries."""
+    return "".join(c["text"] for frame in frames_of(text) for c in frame.get("choices", ()))
