@@ -178,7 +178,9 @@ class ServiceLevel(models.Model):
                 violation_error_message="There are default targets for this priority already.",
             ),
             models.CheckConstraint(
-                condition=Q(ttft_ms__gte=1) | Q(e2e_ms__gte=1),
+                # A comparison with NULL is not false, and a check passes unless it is.
+                condition=(Q(ttft_ms__isnull=False) & Q(ttft_ms__gte=1) & (Q(e2e_ms__isnull=True) | Q(e2e_ms__gte=1)))
+                | (Q(ttft_ms__isnull=True) & Q(e2e_ms__isnull=False) & Q(e2e_ms__gte=1)),
                 name="scheduling_servicelevel_some_target",
                 violation_error_message="Give at least one target, in milliseconds, of 1 or more.",
             ),

@@ -1,0 +1,100 @@
+"""The database tests once more, against a PostgreSQL that is started for them."""
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+HERE = Path(__file__).parent
+DATABASE_TESTS = (
+    "test_admin.py",
+    "test_commands.py",
+    "test_directory.py",
+    "test_historian.py",
+    "test_policy_switch.py",
+    "test_replicas.py",
+    "test_services.py",
+)
+PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/usr/local/pgsql/bin", "/opt/homebrew/opt/postgresql*/bin")
+START_TIMEOUT_S = 60
+
+
+def find_binaries() -> Path | None:
+    """The folder of `initdb` and `postgres`, of the newest version where there are several."""
+    if on_path := shutil.which("initdb"):
+        return Path(on_path).resolve().parent
+    found = [folder for place in PLACES for folder in Path("/").glob(place.lstrip("/")) if (folder / "initdb").exists()]
+    return max(found, key=lambda folder: [int(digits) for digits in folder.parts if digits.isdigit()], default=None)
+
+
+def other_user() -> dict[str, Any]:
+    """PostgreSQL refuses to run as root: the user to give its processes instead."""
+    if os.geteuid() != 0:
+        return {}
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    entry = pwd.getpwnam("postgres" if "postgres" in names else "nobody")
+    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+
+
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    """URL of a database on a server of this test's own, reachable by a socket alone."""
+    binaries = find_binaries()
+    if binaries is None:
+        pytest.skip("PostgreSQL is not installed (on Debian: apt-get install postgresql)")
+    user = other_user()
+    folder = Path(tempfile.mkdtemp(prefix="pspg-"))
+    try:
+        if user:
+            os.chown(folder, user["user"], user["group"])
+        data = folder / "data"
+        initdb = [str(binaries / "initdb"), "-D", str(data), "-U", "penstock", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, cwd=folder, **user)
+        options = {"listen_addresses": "", "unix_socket_directories": folder, "fsync": "off", "max_connections": 50}
+        serve = [str(binaries / "postgres"), "-D", str(data), *(f"--{name}={value}" for name, value in options.items())]
+        with (folder / "log").open("wb") as log, subprocess.Popen(serve, stderr=log, cwd=folder, **user) as server:
+            try:
+                create_database(folder, server)
+                yield f"postgres://penstock@/penstock?host={folder}"
+            finally:
+                server.send_signal(signal.SIGQUIT)
+    finally:
+        shutil.rmtree(folder)
+
+
+def create_database(folder: Path, server: "subprocess.Popen[Any]") -> None:
+    """Wait until the server answers, and make the database."""
+    log = folder / "log"
+    for _ in range(START_TIMEOUT_S * 10):
+        assert server.poll() is None, log.read_text()
+        try:
+            with psycopg.connect(host=str(folder), user="penstock", dbname="postgres", autocommit=True) as connection:
+                connection.execute("CREATE DATABASE penstock")
+                return
+        except psycopg.OperationalError:
+            try:
+                server.wait(0.1)
+            except subprocess.TimeoutExpired:
+                continue
+    pytest.fail(f"PostgreSQL did not answer within {START_TIMEOUT_S} s: {log.read_text()}")
+
+
+@pytest.mark.postgres
+def test_the_database_tests_pass_on_postgresql(postgres_url: str, redis_url: str, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "DATABASE_URL": postgres_url,
+        "TEST_REDIS_URL": redis_url,
+        "PENSTOCK_VAR": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *DATABASE_TESTS]
+    result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
