@@ -1,0 +1,147 @@
+"""What a batch size controller sees, what it answers, and the bounds that none of them may leave."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple, Protocol
+
+from scheduling.core.cost_model import StepCost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readings:
+    """What the device says. Fields its source cannot read are None."""
+
+    utilization_percent: float | None = None
+    memory_free_bytes: int | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+    throttled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """One period of one engine, a fraction of a second or longer. Counts are of this period alone."""
+
+    now_s: float
+    seconds: float
+    """Length of the period."""
+    steps: int
+    step_s: float = 0.0
+    """Mean seconds of a step."""
+    tokens: int = 0
+    """Output tokens made."""
+    good_tokens: int = 0
+    """Tokens of requests that ended within their SLA."""
+    num_running: int = 0
+    """Sequences in the batch at the period's end."""
+    num_waiting: int = 0
+    oldest_wait_s: float = 0.0
+    p99_s: float | None = None
+    """Latency at the 99th percentile over the last while; None where nothing ended."""
+    target_s: float | None = None
+    """What that latency should be; None where no SLA says."""
+    preemptions: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 1
+    memory_batch_limit: int | None = None
+    """The most sequences that the memory model allows; None where there is no model."""
+    cost: StepCost | None = None
+    """What steps cost, as learned so far."""
+    mean_context_tokens: float = 0.0
+    """Of the running sequences."""
+    telemetry: Readings | None = None
+
+    @property
+    def kv_usage(self) -> float:
+        return self.kv_blocks_used / self.kv_blocks_total
+
+    @property
+    def latency_ratio(self) -> float | None:
+        """Latency as a share of its target; None where either is unknown."""
+        if self.p99_s is None or not self.target_s:
+            return None
+        return self.p99_s / self.target_s
+
+
+class Decision(NamedTuple):
+    """A batch size from now on, and why."""
+
+    batch_size: int
+    reason: str
+
+
+class Sizing(Protocol):
+    """What an engine needs of a controller: tell it each period, ask it when convenient."""
+
+    @property
+    def name(self) -> str:
+        """The strategy's name."""
+        ...
+
+    def observe(self, observation: Observation) -> None:
+        """Take note of a period."""
+        ...
+
+    def decide(self) -> Decision:
+        """The batch size to use from now on."""
+        ...
+
+
+def memory_limit(observation: Observation) -> int:
+    """The most sequences that memory allows, at least 1: by the memory model, and by what the running ones hold."""
+    limits = [observation.kv_blocks_total]
+    if observation.memory_batch_limit is not None:
+        limits.append(observation.memory_batch_limit)
+    if observation.num_running and observation.kv_blocks_used:
+        blocks_each = math.ceil(observation.kv_blocks_used / observation.num_running)
+        limits.append(observation.kv_blocks_total // blocks_each)
+    return max(1, min(limits))
+
+
+class Controller(ABC):
+    """Base of the strategies: they propose; here bounds, memory and a hot device have the last word."""
+
+    name: str
+
+    def __init__(self, params: Mapping[str, float], random: Random) -> None:
+        self.params = params
+        self.random = random
+        self._smallest = int(params.get("smallest", 1))
+        self._largest = int(params.get("largest", 4096))
+        self._size = int(params["initial"])
+        self._reason = "the initial size"
+        self._limit = self._largest
+
+    @property
+    def size(self) -> int:
+        """The batch size decided last."""
+        return self._size
+
+    def observe(self, observation: Observation) -> None:
+        """Take note of a period, and settle what `decide` answers."""
+        size, reason = self.propose(observation)
+        self._limit = memory_limit(observation)
+        if size > self._size and _is_throttled(observation):
+            size, reason = self._size, "the device throttles itself; a larger batch would only heat it"
+        size = min(max(size, self._smallest), self._largest)
+        if size > self._limit:
+            size, reason = self._limit, f"memory allows {self._limit}"
+        self._size, self._reason = size, reason
+
+    def decide(self) -> Decision:
+        return Decision(self._size, self._reason)
+
+    @abstractmethod
+    def propose(self, observation: Observation) -> tuple[int, str]:
+        """The size this strategy wants now, and why."""
+
+    def is_full(self, observation: Observation) -> bool:
+        """Whether the size is what holds work back: the batch is full, and more wait."""
+        return observation.num_waiting > 0 and observation.num_running >= self._size
+
+
+def _is_throttled(observation: Observation) -> bool:
+    return observation.telemetry is not None and observation.telemetry.throttled

@@ -1,0 +1,102 @@
+"""Sizing by trial: discounted Thompson sampling over batch sizes, rewarded by goodput."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+
+from scheduling.core.controller import Controller, Observation, memory_limit
+
+
+@dataclass(slots=True)
+class _Arm:
+    """What is known of one batch size: discounted number, sum and sum of squares of its rewards."""
+
+    size: int
+    weight: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def fade(self, discount: float) -> None:
+        self.weight *= discount
+        self.total *= discount
+        self.squares *= discount
+
+    def add(self, reward: float) -> None:
+        self.weight += 1
+        self.total += reward
+        self.squares += reward * reward
+
+
+class Adaptive(Controller):
+    """Discounted Thompson sampling over sizes (Raj and Kalyani, 2017), with goodput as the reward.
+
+    Old periods count less and less, so that a size that was bad is tried again when the load is another. Only periods
+    in which the size mattered teach anything: those in which work was waiting or somebody missed the SLA.
+    """
+
+    name = "adaptive"
+
+    def __init__(self, params: Mapping[str, float], random: Random) -> None:
+        super().__init__(params, random)
+        self._arms = [_Arm(size) for size in _candidate_sizes(self._smallest, self._largest)]
+        self._arm = min(self._arms, key=lambda arm: abs(math.log(arm.size / self._size)))
+        self._periods_left = int(params["dwell"])
+        self._good = 0
+        self._seconds = 0.0
+        self._mattered = False
+
+    def propose(self, observation: Observation) -> tuple[int, str]:
+        self._good += observation.good_tokens
+        self._seconds += observation.seconds
+        ratio = observation.latency_ratio
+        self._mattered |= self.is_full(observation) or (ratio is not None and ratio > 1)
+        self._periods_left -= 1
+        limit = memory_limit(observation)
+        if self._periods_left > 0 and self._arm.size <= limit:
+            return self._arm.size, self._reason
+        self._learn()
+        return self._choose(limit)
+
+    def _learn(self) -> None:
+        if self._mattered and self._seconds > 0:
+            for arm in self._arms:
+                arm.fade(self.params["discount"])
+            self._arm.add(self._good / self._seconds)
+        self._periods_left = int(self.params["dwell"])
+        self._good, self._seconds, self._mattered = 0, 0.0, False
+
+    def _choose(self, limit: int) -> tuple[int, str]:
+        allowed = [arm for arm in self._arms if arm.size <= limit]
+        if not allowed:
+            self._arm = self._arms[0]
+            return limit, f"memory allows {limit}"
+        mean, spread = self._mean_and_spread()
+        draws = [(self._draw(arm, mean, spread), -index, arm) for index, arm in enumerate(allowed)]
+        drawn, _, self._arm = max(draws)
+        known = self._arm.total / self._arm.weight if self._arm.weight else 0.0
+        return self._arm.size, f"drew {drawn:.0f} good tokens a second, {known:.0f} seen lately"
+
+    def _draw(self, arm: _Arm, mean: float, spread: float) -> float:
+        """A reward that this size may have; one not tried lately is taken for an average one, with doubt."""
+        prior = self.params["prior"]
+        expected = (arm.total + prior * mean) / (arm.weight + prior)
+        return self.random.gauss(expected, spread / math.sqrt(arm.weight + prior))
+
+    def _mean_and_spread(self) -> tuple[float, float]:
+        """Mean of what was rewarded lately, and the standard deviation of rewards within a size."""
+        weight = sum(arm.weight for arm in self._arms)
+        if weight <= 0:
+            return 0.0, 1.0
+        mean = sum(arm.total for arm in self._arms) / weight
+        within = sum(arm.squares - arm.total**2 / arm.weight for arm in self._arms if arm.weight > 0)
+        # One imaginary period whose reward is off by the mean keeps a lucky start from looking certain.
+        return mean, math.sqrt((max(0.0, within) + mean * mean) / (weight + 1)) or 1.0
+
+
+def _candidate_sizes(smallest: int, largest: int) -> list[int]:
+    """Sizes from smallest to largest, each about 1.4 times the one before."""
+    sizes = [smallest]
+    while sizes[-1] < largest:
+        sizes.append(min(largest, max(sizes[-1] + 1, round(sizes[-1] * math.sqrt(2)))))
+    return sizes

@@ -1,0 +1,187 @@
+"""Sizing: memory has the last word, latency steers as promised, and the learning controller finds the best size."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduling.core.controller import Controller, Observation, Readings, memory_limit
+from scheduling.core.cost_model import DEFAULT_COST, StepCost
+from scheduling.core.sizing import SIZINGS, InvalidSizingParameter, UnknownSizing, build_sizing
+
+BUSY = Observation(
+    now_s=0.0, seconds=1.0, steps=50, num_running=16, num_waiting=40, kv_blocks_used=160, kv_blocks_total=4096
+)
+
+observations = st.builds(
+    Observation,
+    now_s=st.floats(0, 1e9),
+    seconds=st.floats(0, 10),
+    steps=st.integers(0, 1000),
+    step_s=st.floats(0, 5),
+    tokens=st.integers(0, 10**6),
+    good_tokens=st.integers(0, 10**6),
+    num_running=st.integers(0, 300),
+    num_waiting=st.integers(0, 10**6),
+    oldest_wait_s=st.floats(0, 1e6),
+    p99_s=st.none() | st.floats(0, 1e4),
+    target_s=st.none() | st.floats(0, 100),
+    preemptions=st.integers(0, 50),
+    kv_blocks_used=st.integers(0, 500),
+    kv_blocks_total=st.integers(1, 2000),
+    memory_batch_limit=st.none() | st.integers(0, 400),
+    cost=st.none() | st.just(DEFAULT_COST),
+    mean_context_tokens=st.floats(0, 1e5),
+    telemetry=st.none() | st.builds(Readings, throttled=st.booleans()),
+)
+
+
+def settle(controller: Controller, observation: Observation, periods: int = 200) -> int:
+    """Feed the same situation, with the batch always full, until the controller rests."""
+    for _ in range(periods):
+        size = controller.decide().batch_size
+        controller.observe(replace(observation, num_running=size, kv_blocks_used=10 * size))
+    return controller.decide().batch_size
+
+
+@pytest.mark.parametrize("name", SIZINGS)
+@settings(max_examples=60, deadline=None)
+@given(periods=st.lists(observations, min_size=1, max_size=30), seed=st.integers(0, 9))
+def test_no_size_is_chosen_that_memory_or_the_bounds_forbid(name: str, periods: list[Observation], seed: int) -> None:
+    params = {"initial": 200} if name == "fixed" else {"largest": 128, "smallest": 2, "initial": 100}
+    controller = build_sizing(name, params, random=Random(seed))
+    for observation in periods:
+        controller.observe(observation)
+        size, reason = controller.decide()
+        assert 1 <= size <= memory_limit(observation)
+        assert name == "fixed" or size <= 128
+        assert size >= 2 or memory_limit(observation) < 2 or name == "fixed"
+        assert reason
+
+
+@pytest.mark.parametrize("name", SIZINGS)
+@settings(max_examples=30, deadline=None)
+@given(periods=st.lists(observations, min_size=2, max_size=20))
+def test_a_throttled_device_never_gets_a_larger_batch(name: str, periods: list[Observation]) -> None:
+    controller = build_sizing(name, random=Random(1))
+    for observation in periods:
+        before = controller.decide().batch_size
+        controller.observe(replace(observation, telemetry=Readings(throttled=True)))
+        assert controller.decide().batch_size <= before
+
+
+@pytest.mark.parametrize("name", SIZINGS)
+def test_the_same_seed_and_history_give_the_same_decisions(name: str) -> None:
+    random, runs = Random(2), []
+    history = [replace(BUSY, p99_s=random.uniform(0.1, 3), target_s=1.0, good_tokens=random.randint(0, 99))] * 100
+    for _ in range(2):
+        controller = build_sizing(name, random=Random(7))
+        decisions = []
+        for observation in history:
+            controller.observe(observation)
+            decisions.append(controller.decide())
+        runs.append(decisions)
+    assert runs[0] == runs[1]
+
+
+def test_latency_first_shrinks_at_once_above_120_percent_and_grows_slowly_below_70() -> None:
+    controller = build_sizing("latency_first", {"initial": 16})
+    controller.observe(replace(BUSY, p99_s=1.19, target_s=1.0))
+    assert controller.size == 16
+    controller.observe(replace(BUSY, p99_s=1.21, target_s=1.0))
+    assert controller.size == 12
+    controller.observe(replace(BUSY, p99_s=0.69, target_s=1.0))
+    assert controller.size == 13
+    controller.observe(replace(BUSY, p99_s=0.71, target_s=1.0))
+    assert controller.size == 13
+    controller.observe(replace(BUSY, p99_s=0.1, target_s=1.0, num_waiting=0))
+    assert controller.size == 13, "what nobody waits for does not grow"
+
+
+def test_latency_first_gets_down_to_one() -> None:
+    assert settle(build_sizing("latency_first"), replace(BUSY, p99_s=9.0, target_s=1.0)) == 1
+
+
+def test_throughput_first_grows_until_more_no_longer_pays() -> None:
+    flat = StepCost(step_s=0.02, prefill_token_s=1e-5, decode_sequence_s=1e-6, context_token_s=0)
+    steep = StepCost(step_s=0.0002, prefill_token_s=1e-5, decode_sequence_s=0.001, context_token_s=0)
+    assert settle(build_sizing("throughput_first"), replace(BUSY, cost=flat)) == 256
+    assert settle(build_sizing("throughput_first", {"initial": 1}), replace(BUSY, cost=steep)) < 8
+
+
+@pytest.mark.parametrize("name", ["throughput_first", "balanced", "memory_efficient"])
+def test_nothing_grows_while_nobody_waits(name: str) -> None:
+    idle = replace(BUSY, num_waiting=0, p99_s=0.1, target_s=1.0)
+    assert settle(build_sizing(name, {"initial": 8}), idle) <= 8
+
+
+def test_balanced_comes_to_rest_near_the_target() -> None:
+    controller = build_sizing("balanced", {"initial": 4})
+    for _ in range(100):
+        size = controller.size
+        controller.observe(replace(BUSY, num_running=size, kv_blocks_used=size, p99_s=size / 60, target_s=1.0))
+    assert 50 <= controller.size <= 66
+
+
+def test_memory_efficient_holds_kv_use_below_its_line() -> None:
+    controller = build_sizing("memory_efficient", {"initial": 16, "kv_line": 0.8})
+    for _ in range(100):
+        size = controller.size
+        controller.observe(replace(BUSY, num_running=size, kv_blocks_used=40 * size))
+    assert 0.65 <= 40 * controller.size / BUSY.kv_blocks_total <= 0.8
+    controller.observe(replace(BUSY, num_running=3, num_waiting=0, kv_blocks_used=120))
+    assert controller.size * 40 < 0.8 * BUSY.kv_blocks_total
+
+
+def goodput(size: int, best: int) -> float:
+    """Tokens a second: more with size up to `best`; beyond, the SLA is missed and little of it counts."""
+    return 100.0 * size if size <= best else 20.0 * best
+
+
+def drive(controller: Controller, random: Random, best: int, periods: int) -> list[int]:
+    sizes = []
+    for _ in range(periods):
+        size = controller.size
+        sizes.append(size)
+        good = max(0, round(goodput(size, best) * random.uniform(0.8, 1.2)))
+        controller.observe(replace(BUSY, num_running=size, kv_blocks_used=size, good_tokens=good))
+    return sizes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_adaptive_finds_the_size_of_most_goodput_and_follows_a_change(seed: int) -> None:
+    controller = build_sizing("adaptive", {"largest": 128}, random=Random(seed))
+    random = Random(100 + seed)
+    for best in (66, 16):
+        late = drive(controller, random, best, 1600)[-600:]
+        reached = sum(goodput(size, best) for size in late) / len(late)
+        assert reached > 0.7 * goodput(best, best)
+
+
+def test_adaptive_learns_nothing_from_idle_periods() -> None:
+    controller = build_sizing("adaptive", random=Random(1))
+    for _ in range(50):
+        controller.observe(replace(BUSY, num_waiting=0, num_running=0, kv_blocks_used=0, good_tokens=7))
+    assert all(arm.weight == 0 for arm in controller._arms)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("fixed", {"initial": 0}, "initial must be a number from 1 to 4096"),
+        ("fixed", {"largest": 3}, "no parameter 'largest'"),
+        ("balanced", {"gain": float("nan")}, "gain must be a number"),
+        ("balanced", {"smallest": 9, "largest": 3}, "smallest is above largest"),
+        ("balanced", {"initial": 9, "largest": 3}, "between smallest and largest"),
+    ],
+)
+def test_bad_parameters_are_named(name: str, params: dict[str, float], message: str) -> None:
+    with pytest.raises(InvalidSizingParameter, match=message):
+        build_sizing(name, params)
+
+
+def test_an_unknown_strategy_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(UnknownSizing, match="adaptive, balanced, fixed, latency_first"):
+        build_sizing("best")
