@@ -118,8 +118,11 @@ class FleetClient:
         """Read until the condition holds."""
         end = time.monotonic() + deadline_s
         while not condition():
-            assert time.monotonic() < end, f"not in time: {self.answers}"
+            assert time.monotonic() < end, f"not in time: {self._progress()}"
             self.read()
+
+    def _progress(self) -> dict[str, int]:
+        return {name: len(answer.token_ids) for name, answer in self.answers.items() if not answer.finish}
 
     def until_finished(self, deadline_s: float = DEADLINE_S) -> None:
         self.until(lambda: all(answer.finish for answer in self.answers.values()), deadline_s)

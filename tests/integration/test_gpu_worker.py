@@ -1,0 +1,163 @@
+"""A real Celery gpu worker: control round trips, an engine that comes back, and a clean end."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+import redis
+from celery import Celery
+
+from inference import control
+from inference.messages import DeploymentSpec
+from scheduling.keys import Keys
+from tests.checkpoints import make_checkpoint, make_tokenizer
+from tests.integration.fleet import FleetClient
+
+MODEL = "tiny"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    make_checkpoint("llama", path)
+    make_tokenizer("bytes", path)
+    return path
+
+
+@pytest.fixture
+def fleet(store: redis.Redis, keys: Keys) -> FleetClient:
+    return FleetClient(store, keys, MODEL)
+
+
+@pytest.fixture
+def worker(redis_url: str, keys: Keys, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    environment = os.environ | {
+        "REDIS_URL": redis_url,
+        "PENSTOCK_KEY_PREFIX": keys.prefix,
+        "PENSTOCK_VAR": str(tmp_path),
+        "PENSTOCK_DEVICE": "cpu",
+        "PENSTOCK_LEASE_S": "2",
+        "PENSTOCK_DRAIN_S": "20",
+        "DJANGO_SETTINGS_MODULE": "controlplane.settings",
+    }
+    command = [sys.executable, "-m", "celery", "-A", "controlplane", "worker", "-n", "gpu.gpu-7@%h"]
+    command += ["--pool", "threads", "--concurrency", "1", "--loglevel", "INFO"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    yield process
+    if process.poll() is None:
+        process.kill()
+        process.wait(10)
+
+
+@pytest.fixture
+def app(redis_url: str, keys: Keys) -> Iterator[Celery]:
+    """A client's Celery app with the same broker as the worker's."""
+    app = Celery("penstock", broker=redis_url.replace("unix://", "redis+socket://"), set_as_current=False)
+    app.conf.broker_transport_options = {"global_keyprefix": f"{keys.prefix}:celery:"}
+    app.set_current()
+    yield app
+    app.close()
+
+
+def deploy(store: redis.Redis, keys: Keys, path: Path) -> None:
+    spec = DeploymentSpec(name=MODEL, path=str(path), max_batch_size=8, kv_memory_bytes=4 * 2**20, created_s=1)
+    store.hset(keys.deployments, MODEL, msgspec.json.encode(spec))
+
+
+def engine_of(worker: subprocess.Popen[bytes]) -> psutil.Process:
+    return next(child for child in psutil.Process(worker.pid).children() if "inference.worker" in child.cmdline())
+
+
+def test_a_gpu_worker_serves_answers_commands_and_drains(
+    worker: subprocess.Popen[bytes], app: Celery, fleet: FleetClient, store: redis.Redis, keys: Keys, checkpoint: Path
+) -> None:
+    deploy(store, keys, checkpoint)
+    fleet.until_state("gpu-7", "ready")
+    for i in range(16):
+        fleet.submit(f"r{i}", [5, 6 + i], 200)
+    fleet.until(lambda: fleet.answers["r0"].token_ids)
+    for _ in range(10):
+        started = time.monotonic()
+        acks = control.send_control(["gpu-7"], "policy", revision=3, name="fair")
+        elapsed_s = time.monotonic() - started
+        assert acks["gpu-7"]["ok"], acks
+        assert acks["gpu-7"]["applied_ms"] < 100
+        print(f"round trip {1000 * elapsed_s:.1f} ms, applied in {acks['gpu-7']['applied_ms']} ms")
+    assert elapsed_s < 0.5
+    assert not control.send_control(["gpu-7"], "set_mode", mode="warp")["gpu-7"]["ok"]
+    assert control.send_control(["gpu-7", "gpu-8"], "pause", timeout_s=0.3)["gpu-8"]["error"]
+    assert control.send_control(["gpu-7"], "resume")["gpu-7"]["state"] == "ready"
+    fleet.until_finished()
+    for i in range(16):
+        fleet.submit(f"s{i}", [5, 6 + i], 240)
+    fleet.until(lambda: fleet.answers["s0"].token_ids)
+    engine = engine_of(worker)
+    worker.send_signal(signal.SIGTERM)
+    fleet.until_state("gpu-7", "draining")
+    assert control.send_control(["gpu-7"], "policy", revision=4)["gpu-7"]["ok"]
+    assert worker.wait(30) == 0
+    assert not engine.is_running()
+    fleet.read()
+    for i in range(16):
+        assert bool(fleet.answers[f"s{i}"].finish) is (i < 8)
+
+
+def test_a_killed_engine_is_noticed_at_once_and_comes_back_as_it_was_told_to_be(
+    worker: subprocess.Popen[bytes], app: Celery, fleet: FleetClient, store: redis.Redis, keys: Keys, checkpoint: Path
+) -> None:
+    deploy(store, keys, checkpoint)
+    first = fleet.until_state("gpu-7", "ready")
+    assert control.send_control(["gpu-7"], "set_batch_size", max_batch_size=3)["gpu-7"]["ok"]
+    for i in range(6):
+        fleet.submit(f"r{i}", [5, 6 + i], 200)
+    fleet.until(lambda: fleet.answers["r0"].token_ids)
+    os.kill(first.pid, signal.SIGKILL)
+    killed_s = time.monotonic()
+    seen = threading.Event()
+    while not seen.wait(0.01):
+        found = [c for c in psutil.Process(worker.pid).children() if c.pid != first.pid]
+        if found:
+            seen.set()
+        assert time.monotonic() - killed_s < 5
+    noticed_ms = 1000 * (time.monotonic() - killed_s)
+    print(f"started again {noticed_ms:.0f} ms after the kill")
+    assert noticed_ms < 1000
+    fleet.until_finished()
+    fleet.until(lambda: (s := fleet.status("gpu-7")) is not None and s.pid != first.pid and s.max_batch_size == 3)
+    engine = engine_of(worker)
+    started = time.monotonic()
+    worker.send_signal(signal.SIGINT)
+    worker.wait(15)
+    print(f"Ctrl-C took {time.monotonic() - started:.1f} s")
+    assert time.monotonic() - started < 8
+    assert not engine.is_running()
+
+
+def test_a_gpu_worker_waits_for_a_deployment_and_takes_a_mended_one(
+    worker: subprocess.Popen[bytes],
+    fleet: FleetClient,
+    store: redis.Redis,
+    keys: Keys,
+    checkpoint: Path,
+    tmp_path: Path,
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    deploy(store, keys, broken)
+    status = fleet.until_state("gpu-7", "failed")
+    assert str(broken) in status.detail
+    deploy(store, keys, checkpoint)
+    fleet.until_state("gpu-7", "ready")
+    engine = engine_of(worker)
+    worker.kill()
+    worker.wait(5)
+    engine.wait(10)
