@@ -1,6 +1,6 @@
 """Sockets of the dashboard, with the checks of origin and session around them."""
 
-from typing import cast
+from typing import Any, cast
 
 from channels.auth import AuthMiddlewareStack
 from channels.routing import URLRouter
@@ -8,11 +8,18 @@ from channels.security.websocket import AllowedHostsOriginValidator
 from django.apps import apps
 from django.urls import path
 
+from dashboard.aggregator import Aggregator
 from dashboard.apps import DashboardConfig
 from dashboard.consumers import LiveConsumer
 
+
+def build_sockets(aggregator: Aggregator) -> Any:
+    """The ASGI application that serves sockets from this aggregator, to our own pages only."""
+    urls = [path("live/", LiveConsumer.as_asgi(aggregator=aggregator))]
+    return AllowedHostsOriginValidator(AuthMiddlewareStack(URLRouter(urls)))
+
+
 aggregator = cast(DashboardConfig, apps.get_app_config("dashboard")).aggregator
 """`start()` and `stop()` it with the web process; a first socket starts it too."""
-websocket_urlpatterns = [path("live/", LiveConsumer.as_asgi(aggregator=aggregator))]
-application = AllowedHostsOriginValidator(AuthMiddlewareStack(URLRouter(websocket_urlpatterns)))
+application = build_sockets(aggregator)
 """What the web process mounts for websockets."""
