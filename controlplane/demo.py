@@ -123,6 +123,9 @@ def prepare_model(config: Config) -> None:
         return
     if deployed is None or deployed.path == str(folder):
         # Its own process, so that the supervisor never loads torch; it leaves at once where the model is there.
-        subprocess.run([sys.executable, "-m", "inference.demo.train", str(folder)], check=True, cwd=ROOT)
+        # Threads that wait must not spin: on a machine that is busy they would take the time of those that work.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        command = [sys.executable, "-m", "inference.demo.train", str(folder)]
+        subprocess.run(command, check=True, cwd=ROOT, env=environment)
     if deployed is None:
         register_deployment(name=MODEL, path=folder)

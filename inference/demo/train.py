@@ -20,9 +20,9 @@ from inference.demo.tokenizer import train_tokenizer
 SEED = 20260101
 CONTEXT = 1024
 BATCH_TOKENS = 1536
-STEPS = 240
-LONG_FROM = 220
-"""The last steps see rows of CONTEXT tokens; the ones before, rows of SHORT tokens, which are cheaper and teach faster."""
+STEPS = 250
+LONG_EVERY = 10
+"""One step in so many sees rows of CONTEXT tokens; the others, rows of SHORT tokens, which are cheaper and teach faster."""
 SHORT = 256
 QUESTION_WEIGHT = 0.1
 MATRIX_RATE, EMBEDDING_RATE = 0.02, 0.006
@@ -84,7 +84,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, random: Random) -> Iterator[tupl
     """
     documents = _documents(tokenizer, random)
     for step in range(STEPS):
-        num_tokens = SHORT if step < LONG_FROM else CONTEXT
+        num_tokens = CONTEXT if step % LONG_EVERY == 0 else SHORT
         rows = []
         for _ in range(max(1, BATCH_TOKENS // num_tokens)):
             row: list[tuple[int, float]] = []
