@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from inference.checkpoint import CheckpointError, read_chat_template, read_eos_token_ids, token_text
 
 REPLACEMENT = "\ufffd"
-MAX_WINDOW_TOKENS = 32
+MAX_WINDOW_TOKENS = 16
 """Tokens decoded together at most while none of them ends a character; no character has more than four bytes."""
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -56,7 +56,7 @@ class Tokenizer:
         config_file = path / "tokenizer_config.json"
         config: dict[str, Any] = json.loads(config_file.read_text()) if config_file.is_file() else {}
         special = {name: text for name in SPECIAL_NAMES if (text := token_text(config.get(name))) is not None}
-        _configure(backend, config, special)
+        _configure(backend, list(special.values()))
         try:
             return cls(backend, read_eos_token_ids(path), read_chat_template(path), **special)
         except jinja2.TemplateSyntaxError as error:
@@ -88,19 +88,12 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
-def _configure(backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
-    """Apply tokenizer_config.json as transformers does: special tokens, and begin and end tokens where it sets them."""
+def _configure(backend: tokenizers.Tokenizer, special: Seq[str]) -> None:
+    """Make the configuration's special tokens known, as transformers does; all else stands in tokenizer.json."""
     backend.no_padding()
     backend.no_truncation()
     known = {t.content for t in backend.get_added_tokens_decoder().values()}
-    backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special.values() if t not in known])
-    if not {"add_bos_token", "add_eos_token"} & config.keys():
-        return
-    bos = special.get("bos_token") if config.get("add_bos_token") else None
-    eos = special.get("eos_token") if config.get("add_eos_token") else None
-    single = " ".join(part for part in (bos and f"{bos}:0", "$A:0", eos and f"{eos}:0") if part)
-    tokens = [(t, backend.token_to_id(t)) for t in (bos, eos) if t]
-    backend.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=tokens)
+    backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special if t not in known])
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -157,13 +150,15 @@ class TextStream:
             return ""
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        partial = text.endswith(REPLACEMENT)
-        end = len(text) - partial
+        end = len(text.rstrip(REPLACEMENT))
+        too_long = len(self._window) > MAX_WINDOW_TOKENS
+        if too_long and end < len(text):
+            end = len(text) - 1  # no character is so long: these are no characters, but the last may still become one
         piece = text[self._num_emitted : end]
         self._num_emitted = max(self._num_emitted, end)
-        if piece and not partial:
+        if piece and end == len(text):
             self._slide(self._num_read)
-        elif len(self._window) > MAX_WINDOW_TOKENS:
+        elif too_long:
             self._slide(len(self._window) - 4)
         return self._release(piece) if piece else ""
 

@@ -1,0 +1,103 @@
+"""A checkpoint directory is described without torch, or refused with a sentence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inference.checkpoint import CheckpointError, inspect_checkpoint
+from tests.checkpoints import VOCAB, make_checkpoint, make_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_checkpoint("llama", tmp_path)
+    make_tokenizer("bytes", tmp_path)
+    return tmp_path
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_a_checkpoint_is_described(folder: Path) -> None:
+    info = inspect_checkpoint(folder)
+    assert info.architecture == "LlamaForCausalLM"
+    assert (info.num_layers, info.hidden, info.heads, info.kv_heads, info.head_dim) == (3, 64, 4, 2, 16)
+    assert (info.vocab_size, info.max_model_len, info.dtype) == (VOCAB, 256, "float32")
+    assert info.num_parameters == 2 * VOCAB * 64 + 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96 + 2 * 64) + 64
+    assert info.eos_token_ids == {2}
+    assert info.has_chat_template
+    assert info.kv_bytes_per_token("float32") == 2 * info.kv_bytes_per_token("bfloat16") == 3 * 2 * 2 * 16 * 4
+
+
+def test_names_of_older_architectures_are_understood(tmp_path: Path) -> None:
+    make_checkpoint("gpt2", tmp_path)
+    info = inspect_checkpoint(tmp_path, needs_tokenizer=False)
+    assert (info.num_layers, info.hidden, info.kv_heads, info.head_dim, info.max_model_len) == (3, 48, 4, 12, 256)
+
+
+def test_inspection_imports_no_torch(folder: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from inference.checkpoint import inspect_checkpoint; "
+        "from inference.tokenization import Tokenizer; path = Path(sys.argv[1]); "
+        "inspect_checkpoint(path); Tokenizer.load(path); assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "brings its own model code"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"architectures": ["BertModel"]}, "BertModel, which does not generate text"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"num_hidden_layers": None}, "does not say num_hidden_layers"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(folder: Path, changes: dict[str, object], sentence: str) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=sentence):
+        inspect_checkpoint(folder)
+
+
+def test_missing_and_broken_files_are_named(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match="cut off"):
+        inspect_checkpoint(folder)
+    weights.write_bytes(whole[:5])
+    with pytest.raises(CheckpointError, match="cut off"):
+        inspect_checkpoint(folder)
+    weights.write_bytes((2**60).to_bytes(8, "little") + whole[8:])
+    with pytest.raises(CheckpointError, match="cut off"):
+        inspect_checkpoint(folder)
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickled"):
+        inspect_checkpoint(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors"):
+        inspect_checkpoint(folder)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="lacks the weight file model-00001-of-00002"):
+        inspect_checkpoint(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        inspect_checkpoint(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        inspect_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="not a directory"):
+        inspect_checkpoint(folder / "nowhere")
+
+
+def test_a_checkpoint_without_fast_tokenizer_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        inspect_checkpoint(folder)
