@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import redis
 import redis.asyncio
-from channels.db import database_sync_to_async
+from django.db import connections
 
 from controlplane.config import Config
 from inference.directory import Directory, DirectoryWatch, load_directory, publish_deployments
@@ -66,6 +67,18 @@ def test_deployments_are_published_and_withdrawn(store: redis.Redis, keys: Keys)
     assert store.hgetall(keys.deployments) == {}
 
 
+async def change(service: Callable[..., Any], **arguments: Any) -> None:
+    """Call a service as another process would: on a connection of its own, which is closed afterwards."""
+
+    def call() -> None:
+        try:
+            service(**arguments)
+        finally:
+            connections.close_all()
+
+    await asyncio.to_thread(call)
+
+
 class _Followed:
     """Lets a test wait until the watch shows what it expects."""
 
@@ -92,7 +105,7 @@ async def test_a_suspension_reaches_a_watching_process_within_a_second(
     await watch.start()
     try:
         assert not watch.current.tenants["acme"].suspended
-        await database_sync_to_async(services.suspend_tenant)(tenant=tenant)
+        await change(services.suspend_tenant, tenant=tenant)
         await follow.until(lambda d: d.tenants["acme"].suspended, timeout_s=1.0)
     finally:
         await watch.stop()
@@ -104,7 +117,7 @@ async def test_without_redis_the_watch_still_follows_the_database(tenant: Tenant
         watch = DirectoryWatch(nowhere, Keys(), redis_period_s=0.02, on_change=follow)
         await watch.start()
         try:
-            await database_sync_to_async(services.update_quota)(tenant=tenant, rpm=7)
+            await change(services.update_quota, tenant=tenant, rpm=7)
             await follow.until(lambda d: d.tenants["acme"].rpm == 7, timeout_s=5)
         finally:
             await watch.stop()

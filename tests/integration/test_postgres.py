@@ -97,4 +97,4 @@ def test_the_database_tests_pass_on_postgresql(postgres_url: str, redis_url: str
     }
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *DATABASE_TESTS]
     result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+    assert result.returncode == 0, result.stdout[-16000:] + result.stderr[-2000:]

@@ -28,12 +28,13 @@ class Command(BaseCommand):
         parser.add_argument("--weight", type=float, help="share of the fleet under the fair policy")
         parser.add_argument(
             "--max-priority",
-            type=_priority,
             help="highest priority: critical, realtime, high, normal, low, bulk, or 0-5",
         )
 
     def handle(self, *args: Any, **options: Any) -> None:
         given = {name: options[name] for name in LIMITS if options[name] is not None}
+        if "max_priority" in given:
+            given["max_priority"] = _priority(str(given["max_priority"]))
         for name in ("rpm", "tpm", "concurrency"):
             if given.get(name) == 0:
                 given[name] = None
