@@ -2,8 +2,8 @@
 
     python -m benchmarks.modes [--sizes demo,100m] [--rounds 3] [--requests 64] [--json FILE]
 
-All start with the same requests waiting, and every request asks for its own number of tokens (end-of-sequence tokens are
-ignored), greedy, in float32. A tokens/s figure counts the tokens asked for. Rounds are interleaved; medians with the
+All start with the same requests waiting, and every request asks for its own number of tokens (end-of-sequence tokens
+are ignored), greedy, in float32. A tokens/s figure counts the tokens asked for. Rounds are interleaved; medians with the
 smallest and largest, and ratios of medians.
 """
 
@@ -15,8 +15,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import transformers
@@ -30,7 +31,7 @@ from scheduling.core.sequence import SamplingParams, Sequence
 SLOTS = 16
 STEP_TOKENS = 512
 MAX_MODEL_LEN = 512
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "demo": {
         "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6,
         "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -114,8 +115,8 @@ def run_generate(model: Any, workload: list[Request]) -> Answers:
 def run_transformers_continuous(model: Any, workload: list[Request]) -> Answers:
     """transformers' own continuous batching, with as many slots and as large a step."""
     settings = transformers.ContinuousBatchingConfig(
-        page_size=32, num_blocks=SLOTS * MAX_MODEL_LEN // 32, max_batch_tokens=STEP_TOKENS, max_requests_per_batch=SLOTS,
-        allow_block_sharing=False,
+        page_size=32, num_blocks=SLOTS * MAX_MODEL_LEN // 32, max_batch_tokens=STEP_TOKENS,
+        max_requests_per_batch=SLOTS, allow_block_sharing=False,
     )  # fmt: skip
     generation = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=256)
     found: dict[str, list[int]] = {}
@@ -141,11 +142,11 @@ def make_systems(path: Path) -> dict[str, Callable[[list[Request]], Answers]]:
     runner = ModelRunner(spec, "cpu")
     print(f"  {runner.describe()}")
     systems: dict[str, Callable[[list[Request]], Answers]] = {
-        cast(str, mode): lambda work, mode=mode: run_ours(runner, mode, work) for mode in get_args(BatchMode)
+        mode: partial(run_ours, runner, mode) for mode in get_args(BatchMode)
     }
     models = [transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for _ in range(2)]
-    systems["transformers static"] = lambda work: run_generate(models[0], work)
-    systems["transformers continuous"] = lambda work: run_transformers_continuous(models[1], work)
+    systems["transformers static"] = partial(run_generate, models[0])
+    systems["transformers continuous"] = partial(run_transformers_continuous, models[1])
     return systems
 
 

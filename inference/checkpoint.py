@@ -115,7 +115,7 @@ def _check_architecture(path: Path, config: dict[str, Any]) -> str:
     if config.get("auto_map"):
         raise CheckpointError(
             f"{path} brings its own model code (auto_map in config.json), which is never run. If transformers knows "
-            f"{config.get('model_type', 'its model type')}, remove auto_map from config.json; if not, use another model."
+            f"{config.get('model_type', 'its type')} itself, remove auto_map; if not, use another model."
         )
     if config.get("is_encoder_decoder"):
         raise CheckpointError(f"{architecture} is an encoder-decoder model. Only decoder-only models can be served.")

@@ -19,14 +19,14 @@ MAX_WINDOW_TOKENS = 16
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-class ChatTemplateMissing(Exception):
+class ChatTemplateMissing(Exception):  # noqa: N818
     """This model has no chat template. Use /v1/completions with a prompt."""
 
     def __init__(self) -> None:
         super().__init__(self.__doc__)
 
 
-class ChatTemplateFailed(Exception):
+class ChatTemplateFailed(Exception):  # noqa: N818
     """The chat template refused these messages; the message says what it said."""
 
 
@@ -72,7 +72,10 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def render_chat(self, messages: Seq[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant answers. Raises ChatTemplateMissing or ChatTemplateFailed."""
+        """Token ids of a conversation, up to where the assistant answers.
+
+        Raises ChatTemplateMissing or ChatTemplateFailed.
+        """
         if self._template is None:
             raise ChatTemplateMissing
         try:
@@ -127,9 +130,9 @@ class _GenerationTag(jinja2.ext.Extension):
 class TextStream:
     """Turns tokens into text as they come, never half a character, and looks for stop strings over token boundaries.
 
-    What a token gives depends on the tokens before it only, so a resumed request has the same text per token. The pieces
-    together are the decoded whole up to the stop string. Decodes a window of the last few tokens, whose head is text
-    already emitted: decoders treat the first token of a text apart (a leading space), so a token is never decoded alone.
+    What a token gives depends on the tokens before it only, so a resumed request has the same text per token. The
+    pieces together are the decoded whole up to the stop string. Decodes a window of the last few tokens, whose head is
+    text already emitted: decoders treat the first token of a text apart (a leading space), so none is decoded alone.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:

@@ -14,18 +14,16 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "pad_token_id": None,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+GPT2_SIZES: dict[str, Any] = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
 
 
 def _gpt2() -> Any:
-    return transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=48, n_layer=3, n_head=4, n_positions=256, initializer_range=0.2, **ENDS
-    )
+    return transformers.GPT2Config(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, **GPT2_SIZES)
 
 
 def _neox() -> Any:
     sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
-    return transformers.GPTNeoXConfig(**sizes, rotary_pct=0.25)
+    return transformers.GPTNeoXConfig(**sizes, **{"rotary_pct": 0.25})
 
 
 def _gemma2() -> Any:
@@ -37,8 +35,8 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama_rope_scaled": lambda: transformers.LlamaConfig(
         **SIZES, tie_word_embeddings=True, attention_bias=True,
         rope_parameters={
-            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
         },
     ),
     "mistral_sliding": lambda: transformers.MistralConfig(**SIZES, sliding_window=24),
@@ -72,8 +70,8 @@ TEXT = [
 ]  # fmt: skip
 CHAT = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'tool' %}"
-    "{{ raise_exception('no tools here') }}{% endif %}<|{{ message.role }}|>\n{{ message.content | trim }}{{ eos_token }}\n"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{{ raise_exception('no tools here') }}{% endif %}<|{{ message.role }}|>\n{{ message.content | trim }}"
+    "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
 

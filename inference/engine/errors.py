@@ -12,13 +12,13 @@ class ModelLoadError(EngineError):
     """The checkpoint cannot be served; the message says why and what to do."""
 
 
-class OutOfDeviceMemory(EngineError):
+class OutOfDeviceMemory(EngineError):  # noqa: N818
     """The device ran out of memory in a forward pass. Nothing was sampled; plan a smaller step and try again."""
 
 
-class DeviceLost(EngineError):
+class DeviceLost(EngineError):  # noqa: N818
     """The device failed and takes no more work from this process. Restart the process."""
 
 
-class InvalidPart(EngineError):
+class InvalidPart(EngineError):  # noqa: N818
     """A part of a step cannot be computed; the others can."""

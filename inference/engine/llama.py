@@ -23,7 +23,7 @@ def supports(model: PreTrainedModel) -> bool:
 
 
 class LlamaForward:
-    """Weights packed and fused (q, k, v; gate, up), attention over the paged cache, nothing of Python between layers."""
+    """Weights packed and fused (q, k, v; gate, up), attention over the paged cache, no Python between layers."""
 
     def __init__(self, kernels: ctypes.CDLL, model: PreTrainedModel, cache: KVCache, max_model_len: int) -> None:
         """Takes the weights over: the model's layers are emptied as they are packed."""

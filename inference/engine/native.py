@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -142,10 +141,13 @@ class PackedLinear(torch.nn.Module):
 
 
 @cache
-def load_kernels() -> ctypes.CDLL | None:
-    """The compiled kernels, built where this source was not yet built for this processor."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    library = BUILD / f"kernels-{_fingerprint()}.so"
+def load_kernels(compiler: str | None = None, build: Path = BUILD) -> ctypes.CDLL | None:
+    """The compiled kernels, built into `build` where this source was not yet built for this processor.
+
+    `compiler` is a path; by default the first of cc, gcc and clang that is here.
+    """
+    compiler = compiler or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    library = build / f"kernels-{_fingerprint()}.so"
     if not library.is_file() and (compiler is None or not _compile(compiler, library)):
         return None
     try:
@@ -175,8 +177,8 @@ def _fingerprint() -> str:
 def _compile(compiler: str, library: Path) -> bool:
     """Build beside the target and move into place, so that processes that start together do not meet half a file."""
     try:
-        BUILD.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        library.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             out = Path(folder) / library.name
             for threads in (THREADS, ()):
                 command = [compiler, *FLAGS, *threads, str(SOURCE), "-o", str(out), "-lm"]

@@ -13,7 +13,7 @@ from inference.checkpoint import inspect_checkpoint
 from inference.engine import llama, loading
 from inference.engine.batch import StepBatch, build_batch, check_part
 from inference.engine.errors import DeviceLost, InvalidPart, ModelLoadError, OutOfDeviceMemory
-from inference.engine.kv_cache import BLOCK_SIZE, KVCache, size_cache
+from inference.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape, size_cache
 from inference.engine.llama import LlamaForward
 from inference.engine.modules import ModulesForward
 from inference.engine.native import load_kernels
@@ -45,8 +45,8 @@ class ModelRunner:
     ) -> None:
         """Load the checkpoint. Raises ModelLoadError or CheckpointError with a sentence that says what to do.
 
-        `num_threads`: CPU threads of a forward pass, by default all physical cores. `native=False` does without compiled
-        kernels, `fused=False` without the Llama family's own forward pass.
+        `num_threads`: CPU threads of a forward pass, by default all physical cores. `native=False` does without
+        compiled kernels, `fused=False` without the Llama family's own forward pass.
         """
         if num_threads:
             torch.set_num_threads(num_threads)
@@ -128,7 +128,7 @@ class ModelRunner:
             results[i] = PartResult(error=NOT_FINITE) if token is None else PartResult(token_id=token)
         return results
 
-    def _make_cache(self, spec: DeploymentSpec, shape: loading.KVShape, num_blocks: int | None) -> None:
+    def _make_cache(self, spec: DeploymentSpec, shape: KVShape, num_blocks: int | None) -> None:
         self._why = "as asked for"
         if num_blocks is None:
             size = size_cache(

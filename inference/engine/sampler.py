@@ -1,4 +1,4 @@
-"""The next token of every row at once: greedy, temperature, top-p, and a random number that depends on seed and position only."""
+"""The next token of every row at once; what is random depends on the row's seed and position only."""
 
 from collections.abc import Sequence as Seq
 

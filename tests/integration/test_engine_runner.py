@@ -1,0 +1,206 @@
+"""A runner loads what it can serve, refuses the rest with a sentence, and lets one bad part fail alone."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from inference.engine.errors import ModelLoadError, OutOfDeviceMemory
+from inference.engine.native import load_kernels
+from inference.engine.runner import ModelRunner
+from inference.messages import DeploymentSpec
+from scheduling.core.sequence import PartResult, Sequence, StepPart
+from tests.checkpoints import SIZES, VOCAB, make_checkpoint
+from tests.integration.test_engine_parity import Traffic, generate_alone, make_prompts, make_sequence
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    make_checkpoint("llama", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runner(folder: Path) -> ModelRunner:
+    return ModelRunner(DeploymentSpec(name="m", path=str(folder)), "cpu", num_blocks=20)
+
+
+def prefill(name: str, tokens: list[int], blocks: list[int]) -> StepPart:
+    sequence = make_sequence(name, tokens, 5)
+    sequence.block_table = blocks
+    return StepPart(sequence, len(tokens), samples=True)
+
+
+def save(config: Any, path: Path) -> DeploymentSpec:
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return DeploymentSpec(name="m", path=str(path))
+
+
+def test_it_says_what_it_chose(runner: ModelRunner) -> None:
+    assert "LlamaForCausalLM in float32 on cpu" in runner.describe()
+    assert "20 blocks of 16 tokens" in runner.describe()
+    assert (runner.max_model_len, runner.vocab_size, set(runner.eos_token_ids)) == (256, VOCAB, {2})
+
+
+def test_the_cache_is_sized_for_the_batch_or_as_asked(folder: Path) -> None:
+    spec = DeploymentSpec(name="m", path=str(folder), max_batch_size=3, max_model_len=100)
+    runner = ModelRunner(spec, "cpu")
+    assert runner.num_blocks == 3 * 7
+    assert "3 sequences of 100 tokens" in runner.describe()
+    spec = DeploymentSpec(name="m", path=str(folder), kv_memory_bytes=40 * 16 * 3 * 2 * 2 * 16 * 4)
+    assert ModelRunner(spec, "cpu").num_blocks == 40
+
+
+def test_a_cache_that_holds_no_whole_sequence_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelLoadError, match="less than one sequence of 256"):
+        ModelRunner(DeploymentSpec(name="m", path=str(folder), kv_memory_bytes=100_000), "cpu")
+
+
+def test_more_context_than_the_model_has_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelLoadError, match="can place 256 tokens"):
+        ModelRunner(DeploymentSpec(name="m", path=str(folder), max_model_len=300), "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_named(folder: Path) -> None:
+    with pytest.raises(ModelLoadError, match="no CUDA device"):
+        ModelRunner(DeploymentSpec(name="m", path=str(folder)), "cuda")
+
+
+def test_attention_sinks_and_recurrent_layers_are_refused(tmp_path: Path) -> None:
+    sizes = {**SIZES, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
+    with pytest.raises(ModelLoadError, match="Attention sinks are not supported"):
+        ModelRunner(save(transformers.GptOssConfig(**sizes), tmp_path / "sinks"), "cpu", num_blocks=8)
+    bloom = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=2)
+    with pytest.raises(ModelLoadError, match="cannot be served by this engine"):
+        ModelRunner(save(bloom, tmp_path / "alibi"), "cpu", num_blocks=8)
+
+
+def test_frequencies_that_depend_on_the_batch_are_served_to_their_original_length_only(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    spec = save(transformers.LlamaConfig(**SIZES, rope_parameters=rope), tmp_path)
+    assert ModelRunner(spec, "cpu", num_blocks=8).max_model_len == 64
+
+
+def test_a_part_that_cannot_be_computed_fails_alone(runner: ModelRunner) -> None:
+    good = prefill("good", [5, 6, 7], [0])
+    bad = [
+        (prefill("vocabulary", [5, VOCAB, 7], [1]), f"Token id {VOCAB} is outside the vocabulary"),
+        (prefill("negative", [5, -1], [1]), "Token id -1 is outside"),
+        (prefill("blocks", [5] * 17, [1]), "1 KV blocks of 16 tokens do not hold 17"),
+        (prefill("no such block", [5], [20]), "a block outside the 20"),
+        (prefill("length", [5] * 260, list(range(17))), "at most 256"),
+        (StepPart(make_sequence("empty", [5], 1), 0, samples=False), "covers tokens 0 to 0 of 1"),
+        (StepPart(prefill("early", [5, 6], [1]).sequence, 1, samples=True), "before the sequence's end"),
+    ]
+    alone = runner.step([good])[0]
+    results = runner.step([good, *(part for part, _ in bad)])
+    assert results[0] == alone
+    for result, (_, sentence) in zip(results[1:], bad, strict=True):
+        assert result.token_id is None
+        assert sentence in (result.error or "")
+
+
+def test_an_empty_step_is_nothing(runner: ModelRunner) -> None:
+    assert runner.step([]) == []
+
+
+def test_a_step_does_not_change_its_sequences(runner: ModelRunner) -> None:
+    part = prefill("same", [5, 6, 7], [3])
+    assert runner.step([part]) == runner.step([part])
+    assert (part.sequence.tokens, part.sequence.num_computed, part.sequence.block_table) == ([5, 6, 7], 0, [3])
+
+
+def test_an_exception_in_the_forward_pass_fails_its_culprit_only(runner: ModelRunner) -> None:
+    parts = [prefill(str(i), [10 + i, 20, 30], [i]) for i in range(7)]
+    expected = runner.step(parts)
+    forward, culprit = runner._forward, 14
+
+    def fail(batch: Any) -> torch.Tensor:
+        if culprit in batch.token_ids:
+            raise RuntimeError("a kernel refused this shape")
+        return forward(batch)
+
+    runner._forward = fail
+    try:
+        results = runner.step(parts)
+    finally:
+        runner._forward = forward
+    assert results[4] == PartResult(error="The forward pass failed (RuntimeError).")
+    assert results[:4] + results[5:] == expected[:4] + expected[5:]
+
+
+def test_memory_that_runs_out_is_an_error_of_its_own(runner: ModelRunner) -> None:
+    forward = runner._forward
+
+    def exhaust(batch: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    runner._forward = exhaust
+    try:
+        with pytest.raises(OutOfDeviceMemory, match="smaller step"):
+            runner.step([prefill("a", [5], [0])])
+    finally:
+        runner._forward = forward
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"native": False}])
+def test_a_sequence_that_turns_to_nan_leaves_the_others_and_its_blocks_unharmed(
+    tmp_path: Path, options: dict[str, bool]
+) -> None:
+    model = make_checkpoint("llama", tmp_path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9] = math.nan
+    model.save_pretrained(tmp_path)
+    runner = ModelRunner(DeploymentSpec(name="m", path=str(tmp_path)), "cpu", num_blocks=20, **options)
+    others = [prefill(str(i), [10 + i, 20, 30], [i]) for i in range(3)]
+    expected = runner.step(others)
+    results = runner.step([others[0], prefill("nan", [10, 9, 30] * 6, [5, 6]), *others[1:]])
+    assert "not finite" in (results[1].error or "")
+    assert [results[0], *results[2:]] == expected
+    reused = [StepPart(s.sequence, 3, samples=True) for s in others]
+    for part, block in zip(reused, (5, 6, 7), strict=True):
+        part.sequence.block_table = [block]
+    assert runner.step(reused) == expected
+
+
+def test_without_a_working_compiler_there_are_no_kernels(tmp_path: Path) -> None:
+    assert load_kernels("/nonexistent/compiler", tmp_path) is None
+    assert load_kernels("/bin/false", tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kernels_are_built_once_for_a_processor(tmp_path: Path) -> None:
+    assert load_kernels(None, tmp_path / "build") is not None
+    (library,) = (tmp_path / "build").iterdir()
+    load_kernels.cache_clear()
+    assert load_kernels("/bin/false", tmp_path / "build") is not None
+    assert list((tmp_path / "build").iterdir()) == [library]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
+def test_a_cuda_device_gives_the_tokens_of_generate(architecture: str, tmp_path: Path) -> None:
+    model = make_checkpoint(architecture, tmp_path)
+    runner = ModelRunner(DeploymentSpec(name="m", path=str(tmp_path), dtype="float32"), "cuda", num_blocks=40)
+    prompts = make_prompts(1)
+    sequences: list[Sequence] = [make_sequence(str(i), prompt, n) for i, (prompt, n) in enumerate(prompts)]
+    Traffic(runner, sequences, seed=5).run()
+    assert [s.tokens for s in sequences] == [generate_alone(model, prompt, n) for prompt, n in prompts]
+    default = ModelRunner(DeploymentSpec(name="m", path=str(tmp_path)), "cuda", num_blocks=40)
+    assert "bfloat16" in default.describe()
+
+
+def test_weights_that_do_not_belong_to_the_configuration_are_refused(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 77}))
+    with pytest.raises(ModelLoadError, match="cannot be loaded"):
+        ModelRunner(DeploymentSpec(name="m", path=str(tmp_path)), "cpu")
