@@ -1,0 +1,110 @@
+"""Backpressure: levels, who is refused, drain rate, Retry-After."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduling.core.backpressure import (
+    BackpressureLimits,
+    DrainRate,
+    Level,
+    admitted_priorities,
+    assess,
+    depth_limit,
+)
+from scheduling.core.request import Priority
+
+LIMITS = BackpressureLimits()
+
+
+@pytest.mark.parametrize(
+    ("depth", "wait_s", "kv_usage", "level", "reason"),
+    [
+        (0, None, 0.0, Level.NONE, ""),
+        (0, 0.0, 1.0, Level.NONE, ""),
+        (1, 0.0, 1.0, Level.CRITICAL, "KV memory 100.0% used with 1 waiting"),
+        (50, 0.0, 0.0, Level.LOW, "queue 50% full (50 of 100)"),
+        (70, 0.0, 0.0, Level.MEDIUM, "queue 70% full (70 of 100)"),
+        (10, 120.0, 0.0, Level.HIGH, "estimated wait 120 s"),
+        (95, 30.0, 0.9, Level.CRITICAL, "queue 95% full (95 of 100)"),
+    ],
+)
+def test_the_level_is_the_worst_of_depth_wait_and_memory_and_says_which(
+    depth: int, wait_s: float | None, kv_usage: float, level: Level, reason: str
+) -> None:
+    assessment = assess(LIMITS, depth=depth, queue_limit=100, wait_s=wait_s, kv_usage=kv_usage)
+    assert (assessment.level, assessment.reason) == (level, reason)
+
+
+@given(depths=st.tuples(st.integers(0, 100), st.integers(0, 100)), wait_s=st.floats(0, 1e4), kv_usage=st.floats(0, 1))
+def test_the_level_never_falls_as_the_queue_grows(depths: tuple[int, int], wait_s: float, kv_usage: float) -> None:
+    low, high = (
+        assess(LIMITS, depth=depth, queue_limit=100, wait_s=wait_s, kv_usage=kv_usage).level for depth in sorted(depths)
+    )
+    assert low <= high
+
+
+def test_each_level_refuses_one_more_of_the_lower_priorities() -> None:
+    assert [admitted_priorities(level) for level in Level] == [
+        Priority.BULK, Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.REALTIME,
+    ]  # fmt: skip
+
+
+def test_every_priority_has_its_own_bound_between_two_assessments() -> None:
+    limits = [depth_limit(priority, 100, Level.NONE, LIMITS) for priority in Priority]
+    assert limits == [100, 100, 95, 85, 70, 50]
+
+
+@given(priority=st.sampled_from(Priority), level=st.sampled_from(Level), queue_limit=st.integers(1, 100_000))
+def test_a_refused_priority_has_no_room_and_an_admitted_one_has_some(
+    priority: Priority, level: Level, queue_limit: int
+) -> None:
+    limit = depth_limit(priority, queue_limit, level, LIMITS)
+    assert (limit == 0) == (priority > admitted_priorities(level))
+    assert limit <= queue_limit
+
+
+def test_a_steady_drain_is_measured_from_the_first_two_readings() -> None:
+    rate = DrainRate()
+    for second in range(4):
+        rate.update(100.0 + second, 20 * second, 3000 * second)
+    assert rate.requests_per_s == pytest.approx(20)
+    assert rate.tokens_per_s == pytest.approx(3000)
+    assert rate.wait_s(6000) == pytest.approx(2)
+    assert rate.retry_after_s(depth=119, target_depth=100) == 1
+    assert rate.retry_after_s(depth=199, target_depth=100) == 5
+
+
+def test_the_rate_follows_a_change_within_a_few_time_constants() -> None:
+    rate = DrainRate(time_constant_s=10)
+    total = 0
+    for second in range(100):
+        total += 10 if second < 50 else 2
+        rate.update(float(second), total, total)
+    assert rate.requests_per_s == pytest.approx(2, rel=0.05)
+
+
+def test_without_a_measured_drain_the_wait_is_unknown_and_retry_after_a_fixed_guess() -> None:
+    rate = DrainRate()
+    rate.update(1.0, 5, 50)
+    assert rate.wait_s(100) is None
+    assert rate.wait_s(0) == 0
+    assert rate.retry_after_s(10, 5, unknown_s=17) == 17
+
+
+def test_counters_that_start_again_do_not_give_a_negative_rate() -> None:
+    rate = DrainRate()
+    for second, total in enumerate([0, 100, 200, 5, 105]):
+        rate.update(float(second), total, total)
+    assert rate.requests_per_s == pytest.approx(100)
+
+
+@given(
+    readings=st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 10**9)), max_size=20),
+    depth=st.integers(0, 10**6),
+)
+def test_retry_after_is_always_whole_seconds_within_its_bounds(readings: list[tuple[float, int]], depth: int) -> None:
+    rate = DrainRate()
+    for now_s, total in readings:
+        rate.update(now_s, total, total)
+    assert 1 <= rate.retry_after_s(depth, 100) <= 600

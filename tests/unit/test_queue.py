@@ -1,0 +1,96 @@
+"""The queue in memory: what it promises beyond what the stateful test compares with Redis."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduling.core.flows import Flows
+from scheduling.core.policies import build_policy
+from scheduling.core.queue import FlowQueue
+from scheduling.core.request import Placement, QueueEntry
+
+
+def entry_of(number: int, prompt_tokens: int = 10) -> QueueEntry:
+    return QueueEntry(
+        id=f"r{number}", tenant="ada", priority=3, arrival_s=number, prompt_tokens=prompt_tokens, max_tokens=10
+    )
+
+
+def put(queue: FlowQueue, entry: QueueEntry, depth_limit: int = 100) -> str:
+    place = build_policy("fifo").place(entry)
+    return queue.enqueue(entry, place, revision=0, depth_limit=depth_limit).status
+
+
+def test_a_queue_nobody_touched_is_fifo_at_revision_0() -> None:
+    active = FlowQueue().active_policy()
+    assert (active.revision, active.name, active.params) == (0, "fifo", {})
+
+
+def test_a_claim_stops_at_the_first_request_that_does_not_fit_and_bypasses_it_never() -> None:
+    queue = FlowQueue()
+    for number, prompt_tokens in enumerate([10, 100, 10]):
+        put(queue, entry_of(number, prompt_tokens))
+    claimed = queue.claim("gpu", max_requests=10, max_tokens=50, lease_s=5)
+    assert [request.id for request in claimed.requests] == ["r0"]
+    assert claimed.depth == 2
+
+
+def test_a_request_needs_room_for_its_journal_too_when_it_is_claimed_again() -> None:
+    queue = FlowQueue()
+    put(queue, entry_of(0))
+    queue.claim("gpu", max_requests=1, max_tokens=10, lease_s=5)
+    queue.journal("gpu", [("r0", 1, 0, b"\1\0\0\0" * 3)])
+    queue.release("gpu")
+    assert queue.claim("gpu", max_requests=1, max_tokens=12, lease_s=5).requests == []
+    again = queue.claim("gpu", max_requests=1, max_tokens=13, lease_s=5).requests[0]
+    assert (again.attempt, again.tokens) == (2, [1, 1, 1])
+
+
+def test_a_record_is_forgotten_keep_s_after_its_end() -> None:
+    now = [0.0]
+    queue = FlowQueue(clock=lambda: now[0])
+    put(queue, entry_of(0))
+    queue.cancel("r0")
+    now[0] = 59.9
+    assert queue.record("r0") is not None
+    now[0] = 60.0
+    assert queue.record("r0") is None
+    assert put(queue, entry_of(0)) == "queued"
+
+
+def test_a_request_cancelled_while_running_is_told_to_its_next_owner_too() -> None:
+    queue = FlowQueue(clock=lambda: 0.0)
+    put(queue, entry_of(0))
+    queue.claim("gpu-0", max_requests=1, max_tokens=100, lease_s=5)
+    assert queue.cancel("r0").owner == "gpu-0"
+    assert queue.expire(10.0) == [("gpu-0", 1)]
+    queue.claim("gpu-1", max_requests=1, max_tokens=100, lease_s=5)
+    assert queue.take_cancels("gpu-1") == ["r0"]
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from("abc"), st.integers(1, 100), st.sampled_from(["put", "take", "remove", "correct"])),
+        max_size=60,
+    )
+)
+def test_flows_conserve_requests_and_virtual_time_never_goes_back(steps: list[tuple[str, int, str]]) -> None:
+    flows, waiting, vt = Flows(), set[str](), 0.0
+    for number, (flow, cost, action) in enumerate(steps):
+        if action == "put":
+            flows.place(f"{number}", number, Placement(flow=flow, weight=1 + cost % 3, rank=-cost))
+            waiting.add(f"{number}")
+        elif action == "remove" and waiting:
+            gone = sorted(waiting)[cost % len(waiting)]
+            assert flows.remove(gone)
+            waiting.remove(gone)
+        elif action == "correct":
+            flows.correct(flow, -cost / 2)
+        elif (head := flows.head()) is not None:
+            flows.take(cost)
+            waiting.remove(head[0])
+        assert flows.vt >= vt
+        vt = flows.vt
+    while (head := flows.head()) is not None:
+        flows.take(1)
+        waiting.remove(head[0])
+    assert not waiting
