@@ -17,6 +17,7 @@ _django: Any = get_asgi_application()
 # What follows imports models, so only now.
 from django.conf import settings  # noqa: E402
 
+import controlplane.celery  # noqa: E402, F401  # makes it the current app, by which commands reach gpu workers
 from controlplane.api.openai.app import OpenAIApp  # noqa: E402
 from controlplane.api.openai.exchange import Receive, Scope, Send, request_id  # noqa: E402
 from controlplane.health import answer_healthz, answer_readyz  # noqa: E402

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -17,8 +18,10 @@ from scheduling.fleet import FleetQueue
 
 logger = logging.getLogger(__name__)
 
-BELL_WAIT_S = 1
-"""An idle engine process tries to claim, and to expire the leases of dead ones, this often though no bell rings."""
+BELL_WAIT_S = 0.25
+"""An idle engine process tries to claim this often though no bell rings; also the time that `close` may take."""
+EXPIRE_PERIOD_S = 1.0
+"""How often an idle engine process looks for leases that ran out."""
 NO_LIMIT = 2**31 - 1
 NO_ROOM = Room(0, 0)
 
@@ -45,6 +48,7 @@ class Intake(threading.Thread):
         self._read = read
         self._inbox = inbox
         self._number = 0
+        self._expired_s = 0.0
         self._changed = threading.Condition()
         self._room = NO_ROOM
         self._is_idle = False
@@ -103,7 +107,7 @@ class Intake(threading.Thread):
     def _await_change(self, room: Room) -> None:
         """Until the room is another; or a while, since the head of the queue may be another."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._left() != room, timeout=BELL_WAIT_S / 4)
+            self._changed.wait_for(lambda: self._closing or self._left() != room, timeout=BELL_WAIT_S)
 
     def _left(self) -> Room:
         """The offered room without what is claimed for it already."""
@@ -144,13 +148,19 @@ class Intake(threading.Thread):
             except (redis.ConnectionError, redis.TimeoutError) as error:
                 logger.warning("The reply to a claim was lost, it is repeated: %s", error)
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closing, timeout=BELL_WAIT_S / 4)
+                    self._changed.wait_for(lambda: self._closing, timeout=BELL_WAIT_S)
                     if self._closing or self._lease.owner != owner:
                         raise
 
     def _listen(self) -> None:
         """Wait for the bell. One heard without room to claim is rung again, for another engine process."""
         if self._client.blpop([self._bell], timeout=BELL_WAIT_S) is None:
-            store.execute(self._client, self._queue.expire())
+            self._expire()
         elif self._left().requests <= 0:
             self._client.rpush(self._bell, 1)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        if now - self._expired_s >= EXPIRE_PERIOD_S:
+            self._expired_s = now
+            store.execute(self._client, self._queue.expire())

@@ -89,10 +89,10 @@ class EngineLoop:
                 self._collect(self._compute(parts))
             self._hand_over()
             self._offer_room()
-            self._board.update(self._reporter, self._active.values())
-            timeout_s = 0.0 if parts else self._idle_s()
             if parts:
                 self._meters.busy_total_s += time.perf_counter() - started
+            self._board.update(self._reporter, self._active.values())
+            timeout_s = 0.0 if parts else self._idle_s()
 
     def _heed(self, words: list[Word]) -> None:
         """Commands, cancelled and lost requests, a lost lease."""

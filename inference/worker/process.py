@@ -98,7 +98,7 @@ class EngineProcess:
         lines.close()
         with self._lock:
             assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(BrokenPipeError):  # what was written after the process ended is lost with it
                 self._process.stdin.close()
         self.ended.set()
         for future in list(self._acks.values()):

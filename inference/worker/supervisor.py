@@ -133,7 +133,7 @@ class EngineSupervisor(threading.Thread):
             notice = process.notice
             if notice is not None and notice.state == "failed" and self._find_deployment() not in (None, deployment):
                 logger.info("The deployment of %s has changed; trying again.", deployment.name)
-                process.kill()
+                process.tell("stop", {})
 
     def _remind(self, process: EngineProcess) -> None:
         for name, arguments in list(self._remembered.values()):
