@@ -189,21 +189,32 @@ def sign_in(group: str | None, name: str = "vera") -> str:
     return str(client.cookies["sessionid"].value)
 
 
-class Socket(ApplicationCommunicator):
+class Socket:
     """A browser's end of the socket."""
+
+    def __init__(self, application: Any, scope: dict[str, Any]) -> None:
+        self._end: Any = ApplicationCommunicator(application, scope)  # type: ignore[no-untyped-call]
 
     async def connect(self) -> bool:
         """Whether the handshake succeeded."""
-        await self.send_input({"type": "websocket.connect"})
-        return bool((await self.receive_output(timeout=5))["type"] == "websocket.accept")
+        await self._end.send_input({"type": "websocket.connect"})
+        return bool((await self.take())["type"] == "websocket.accept")
+
+    async def take(self) -> dict[str, Any]:
+        """The next ASGI event of the server's."""
+        return await self._end.receive_output(timeout=5)  # type: ignore[no-any-return]
+
+    async def ask_snapshot(self) -> None:
+        """Say that an update was missed."""
+        await self._end.send_input({"type": "websocket.receive", "text": "snapshot"})
 
     async def receive(self) -> dict[str, Any]:
         """The next message."""
-        return json.loads((await self.receive_output(timeout=5))["text"])  # type: ignore[no-any-return]
+        return json.loads((await self.take())["text"])  # type: ignore[no-any-return]
 
     async def disconnect(self) -> None:
-        await self.send_input({"type": "websocket.disconnect", "code": 1000})
-        await self.wait(timeout=5)
+        await self._end.send_input({"type": "websocket.disconnect", "code": 1000})
+        await self._end.wait(timeout=5)
 
 
 def open_socket(aggregator: Aggregator, session: str | None, origin: tuple[bytes, bytes] | None = ORIGIN) -> Socket:
@@ -235,7 +246,7 @@ async def test_a_viewer_gets_state_and_then_updates(aggregator: Aggregator, flee
         if page["state"]["models"].get("demo", {}).get("depth") == 1:
             break
     assert page["state"]["models"]["demo"]["depth"] == 1
-    await communicator.send_input({"type": "websocket.receive", "text": "snapshot"})
+    await communicator.ask_snapshot()
     kinds = [(await communicator.receive())["type"] for _ in range(3)]
     assert "snapshot" in kinds
     await communicator.disconnect()
@@ -264,6 +275,6 @@ async def test_a_socket_ends_with_its_session(aggregator: Aggregator, monkeypatc
     assert await communicator.connect()
     await Session.objects.all().adelete()
     async with asyncio.timeout(5):
-        while (message := await communicator.receive_output(timeout=5))["type"] != "websocket.close":
+        while (message := await communicator.take())["type"] != "websocket.close":
             pass
     assert message["code"] == CLOSE_SIGNED_OUT

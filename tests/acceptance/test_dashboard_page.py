@@ -1,0 +1,392 @@
+"""The operator's page in a real browser, against a real web process, database and Redis."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import redis
+from playwright.sync_api import Browser, BrowserContext, Page, WebSocketRoute, expect, sync_playwright
+
+from scheduling.keys import Keys
+from scheduling.store import execute
+from tests.fleet_data import FleetWriter, slots
+
+pytestmark = pytest.mark.acceptance
+Visit = Callable[..., Page]
+ROOT = Path(__file__).resolve().parents[2]
+PASSWORD = "a-long-password-1"
+PREPARE = f"""
+import django
+django.setup()
+from django.contrib.auth.models import Group, User
+from django.core.management import call_command
+call_command("migrate", verbosity=0)
+for name, group in (("olga", "operator"), ("victor", "viewer"), ("nora", "")):
+    user = User.objects.create_user(name, password="{PASSWORD}")
+    if group:
+        user.groups.add(Group.objects.get(name=group))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class WebProcess:
+    """uvicorn with the product's own application."""
+
+    def __init__(self, folder: Path, redis_url: str, keys: Keys) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._environment = {
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "controlplane.settings",
+            "PENSTOCK_VAR": str(folder),
+            "PENSTOCK_KEY_PREFIX": keys.prefix,
+            "PENSTOCK_QUEUE_LIMIT": "100",
+            "REDIS_URL": redis_url,
+            "PYTHONWARNINGS": "default",
+        }
+        self._environment.pop("DATABASE_URL", None)
+        self._log = folder / "web.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def prepare(self) -> None:
+        """Make the database and its users."""
+        subprocess.run([sys.executable, "-c", PREPARE], env=self._environment, cwd=ROOT, check=True, timeout=60)
+
+    def start(self) -> None:
+        """Start, and wait until it answers."""
+        command = [sys.executable, "-m", "uvicorn", "controlplane.asgi:application", "--port", str(self.port)]
+        with self._log.open("ab") as log:
+            options = ["--loop", "asyncio", "--timeout-graceful-shutdown", "1"]
+            self._process = subprocess.Popen(
+                [*command, *options], env=self._environment, cwd=ROOT, stdout=log, stderr=log
+            )
+        pause = threading.Event()
+        for _ in range(400):
+            try:
+                with urllib.request.urlopen(f"{self.url}/login/", timeout=5):
+                    return
+            except (URLError, ConnectionError):
+                assert self._process.poll() is None, self._log.read_text()
+                pause.wait(0.05)
+        raise AssertionError(self._log.read_text())
+
+    def stop(self, sig: signal.Signals = signal.SIGTERM) -> None:
+        assert self._process is not None
+        self._process.send_signal(sig)
+        self._process.wait(20)
+
+
+class EngineVoice:
+    """Publishes a replica's status four times a second, under the policy in force, as an engine process does."""
+
+    def __init__(self, fleet: FleetWriter) -> None:
+        self._fleet = fleet
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._end.wait(0.25):
+            active = execute(self._fleet.client, self._fleet.queue.active_policy())
+            running = slots(5, ["chat", "research"])
+            status = self._fleet.status(slots=running, revision=active.revision, policy=active.name, waits_s=[0.2] * 9)
+            self._fleet.publish(status)
+
+    def __enter__(self) -> "EngineVoice":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        debian = Path("/usr/bin/chromium")
+        arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=debian if debian.exists() else None, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def module_keys() -> Keys:
+    return Keys(prefix=f"page{os.getpid()}")
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory, redis_url: str, module_keys: Keys) -> Iterator[WebProcess]:
+    process = WebProcess(tmp_path_factory.mktemp("web"), redis_url, module_keys)
+    process.prepare()
+    process.start()
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def fleet(redis_url: str, module_keys: Keys) -> Iterator[FleetWriter]:
+    with redis.Redis.from_url(redis_url) as client:
+        writer = FleetWriter(client, module_keys)
+        writer.deploy()
+        with EngineVoice(writer):
+            yield writer
+
+
+@pytest.fixture
+def visitor(chromium: Browser, web: WebProcess, fleet: FleetWriter) -> Iterator[BrowserContext]:
+    made = chromium.new_context(base_url=web.url, viewport={"width": 1400, "height": 1000})
+    made.set_default_timeout(8000)
+    yield made
+    made.close()
+
+
+def sign_in(page: Page, name: str = "olga", password: str = PASSWORD) -> None:
+    page.goto("/login/")
+    page.get_by_label("User name").fill(name)
+    page.get_by_label("Password").fill(password)
+    page.keyboard.press("Enter")
+
+
+@pytest.fixture(scope="module")
+def sessions() -> dict[str, list[Any]]:
+    """Cookies of who signed in before: one login for each name."""
+    return {}
+
+
+@pytest.fixture
+def visit(visitor: BrowserContext, sessions: dict[str, list[Any]]) -> Visit:
+    """Opens the live page as a user and waits until it is live."""
+
+    def open_live(name: str = "olga") -> Page:
+        page = visitor.new_page()
+        if name in sessions:
+            visitor.add_cookies(sessions[name])
+            page.goto("/")
+        else:
+            sign_in(page, name)
+        expect(page.locator("#connection")).to_have_text("Live")
+        sessions[name] = visitor.cookies()
+        return page
+
+    return open_live
+
+
+def depth(page: Page) -> int:
+    return int(page.locator('[data-figure="depth"]').inner_text())
+
+
+def test_signing_in_leads_to_the_live_page_without_an_error_in_the_console(visitor: BrowserContext) -> None:
+    page = visitor.new_page()
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto("/")
+    assert page.url.endswith("/login/?next=/")
+    sign_in(page, password="wrong")
+    expect(page.get_by_role("alert")).to_contain_text("correct username and password")
+    sign_in(page)
+    expect(page.locator("#connection")).to_have_text("Live")
+    expect(page.locator("#policy-name")).to_have_text("fifo")
+    expect(page.locator(".slot:not(.free)")).to_have_count(5)
+    expect(page.locator(".worker .state")).to_contain_text("ready")
+    expect(page.locator(".worker")).to_contain_text("host: CPU")
+    expect(page.locator("canvas")).to_have_count(4)
+    assert problems == []
+    assert page.locator("script:not([src])").count() == 0
+    assert page.request.get("/").headers["content-security-policy"].startswith("default-src 'self';")
+
+
+def test_a_new_request_is_on_the_page_within_two_seconds(
+    visit: Visit, fleet: FleetWriter, sessions: dict[str, list[Any]]
+) -> None:
+    page = visit()
+    before = depth(page)
+    for _ in range(3):
+        fleet.enqueue("chat", 5)
+    expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 3), timeout=2000)
+    expect(page.locator("#split tr", has_text="bulk")).to_contain_text("3")
+    page.get_by_text("By tenant").click()
+    expect(page.locator("#split tr", has_text="chat")).to_contain_text("3")
+
+
+def test_backpressure_shows_its_level_and_why(visit: Visit, fleet: FleetWriter, sessions: dict[str, list[Any]]) -> None:
+    page = visit()
+    while depth(page) < 60:
+        for _ in range(60 - depth(page)):
+            fleet.enqueue("research", 4)
+        expect(page.locator('[data-figure="depth"]')).to_have_text(re.compile(r"^[6-9]\d$"), timeout=2000)
+    expect(page.locator("#level")).to_contain_text("1 of 4, low")
+    expect(page.locator("#level-reason")).to_contain_text("full (6")
+    expect(page.locator("#level-reason")).to_contain_text("Refused with 503: bulk.")
+    fleet.claim(60)
+    expect(page.locator("#level")).to_contain_text("0 of 4, none", timeout=3000)
+
+
+def test_an_operator_switches_with_a_reason_and_sees_every_worker_take_it_up(
+    visit: Visit, sessions: dict[str, list[Any]]
+) -> None:
+    page = visit()
+    page.get_by_role("button", name="Switch policy…").click()
+    page.get_by_role("radio", name=re.compile("^priority")).check()
+    page.get_by_role("spinbutton", name="level_s").fill("45")
+    page.get_by_role("button", name="Switch to priority").click()
+    expect(page.locator("#switch-problem")).to_contain_text("Give a reason")
+    page.get_by_label("Reason").first.fill("chat must not wait for batch jobs")
+    page.get_by_role("button", name="Switch to priority").click()
+    expect(page.locator("#policy-name")).to_have_text("priority")
+    expect(page.locator("#policy-params")).to_have_text("level_s 45")
+    expect(page.locator("#uptake")).to_contain_text(re.compile(r"All 1 worker took up revision \d+ within [\d.]+ m?s"))
+    first = page.locator("#actions li").first
+    expect(first).to_contain_text("olga switched policy demo")
+    expect(first).to_contain_text("→ priority (level_s 45)")
+    expect(first).to_contain_text("chat must not wait for batch jobs")
+    expect(first).to_contain_text("Applied in")
+
+
+def test_the_policy_can_be_switched_by_keyboard_alone(visit: Visit) -> None:
+    page = visit()
+    focused = page.locator(":focus")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if focused.get_attribute("id") == "switch":
+            break
+    page.keyboard.press("Enter")
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#switch-dialog").evaluate("dialog => dialog.contains(document.activeElement)")
+    chosen = page.locator("input[name=policy]:checked").get_attribute("value")
+    while focused.get_attribute("id") != "switch-reason":
+        page.keyboard.press("Tab")
+    page.keyboard.type("by keyboard")
+    while focused.get_attribute("id") != "switch-confirm":
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#policy-name")).to_have_text(str(chosen))
+    expect(page.locator("#switch-dialog")).not_to_be_visible()
+    assert focused.get_attribute("id") == "switch"
+
+
+def test_a_viewer_sees_everything_and_can_switch_nothing(
+    visit: Visit, fleet: FleetWriter, sessions: dict[str, list[Any]]
+) -> None:
+    page = visit("victor")
+    expect(page.locator(".slot:not(.free)")).to_have_count(5)
+    expect(page.get_by_role("button", name="Switch policy…")).to_have_count(0)
+    expect(page.get_by_role("button", name=re.compile("pause|drain", re.I))).to_have_count(0)
+    revision = execute(fleet.client, fleet.queue.active_policy()).revision
+    token = page.locator("input[name=csrfmiddlewaretoken]").first.get_attribute("value")
+    form: dict[str, str | float | bool] = {
+        "csrfmiddlewaretoken": str(token),
+        "policy": "fair",
+        "reason": "none of my business",
+    }
+    for path in ("/queues/demo/policy/", "/workers/gpu-0/pause/"):
+        answer = page.request.post(path, form=form, headers={"Referer": page.url})
+        assert answer.status == 403
+        assert "operator" in answer.json()["error"]
+    assert execute(fleet.client, fleet.queue.active_policy()).revision == revision
+
+
+def test_an_account_without_a_group_is_refused_in_a_sentence(visitor: BrowserContext) -> None:
+    page = visitor.new_page()
+    sign_in(page, "nora")
+    expect(page.get_by_role("heading", name="You may not do this")).to_be_visible()
+    page.goto("/nowhere/")
+    expect(page.get_by_role("heading", name="There is no such page")).to_be_visible()
+
+
+def test_the_page_comes_back_after_a_reload_a_gap_and_a_dropped_socket(
+    visitor: BrowserContext, visit: Visit, fleet: FleetWriter, sessions: dict[str, list[Any]]
+) -> None:
+    routes: list[WebSocketRoute] = []
+    losses = [0]
+    asked: list[str | bytes] = []
+
+    def between(route: WebSocketRoute) -> None:
+        server = route.connect_to_server()
+
+        def from_server(message: str | bytes) -> None:
+            if losses[0]:
+                losses[0] -= 1
+            else:
+                route.send(message)
+
+        def from_page(message: str | bytes) -> None:
+            asked.append(message)
+            server.send(message)
+
+        server.on_message(from_server)
+        route.on_message(from_page)
+        routes.append(route)
+
+    visitor.route_web_socket("**/live/", between)
+    page = visit()
+    page.reload()
+    expect(page.locator("#connection")).to_have_text("Live")
+    losses[0] = 1
+    before = depth(page)
+    fleet.enqueue("chat")
+    expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 1), timeout=3000)
+    assert asked == ["snapshot"]
+    num_sockets = len(routes)
+    routes[-1].close()
+    fleet.enqueue("chat")
+    expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 2), timeout=5000)
+    expect(page.locator("#connection")).to_have_text("Live")
+    assert len(routes) == num_sockets + 1
+
+
+def test_a_page_says_when_its_session_has_ended(visitor: BrowserContext) -> None:
+    page = visitor.new_page()
+    sign_in(page)
+    expect(page.locator("#connection")).to_have_text("Live")
+    other = visitor.new_page()
+    other.goto("/")
+    other.get_by_role("button", name="Sign out").click()
+    expect(page.locator("#banner")).to_contain_text("Your session has ended", timeout=12_000)
+    expect(page.locator("#banner a")).to_have_attribute("href", "/login/?next=%2F")
+
+
+def test_a_theme_stays_chosen(visit: Visit) -> None:
+    page = visit()
+    page.get_by_role("button", name="Theme").click()
+    page.get_by_role("button", name="Theme: light").click()
+    page.reload()
+    expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(14, 18, 23)"
+
+
+def test_the_page_fits_a_narrow_screen(visit: Visit) -> None:
+    page = visit()
+    page.set_viewport_size({"width": 375, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+
+
+def test_the_page_shows_stale_figures_and_comes_back_when_the_server_was_restarted(
+    visit: Visit, web: WebProcess, fleet: FleetWriter, sessions: dict[str, list[Any]]
+) -> None:
+    page = visit()
+    before = depth(page)
+    web.stop(signal.SIGKILL)
+    expect(page.locator("#banner")).to_contain_text("The feed is stale since")
+    expect(page.locator("#connection")).to_have_text("Stale")
+    fleet.enqueue("chat")
+    web.start()
+    expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 1), timeout=12_000)
+    expect(page.locator("#banner")).to_be_hidden()
+    expect(page.locator("#connection")).to_have_text("Live")
