@@ -1,6 +1,6 @@
 """A light HTTP/1.1 load generator over raw asyncio sockets. Run in a process of its own; prints one JSON line.
 
-`python -m benchmarks.load --port P --path /v1/completions --key K --body JSON --clients N --seconds S [--stream]`
+`python -m benchmarks.load --port P --path /v1/completions --key K --body JSON --clients N --seconds S [--warmup S]`
 """
 
 import argparse
@@ -16,21 +16,17 @@ class Tally:
     """What the clients saw."""
 
     latencies_s: list[float] = field(default_factory=list)
-    first_bytes_s: list[float] = field(default_factory=list)
     failures: int = 0
-    body_bytes: int = 0
-    tokens: int = 0
     frames: int = 0
 
 
 class Client(asyncio.Protocol):
     """One keep-alive connection that sends the next request as soon as an answer is complete."""
 
-    def __init__(self, request: bytes, tally: Tally, stop_at: float, word: bytes) -> None:
+    def __init__(self, request: bytes, tally: Tally, stop_at: float) -> None:
         self._request = request
         self._tally = tally
         self._stop_at = stop_at
-        self._word = word
         self._buffer = b""
         self._began = 0.0
         self._remaining = -1
@@ -73,12 +69,7 @@ class Client(asyncio.Protocol):
             tally.failures += not head.startswith(b"http/1.1 200")
             if not data:
                 return
-        if len(tally.first_bytes_s) == len(tally.latencies_s) or not self._buffer:
-            tally.first_bytes_s.append(time.perf_counter() - self._began)
-        tally.body_bytes += len(data)
-        if self._word:
-            tally.tokens += data.count(self._word)
-            tally.frames += data.count(b"data:")
+        tally.frames += data.count(b"data:")
         if self._chunked:
             self._buffer = (self._buffer + data)[-7:]
             over = self._buffer.endswith(b"\r\n0\r\n\r\n")
@@ -91,7 +82,7 @@ class Client(asyncio.Protocol):
 
 
 async def run_load(
-    *, port: int, path: str, key: str, body: str, clients: int, seconds: float, word: str = ""
+    *, port: int, path: str, key: str, body: str, clients: int, seconds: float, warmup: float = 0.0
 ) -> dict[str, float]:
     """Keep `clients` connections busy for `seconds`. Latencies in milliseconds."""
     payload = body.encode()
@@ -99,18 +90,23 @@ async def run_load(
         f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nauthorization: Bearer {key}\r\n"
         f"content-type: application/json\r\ncontent-length: {len(payload)}\r\n\r\n"
     ).encode() + payload
+    warm = await _keep_busy(port, request, clients, warmup) if warmup else Tally()
+    began = time.perf_counter()
+    tally = await _keep_busy(port, request, clients, seconds)
+    figures = summarize(tally, time.perf_counter() - began)
+    return figures | {"requests_with_warmup": len(tally.latencies_s) + len(warm.latencies_s)}
+
+
+async def _keep_busy(port: int, request: bytes, clients: int, seconds: float) -> Tally:
     tally = Tally()
     loop = asyncio.get_running_loop()
-    began = time.perf_counter()
+    stop_at = time.perf_counter() + seconds
     protocols = []
     for _ in range(clients):
-        _, protocol = await loop.create_connection(
-            lambda: Client(request, tally, began + seconds, word.encode()), "127.0.0.1", port
-        )
+        _, protocol = await loop.create_connection(lambda: Client(request, tally, stop_at), "127.0.0.1", port)
         protocols.append(protocol)
     await asyncio.wait_for(asyncio.gather(*(protocol.done for protocol in protocols)), seconds + 60)
-    elapsed = time.perf_counter() - began
-    return summarize(tally, elapsed)
+    return tally
 
 
 def summarize(tally: Tally, elapsed_s: float) -> dict[str, float]:
@@ -120,7 +116,6 @@ def summarize(tally: Tally, elapsed_s: float) -> dict[str, float]:
         "requests": len(tally.latencies_s),
         "failures": tally.failures,
         "requests_per_s": len(tally.latencies_s) / elapsed_s,
-        "tokens_per_s": tally.tokens / elapsed_s,
         "frames_per_s": tally.frames / elapsed_s,
         "p50_ms": statistics.median(latencies) * 1000,
         "p99_ms": latencies[int(len(latencies) * 0.99) - 1 if len(latencies) > 1 else 0] * 1000,
@@ -136,7 +131,7 @@ def main() -> None:
     parser.add_argument("--body", required=True)
     parser.add_argument("--clients", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--word", default="", help="what each token's text holds once; counted as a token")
+    parser.add_argument("--warmup", type=float, default=0.0, help="seconds of the same load that are not counted")
     options = parser.parse_args()
     print(json.dumps(asyncio.run(run_load(**vars(options)))))
 

@@ -19,6 +19,7 @@ from controlplane.api.schemas import (
     RevisionView,
     SwitchBody,
 )
+from inference.control import send_control
 from inference.gateway.errors import Unavailable
 from inference.gateway.monitor import FleetStatus
 from inference.messages import ReplicaStatus
@@ -88,8 +89,6 @@ def switch_model_policy(request: HttpRequest, model: str, body: SwitchBody) -> R
 
 
 def _announce(revision: PolicyRevision) -> dict[str, Any]:
-    from inference.control import send_control
-
     return announce_policy(revision, send_control)
 
 

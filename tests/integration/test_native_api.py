@@ -1,0 +1,159 @@
+"""`/api/v1` through a real server: submit and poll, reading the fleet, switching a policy, and its documentation."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from benchmarks.stack import MODEL, ROOT, Stack, ended, running_stack
+from tests.integration.gateway_support import Api, code_of, wait_until
+
+PASSWORD = "gate-keeper-1"
+USERS = """
+import sys, django
+django.setup()
+from django.contrib.auth.models import Group, User
+for name in ("operator", "viewer"):
+    User.objects.create_user(name, password=sys.argv[1]).groups.add(Group.objects.get(name=name))
+"""
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack({"alpha": {}, "beta": {}, "few": {"rpm": 1}}) as stack:
+        subprocess.run([sys.executable, "-c", USERS, PASSWORD], cwd=ROOT, env=stack.environment, check=True)
+        yield stack
+
+
+@pytest.fixture
+def api(stack: Stack) -> Api:
+    return Api(stack)
+
+
+def submit(api: Api, tenant: str = "alpha", **fields: object) -> httpx.Response:
+    return api.call("POST", "/api/v1/requests", tenant, json={"model": MODEL, "prompt": "ba be", **fields})
+
+
+@contextmanager
+def signed_in(stack: Stack, name: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=stack.url, timeout=30) as session:
+        session.get("/login/")
+        token = session.cookies["csrftoken"]
+        answer = session.post("/login/", data={"username": name, "password": PASSWORD, "csrfmiddlewaretoken": token})
+        assert answer.status_code == 302
+        session.headers["X-CSRFToken"] = session.cookies["csrftoken"]
+        yield session
+
+
+def test_a_request_is_submitted_polled_and_answered(api: Api, stack: Stack) -> None:
+    submitted = submit(api, max_tokens=7, priority="high")
+    assert submitted.status_code == 202
+    assert submitted.headers["x-request-id"]
+    path = submitted.headers["location"]
+    waiting = api.call("GET", path).json()
+    assert (waiting["state"], waiting["queue_position"], waiting["priority"]) == ("queued", 0, "high")
+    behind = submit(api, max_tokens=7).json()
+    assert api.call("GET", f"/api/v1/requests/{behind['id']}").json()["queue_position"] == 1
+    with ended(stack.start_engine()):
+        wait_until(lambda: api.call("GET", path).json()["state"] == "finished")
+    done = api.call("GET", path).json()
+    assert len(done["output"].split()) == 7
+    assert done["finish_reason"] == "length"
+    assert done["usage"]["completion_tokens"] == 7
+    assert done["queue_position"] is None
+    wait_until(lambda: api.snapshot().running == 0 and api.snapshot().depth == 0)
+
+
+def test_a_chat_is_submitted_and_its_text_so_far_shown(api: Api, stack: Stack) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "ba"}], "max_tokens": 1000}
+    path = api.call("POST", "/api/v1/requests", json=body).headers["location"]
+    with ended(stack.start_engine(tokens_per_step=1, step_s=0.02)):
+        wait_until(lambda: api.call("GET", path).json()["output"])
+        assert api.call("GET", path).json()["state"] == "running"
+        assert api.call("DELETE", path).json()["was"] == "running"
+        wait_until(lambda: api.call("GET", path).json()["state"] == "cancelled")
+    assert api.call("DELETE", path).json()["was"] == "gone"
+
+
+def test_a_waiting_request_is_cancelled(api: Api) -> None:
+    path = submit(api).headers["location"]
+    assert api.call("DELETE", path).json()["was"] == "queued"
+    assert api.call("GET", path).json()["state"] == "cancelled"
+    assert api.snapshot().depth == 0
+
+
+def test_another_tenant_s_request_does_not_exist(api: Api) -> None:
+    path = submit(api).headers["location"]
+    for method in ("GET", "DELETE"):
+        response = api.call(method, path, "beta")
+        assert (response.status_code, code_of(response)) == (404, "request_not_found")
+    api.call("DELETE", path)
+
+
+def test_bad_requests_have_the_same_errors_as_v1(api: Api) -> None:
+    response = submit(api, foo=1)
+    assert (response.status_code, code_of(response)) == (400, "unknown_parameter")
+    response = submit(api, stream=True)
+    assert (response.status_code, code_of(response)) == (400, "invalid_value")
+    response = api.call("POST", "/api/v1/requests", None, json={})
+    assert (response.status_code, code_of(response)) == (401, "invalid_api_key")
+    response = api.call("GET", "/api/v1/nothing")
+    assert (response.status_code, code_of(response)) == (404, "unknown_url")
+    assert submit(api, "few").status_code == 202
+    response = submit(api, "few")
+    assert (response.status_code, code_of(response)) == (429, "requests_per_minute_exceeded")
+    assert response.headers["retry-after"]
+
+
+def test_queues_replicas_and_policies_are_read(api: Api, stack: Stack) -> None:
+    with ended(stack.start_engine()):
+        wait_until(lambda: api.call("GET", "/api/v1/replicas").json())
+    (queue,) = api.call("GET", "/api/v1/queues").json()
+    assert (queue["model"], queue["backpressure"]) == (MODEL, "none")
+    assert queue["by_tenant"].keys() == {"alpha"}
+    policies = api.call("GET", "/api/v1/policies").json()
+    assert {"fifo", "priority", "fair"} <= {kind["name"] for kind in policies["kinds"]}
+    assert all(kind["guarantee"] for kind in policies["kinds"])
+
+
+def test_an_operator_switches_the_policy_and_a_viewer_may_not(api: Api, stack: Stack) -> None:
+    path = f"/api/v1/models/{MODEL}/policy"
+    body = {"name": "fair", "reason": "share by weight"}
+    response = api.call("POST", path, json=body)
+    assert response.status_code in (401, 403)
+    with signed_in(stack, "viewer") as viewer:
+        assert viewer.get("/api/v1/policies").status_code == 200
+        response = viewer.post(path, json=body)
+        assert (response.status_code, code_of(response)) == (403, "permission_denied")
+    with signed_in(stack, "operator") as operator:
+        revision = operator.post(path, json=body)
+        assert revision.status_code == 200
+        assert revision.json()["state"] == "applied"
+        wait_until(lambda: operator.get("/api/v1/policies").json()["active"][0]["name"] == "fair")
+        response = operator.post(path, json={"name": "none", "reason": "x"})
+        assert (response.status_code, code_of(response)) == (400, "invalid_policy")
+        response = operator.post(path, json={"name": "fifo"})
+        assert (response.status_code, code_of(response)) == (400, "invalid_value")
+        del operator.headers["X-CSRFToken"]
+        response = operator.post(path, json=body)
+        assert (response.status_code, code_of(response)) == (403, "csrf_failed")
+    with ended(stack.start_engine()):
+        assert api.complete().status_code == 200
+
+
+def test_the_documentation_works_without_the_outside_world(api: Api) -> None:
+    page = api.call("GET", "/api/docs", None)
+    assert page.status_code == 200
+    links = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+    assert links
+    for link in links:
+        assert link.startswith("/static/")
+        assert api.call("GET", link, None).status_code == 200
+    schema = api.call("GET", "/api/openapi.json", None).json()
+    assert "CompletionBody" in schema["components"]["schemas"]
+    references = set(re.findall(r'"#/components/schemas/([^"]*)"', api.call("GET", "/api/openapi.json", None).text))
+    assert references <= schema["components"]["schemas"].keys()
