@@ -115,17 +115,24 @@ def _prepare_tenant(wanted: DemoTenant, known: str) -> str:
     return create_key(tenant=tenant, name="demo")
 
 
-def prepare_model(config: Config) -> None:
-    """Train the demo model and offer it, unless another is offered. Raises CalledProcessError, CheckpointError."""
-    folder = config.var.resolve() / "models" / "demo"
-    deployed = ModelDeployment.objects.filter(name=MODEL).first()
-    if deployed is None and ModelDeployment.objects.exists():
-        return
-    if deployed is None or deployed.path == str(folder):
+def model_folder(config: Config) -> Path:
+    """Where the demo model is kept."""
+    return config.var.resolve() / "models" / "demo"
+
+
+def train_model(config: Config) -> None:
+    """Train the demo model, unless it is there or other models take its place. Raises CalledProcessError."""
+    folder = model_folder(config)
+    paths = set(ModelDeployment.objects.values_list("path", flat=True))
+    if not paths or str(folder) in paths:
         # Its own process, so that the supervisor never loads torch; it leaves at once where the model is there.
         # Threads that wait must not spin: on a machine that is busy they would take the time of those that work.
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         command = [sys.executable, "-m", "inference.demo.train", str(folder)]
         subprocess.run(command, check=True, cwd=ROOT, env=environment)
-    if deployed is None:
-        register_deployment(name=MODEL, path=folder)
+
+
+def offer_model(config: Config) -> None:
+    """Register the demo model where there is none at all. Raises CheckpointError."""
+    if not ModelDeployment.objects.exists():
+        register_deployment(name=MODEL, path=model_folder(config))

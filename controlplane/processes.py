@@ -36,8 +36,22 @@ def web_process(config: Config, listen_fd: int) -> ProcessSpec:
 
 
 def _celery(*options: str) -> list[str]:
-    worker = [sys.executable, "-m", "celery", "-A", "controlplane", "worker", "--pool=threads", "--without-mingle"]
+    worker = [
+        sys.executable,
+        "-m",
+        "celery",
+        "-A",
+        "controlplane",
+        "--quiet",
+        "worker",
+        "--pool=threads",
+        "--without-mingle",
+    ]
     return _bound("SIGKILL", *worker, *options)
+
+
+# Celery warns root of pickle, which it may not use here (`accept_content` is JSON alone).
+CELERY_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:You're running the worker with superuser privileges"}
 
 
 def gpu_process(config: Config, number: int) -> ProcessSpec:
@@ -47,11 +61,11 @@ def gpu_process(config: Config, number: int) -> ProcessSpec:
         name=replica,
         command=_celery("-n", f"gpu.{replica}@%h", "-Q", "gpu", "--concurrency=2", f"--loglevel={config.log_level}"),
         stop_s=config.drain_s + 2.5,
-        environment={"PENSTOCK_REPLICA": replica},
+        environment={"PENSTOCK_REPLICA": replica, **CELERY_ENVIRONMENT},
     )
 
 
 def ops_process(config: Config) -> ProcessSpec:
     """The Celery worker with beat: historian, sweeper, reconciliation."""
     options = ("-n", "ops@%h", "-Q", "ops", "-B", "--concurrency=2", f"--loglevel={config.log_level}")
-    return ProcessSpec(name="ops", command=_celery(*options))
+    return ProcessSpec(name="ops", command=_celery(*options), environment=CELERY_ENVIRONMENT)

@@ -1,6 +1,7 @@
 """Keeps the processes of a system running (with circus): starts them, restarts what dies, stops all of them cleanly."""
 
 import asyncio
+import logging
 import os
 import shlex
 import shutil
@@ -70,6 +71,7 @@ class Supervisor:
         self._spawned: dict[int, float] = {}
         self.failure = ""
         """A sentence, where a process would not stay up."""
+        logging.getLogger("circus").setLevel(logging.WARNING)
         self._arbiter = Arbiter(
             [],
             f"ipc://{self._folder}/control",
@@ -108,6 +110,7 @@ class Supervisor:
 
     async def close(self, last: str = "redis") -> None:
         """Stop all processes at the same time, then the one that the others need."""
+        self.stop()
 
         def others(reverse: bool) -> Iterator[Any]:
             return (w for w in self._arbiter.watchers if w.name != last)
@@ -120,14 +123,18 @@ class Supervisor:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _alone(self, call: Callable[[], Awaitable[Any]]) -> None:
-        """Circus does one thing at a time and refuses a second; its own checks take milliseconds."""
+        """Circus does one thing at a time and refuses a second: keep it from checking on processes meanwhile."""
+        checks = self._arbiter.ctrl.caller
+        checks.stop()
         while True:
             try:
                 await call()
-            except ConflictError:
+            except ConflictError:  # a check that was under way
                 await asyncio.sleep(0.02)
             else:
-                return
+                break
+        if not self.stopping:
+            checks.start()
 
     def _watcher(self, spec: ProcessSpec) -> Any:
         stream = {"stream": PrefixStream(spec.name, self._out)}

@@ -18,7 +18,7 @@ from django.core.management.base import BaseCommand, CommandError
 from controlplane import preflight
 from controlplane.announcement import address, announce
 from controlplane.config import Config
-from controlplane.demo import Secrets, prepare_accounts, prepare_model
+from controlplane.demo import Secrets, offer_model, prepare_accounts, train_model
 from controlplane.embedded_redis import NoServer, server_command
 from controlplane.processes import gpu_process, ops_process, redis_process, web_process
 from controlplane.supervisor import Supervisor
@@ -66,8 +66,7 @@ class Command(BaseCommand):
         if not config.redis_url:
             server_command(config)
         call_command("migrate", verbosity=0, interactive=False)
-        prepare_model(config)
-        preflight.check_checkpoint(config)
+        train_model(config)
 
     async def _run(self, config: Config, kinds: tuple[str, ...], listener: socket.socket | None) -> str:
         """From the first process to the last; a sentence where a process would not stay up."""
@@ -77,8 +76,7 @@ class Command(BaseCommand):
             if not config.redis_url:
                 await supervisor.start([redis_process()])
                 await self._wait_for_redis(config)
-            secrets = await sync_to_async(prepare_accounts)(config)
-            await sync_to_async(publish)()
+            secrets = await sync_to_async(_set_up)(config)
             specs = [gpu_process(config, number) for number in range(config.gpu_workers)] if "gpu" in kinds else []
             if listener is not None:
                 specs.append(web_process(config, listener.fileno()))
@@ -130,6 +128,14 @@ class Command(BaseCommand):
                 slow_from = float("inf")
                 self.stderr.write("Not everything is ready yet; a large model takes a while to load. Still waiting.")
             await asyncio.sleep(POLL_S)
+
+
+def _set_up(config: Config) -> Secrets | None:
+    """What is in the database before anybody asks for it; Redis has to run, which hears of changes."""
+    offer_model(config)
+    preflight.check_checkpoint(config)
+    publish()
+    return prepare_accounts(config)
 
 
 def _replicas() -> list[ReplicaStatus]:
