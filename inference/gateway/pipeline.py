@@ -102,7 +102,7 @@ class CommandPipeline:
     async def _round_trip(self, commands: list[Command[Any]]) -> list[Any]:
         if len(commands) == 1:
             try:
-                return [await self._client.execute_command(*commands[0].words())]  # type: ignore[no-untyped-call]
+                return [await self._client.execute_command(*commands[0].words())]
             except (NoScriptError, redis.exceptions.ResponseError) as error:
                 return [error]
         async with self._client.pipeline(transaction=False) as pipe:

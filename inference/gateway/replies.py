@@ -134,7 +134,7 @@ class ReplyReader:
         pause_s = 0.0
         while True:
             try:
-                reply = await self._client.execute_command(  # type: ignore[no-untyped-call]
+                reply = await self._client.execute_command(
                     "XREAD", "COUNT", MAX_MESSAGES, "BLOCK", BLOCK_MS, "STREAMS", self._stream, last_id
                 )
             except LOST:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import msgspec
@@ -50,6 +51,13 @@ def expected_text(api: Api) -> str:
     return str(api.complete(max_tokens=LONG).json()["choices"][0]["text"])
 
 
+def reply_stream(live: redis.Redis) -> str:
+    """Key of the only web process's stream."""
+    names: Any = live.zrange(KEYS.webs, 0, -1)
+    (name,) = names
+    return KEYS.replies(name.decode())
+
+
 class Listener:
     """A client that reads a long stream in a thread of its own."""
 
@@ -79,7 +87,8 @@ def test_a_client_that_goes_away_leaves_the_queue_and_frees_its_slot(api: Api, l
     wait_until(lambda: api.snapshot().depth == 0, GONE_WITHIN_S)
     wait_until(lambda: execute(live, limits.usage("alpha")).running == 0, GONE_WITHIN_S)
     wait_until(lambda: live.xlen(KEYS.history) == 1, GONE_WITHIN_S)
-    ((_, fields),) = live.xrange(KEYS.history)
+    entries: Any = live.xrange(KEYS.history)
+    ((_, fields),) = entries
     (event,) = msgspec.msgpack.decode(fields[b"m"], type=list[HistoryEvent])
     assert isinstance(event, RequestEvent)
     assert (event.state, event.completion_tokens) == ("cancelled", 0)
@@ -137,8 +146,7 @@ def test_tokens_lost_from_the_reply_stream_come_from_the_journal(
         listener = Listener(api, pool)
         listener.begun.wait(10)
         stack.web.send_signal(signal.SIGSTOP)
-        (name,) = live.zrange(KEYS.webs, 0, -1)
-        stream = KEYS.replies(name.decode())
+        stream = reply_stream(live)
         for _ in range(2):
             length = live.xlen(stream)
             wait_until(lambda length=length: live.xlen(stream) > length + 5)  # type: ignore[misc]
@@ -157,8 +165,7 @@ def test_an_end_lost_from_the_reply_stream_comes_from_the_record(
         listener.begun.wait(10)
         stack.web.send_signal(signal.SIGSTOP)
         wait_until(lambda: api.snapshot().finished_total == 2)
-        (name,) = live.zrange(KEYS.webs, 0, -1)
-        live.delete(KEYS.replies(name.decode()))
+        live.delete(reply_stream(live))
         stack.web.send_signal(signal.SIGCONT)
         answer = listener.answer.result(30)
         assert text_of(answer) == text

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -129,7 +130,7 @@ async def test_200_requests_at_once_of_four_tenants_are_all_answered(stack: Stac
     ],
 )
 def test_what_cannot_be_served_is_refused_with_a_reason(
-    api: Api, fields: dict[str, object], status: int, code: str, param: str | None
+    api: Api, fields: dict[str, Any], status: int, code: str, param: str | None
 ) -> None:
     response = api.complete(**fields)
     assert (response.status_code, code_of(response)) == (status, code)

@@ -1,0 +1,174 @@
+"""The gateway and the application of `/v1` in this process: what is too slow or too fast to meet from outside."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis.asyncio
+
+from benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from controlplane.api.openai.app import OpenAIApp
+from inference.directory import Directory, DirectoryWatch, KeyConfig, TenantConfig
+from inference.gateway import gateway as module
+from inference.gateway.admission import Draft
+from inference.gateway.errors import Overloaded, QueueFull
+from inference.gateway.gateway import Gateway
+from inference.messages import DeploymentSpec
+from scheduling.core.backpressure import BackpressureLimits
+from scheduling.core.policies import build_policy
+from scheduling.core.sequence import SamplingParams
+from scheduling.credentials import digest_key
+from scheduling.keys import Keys
+from scheduling.store import Command, aexecute, connect
+from scheduling.switch import switch_policy
+
+KEY = "ps-abcdefgh-0123456789abcdef0123456789abcdef"
+TENANT = TenantConfig(name="alpha", max_priority=0)
+QUEUE_LIMIT = 20
+
+
+@pytest.fixture
+async def gateway(astore: redis.asyncio.Redis, redis_url: str, keys: Keys, tmp_path: Path) -> AsyncIterator[Gateway]:
+    watch = DirectoryWatch(astore, keys)
+    digest = digest_key(KEY)
+    watch.current = Directory(
+        keys={digest: KeyConfig(prefix="abcdefgh", digest=digest, tenant="alpha", max_priority=0)},
+        tenants={"alpha": TENANT},
+        deployments={"tiny": DeploymentSpec(name="tiny", path=str(write_tiny_checkpoint(tmp_path)))},
+    )
+    limits = BackpressureLimits(wait_s=(1e9, 1e9, 1e9, 1e9))
+    gateway = Gateway(redis_url, keys, watch, queue_limit=QUEUE_LIMIT, backpressure=limits)
+    await gateway.start()
+    yield gateway
+    await gateway.stop()
+    await watch.stop()
+
+
+def draft(gateway: Gateway, number: int, priority: int = 2) -> Draft:
+    return Draft(
+        id=f"cmpl-{number}",
+        endpoint="completions",
+        model=gateway.find_model("tiny"),
+        tenant=TENANT,
+        prompt_token_ids=[10, 11],
+        max_tokens=5,
+        sampling=SamplingParams(),
+        priority=priority,
+        reply_to=gateway.name,
+    )
+
+
+@dataclass(slots=True)
+class Connection:
+    """A client of the application: its request, and what it is sent."""
+
+    gateway: Gateway
+    body: dict[str, Any]
+    sent: list[bytes] = field(default_factory=list)
+    asked: bool = False
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def run(self) -> None:
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "headers": [(b"authorization", f"Bearer {KEY}".encode())],
+            "state": {"gateway": self.gateway},
+        }
+        await OpenAIApp(2**20)(scope, self.receive, self.send)
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        if not self.asked:
+            self.asked = True
+            return {"type": "http.request", "body": json.dumps(self.body).encode(), "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        async with self.changed:
+            self.sent.append(message.get("body", b""))
+            self.changed.notify_all()
+
+    async def wait_for(self, part: bytes) -> None:
+        async with asyncio.timeout(10), self.changed:
+            await self.changed.wait_for(lambda: part in b"".join(self.sent))
+
+
+async def test_an_idle_stream_gets_signs_of_life(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SIGN_OF_LIFE_S", 0.05)
+    connection = Connection(gateway, {"model": "tiny", "prompt": "ba", "stream": True})
+    task = asyncio.create_task(connection.run())
+    await connection.wait_for(b": keep-alive\n\n: keep-alive\n\n")
+    connection.gone.set()
+    await asyncio.wait_for(task, 5)
+    assert gateway.num_replies == 0
+
+
+async def test_a_request_placed_under_an_old_revision_is_placed_again(
+    gateway: Gateway, redis_url: str, astore: redis.asyncio.Redis
+) -> None:
+    queue = gateway.find_model("tiny").queue
+    await gateway.submit(draft(gateway, 1))
+    with connect(redis_url) as client:
+        switch_policy(client, queue, build_policy("fair"), 7)
+    await gateway.submit(draft(gateway, 2))
+    snapshot = await aexecute(astore, queue.snapshot())
+    assert (snapshot.depth, snapshot.revision) == (2, 7)
+    position = await aexecute(astore, queue.position("cmpl-2"))
+    assert position is not None
+    assert (position.flow, position.in_flow) == ("alpha", 1)
+
+
+async def test_each_priority_has_its_own_bound_on_the_queue(gateway: Gateway, astore: redis.asyncio.Redis) -> None:
+    refused: dict[int, int] = {}
+    for number in range(QUEUE_LIMIT * 6):
+        priority = 5 - number // QUEUE_LIMIT
+        try:
+            await gateway.submit(draft(gateway, number, priority))
+        except (QueueFull, Overloaded) as error:
+            assert error.retry_after_s is not None
+            assert error.retry_after_s >= 1
+            refused.setdefault(priority, (await aexecute(astore, draft(gateway, 0).model.queue.snapshot())).depth)
+    assert refused == {5: 10, 4: 14, 3: 17, 2: 19, 1: 20, 0: 20}
+    usage = await aexecute(astore, gateway.desk.limits.usage("alpha"))
+    assert usage.running == QUEUE_LIMIT
+
+
+async def test_concurrent_commands_share_round_trips(gateway: Gateway, astore: redis.asyncio.Redis) -> None:
+    async def num_reads() -> int:
+        return int((await astore.info("stats"))["total_reads_processed"])
+
+    before = await num_reads()
+    answers = await asyncio.gather(*(gateway.pipeline.send(Command(("PING",), bool)) for _ in range(200)))
+    assert answers == [True] * 200
+    assert await num_reads() - before < 20
+
+
+async def test_a_script_that_redis_forgot_is_loaded_again(gateway: Gateway, astore: redis.asyncio.Redis) -> None:
+    await gateway.submit(draft(gateway, 1))
+    await astore.script_flush()
+    await asyncio.gather(*(gateway.submit(draft(gateway, number)) for number in range(2, 8)))
+    assert gateway.num_replies == 7
+
+
+async def test_what_is_abandoned_leaves_nothing_behind(gateway: Gateway, astore: redis.asyncio.Redis) -> None:
+    replies = [await gateway.submit(draft(gateway, number)) for number in range(5)]
+    for reply in replies:
+        reply.abandon()
+        reply.abandon()
+    model = gateway.find_model("tiny")
+
+    async def is_empty() -> bool:
+        usage = await aexecute(astore, gateway.desk.limits.usage("alpha"))
+        return (await aexecute(astore, model.queue.snapshot())).depth == 0 and usage.running == 0
+
+    async with asyncio.timeout(5):
+        while not await is_empty():
+            await asyncio.sleep(0)
+    assert gateway.num_replies == 0
