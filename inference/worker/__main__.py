@@ -1,7 +1,7 @@
 """The engine process, `python -m inference.worker`: an EngineSpec on the first line of stdin, then commands."""
 
 import logging
-import sys
+import os
 import time
 from pathlib import Path
 
@@ -79,4 +79,6 @@ def _await_stop(inbox: Inbox) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    os._exit(status)  # torch takes seconds to take itself apart, and nothing is left to save

@@ -1,5 +1,6 @@
 """Keeps one engine process running beside a Celery worker: starts it, starts it again, passes commands, drains it."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -133,7 +134,9 @@ class EngineSupervisor(threading.Thread):
             notice = process.notice
             if notice is not None and notice.state == "failed" and self._find_deployment() not in (None, deployment):
                 logger.info("The deployment of %s has changed; trying again.", deployment.name)
-                process.tell("stop", {})
+                with contextlib.suppress(EngineGoneError):
+                    process.tell("stop", {})
+                process.wait(FAREWELL_S)
 
     def _remind(self, process: EngineProcess) -> None:
         for name, arguments in list(self._remembered.values()):
