@@ -93,6 +93,8 @@ class _Build:
         self.epoch = 0
         self.read = 0
         """How much of the list of changes was worked off."""
+        self.weights: dict[str, tuple[int, float]] = {}
+        """Flow -> arrival number and weight of its latest request, whose weight counts."""
 
     def begin(self, revision: int) -> bool:
         """Take the lock and an epoch. False where this very policy and revision are in force already."""
@@ -146,11 +148,12 @@ class _Build:
 
         Answers those, where to read on, and how many changes follow.
         """
-        flows: dict[str, tuple[float, list[Any]]] = {}
+        flows: dict[str, list[Any]] = {}
         for entry, number in (unpack_entry(packed) for _, packed in rows if packed):
             place = self.policy.place(entry)
-            flows.setdefault(place.flow, (place.weight, []))[1].extend((place.rank, number, entry.id))
-        puts = [(flow, weight, requests) for flow, (weight, requests) in flows.items()]
+            flows.setdefault(place.flow, []).extend((place.rank, number, entry.id))
+            self.weights[place.flow] = max(self.weights.get(place.flow, (0, 0.0)), (number, place.weight))
+        puts = [(flow, self.weights[flow][1], requests) for flow, requests in flows.items()]
         gone = [id_.decode() for id_, packed in rows if not packed]
         args = (LOCK_MS, self.epoch, _pack(puts), _pack(gone), source, position, limit)
         reply = execute(self.client, self._script("switch_build", *args))

@@ -255,7 +255,7 @@ class FlowQueue:
             raise ValueError(f"Revision {self.active_policy().revision} is active; {revision} comes too late.")
         self._flows, self._epoch = Flows(), self._epoch + 1
         self._unplaced.clear()
-        for record in self._waiting.values():
+        for record in sorted(self._waiting.values(), key=lambda record: record.number):
             self._flows.place(record.entry.id, record.number, policy.place(record.entry))
         self._policy = ActivePolicy(revision, policy.name, dict(policy.params))
         return len(self._waiting)
