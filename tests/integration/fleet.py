@@ -121,6 +121,9 @@ class FleetClient:
             assert time.monotonic() < end, f"not in time: {self._progress()}"
             self.read()
 
+    def num_tokens(self) -> int:
+        return sum(len(answer.token_ids) for answer in self.answers.values())
+
     def _progress(self) -> dict[str, int]:
         return {name: len(answer.token_ids) for name, answer in self.answers.items() if not answer.finish}
 

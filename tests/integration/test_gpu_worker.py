@@ -18,19 +18,16 @@ from celery import Celery
 from inference import control
 from inference.messages import DeploymentSpec
 from scheduling.keys import Keys
-from tests.checkpoints import make_checkpoint, make_tokenizer
+from tests.integration.engines import Engines, make_tiny_checkpoint
 from tests.integration.fleet import FleetClient
 
-MODEL = "tiny"
+MODEL = Engines.model
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    make_checkpoint("llama", path)
-    make_tokenizer("bytes", path)
-    return path
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture

@@ -1,0 +1,60 @@
+"""Starts engine processes for tests, on a small random Llama, and sees to it that none is left."""
+
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from inference.messages import BatchMode, DeploymentSpec
+from inference.worker.process import EngineProcess
+from inference.worker.spec import EngineSpec
+from scheduling.keys import Keys
+from tests.checkpoints import make_checkpoint, make_tokenizer
+
+COMMAND = [sys.executable, "-m", "inference.worker"]
+
+
+def make_tiny_checkpoint(path: Path) -> Path:
+    """A Llama with context for 256 tokens, whose texts are noise but always the same."""
+    make_checkpoint("llama", path)
+    make_tokenizer("bytes", path)
+    return path
+
+
+class Engines:
+    """Engine processes of one test; all are ended with the context."""
+
+    model = "tiny"
+
+    def __init__(self, checkpoint: Path, redis_url: str, keys: Keys) -> None:
+        self._checkpoint = checkpoint
+        self._redis_url = redis_url
+        self._keys = keys
+        self._started: list[EngineProcess] = []
+
+    def start(
+        self, replica: str = "gpu-0", mode: BatchMode = "continuous", lease_s: float = 2.0, path: Path | None = None
+    ) -> EngineProcess:
+        deployment = DeploymentSpec(
+            name=self.model, path=str(path or self._checkpoint), mode=mode, max_batch_size=8, kv_memory_bytes=4 * 2**20
+        )
+        spec = EngineSpec(
+            deployment=deployment,
+            replica=replica,
+            redis_url=self._redis_url,
+            key_prefix=self._keys.prefix,
+            device="cpu",
+            lease_s=lease_s,
+            drain_s=20,
+        )
+        process = EngineProcess(COMMAND, spec)
+        self._started.append(process)
+        return process
+
+    def __enter__(self) -> "Engines":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for process in self._started:
+            process.kill()
+        for process in self._started:
+            assert process.wait(10) is not None

@@ -1,0 +1,109 @@
+"""The engine when Redis or time is lost: the batch waits, no token is lost, and a lost lease is given up."""
+
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+
+from inference.messages import RequestEvent
+from scheduling.keys import Keys
+from tests.conftest import _server_binary
+from tests.integration.engines import Engines, make_tiny_checkpoint
+from tests.integration.fleet import FleetClient
+
+
+class Server:
+    """A Redis with an append-only file that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.url = f"unix://{folder / 'redis.sock'}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        options = [
+            "--port",
+            "0",
+            "--unixsocket",
+            str(self._folder / "redis.sock"),
+            "--save",
+            "",
+            "--dir",
+            str(self._folder),
+        ]
+        durable = ["--appendonly", "yes", "--appendfsync", "always"]
+        self._process = subprocess.Popen([_server_binary(), *options, *durable], stdout=subprocess.DEVNULL)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with tempfile.TemporaryDirectory(prefix="psr-") as folder:
+        server = Server(Path(folder))
+        server.start()
+        yield server
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+def test_a_batch_waits_for_a_redis_that_was_killed_and_loses_nothing(
+    server: Server, checkpoint: Path, keys: Keys
+) -> None:
+    with (
+        redis.Redis.from_url(server.url, retry=Retry(ConstantBackoff(0.05), 400)) as client,
+        Engines(checkpoint, server.url, keys) as engines,
+    ):
+        fleet = FleetClient(client, keys, engines.model)
+        engine = engines.start(lease_s=60)
+        for i in range(12):
+            fleet.submit(f"r{i}", [5 + i, 6], 150)
+        fleet.until(lambda: len(fleet.answers["r0"].token_ids) > 20)
+        for _ in range(2):
+            server.kill()
+            assert engine.send("policy", {"name": "fifo", "revision": 0}, 5).ok
+            server.start()
+            num_tokens = fleet.num_tokens()
+            fleet.until(lambda n=num_tokens: fleet.num_tokens() > n)  # type: ignore[misc]
+        fleet.until_finished()
+        assert all(len(answer.token_ids) == 150 for answer in fleet.answers.values())
+        assert {attempt for answer in fleet.answers.values() for attempt in answer.attempts} == {1}
+        fleet.until(lambda: {event.id for event in fleet.events(RequestEvent)} == set(fleet.answers))
+
+
+def test_an_engine_that_was_held_up_gives_up_what_others_took_over(
+    redis_url: str, store: redis.Redis, checkpoint: Path, keys: Keys
+) -> None:
+    with Engines(checkpoint, redis_url, keys) as engines:
+        fleet = FleetClient(store, keys, engines.model)
+        held_up = engines.start("gpu-0", lease_s=1)
+        for i in range(8):
+            fleet.submit(f"r{i}", [5 + i, 6], 240)
+        fleet.until(lambda: all(answer.token_ids for answer in fleet.answers.values()))
+        os.kill(held_up.pid, signal.SIGSTOP)
+        other = engines.start("gpu-1", lease_s=1)
+        fleet.until(lambda: any(2 in answer.attempts for answer in fleet.answers.values()))
+        os.kill(held_up.pid, signal.SIGCONT)
+        fleet.until_finished()
+        assert all(len(answer.token_ids) == 240 for answer in fleet.answers.values())
+        fleet.until(lambda: (s := fleet.status("gpu-0")) is not None and not s.slots)
+        other.kill()
+        other.wait(5)
+        fleet.submit("afterwards", [5, 6], 10)
+        fleet.until_finished()
+        assert fleet.status("gpu-0") is not None
