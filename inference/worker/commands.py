@@ -1,11 +1,11 @@
 """Control commands as the loop obeys them, between two steps."""
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 from inference.messages import BatchMode
 from inference.worker.gate import Gate
 from inference.worker.spec import ControlMessage
-from inference.worker.status import StatusBoard
 from scheduling.core.planner import StepPlanner
 
 
@@ -16,10 +16,11 @@ class CommandRefusedError(Exception):
 class Controls:
     """What commands move: the gate, the planner, and the policy that is shown."""
 
-    def __init__(self, gate: Gate, planner: StepPlanner, board: StatusBoard, drain_s: float) -> None:
+    def __init__(self, gate: Gate, planner: StepPlanner, announce: Callable[[str, int], None], drain_s: float) -> None:
+        """`announce` gets name and revision of a policy that was switched on."""
         self._gate = gate
         self._planner = planner
-        self._board = board
+        self._announce = announce
         self._drain_s = drain_s
 
     def obey(self, message: ControlMessage) -> None:
@@ -39,7 +40,7 @@ class Controls:
             case "set_batch_size":
                 self._planner.set_batch_size(_batch_size(arguments.get("max_batch_size")))
             case "policy":
-                self._board.policy = (str(arguments.get("name", "")), int(_number(arguments, "revision", 0)))
+                self._announce(str(arguments.get("name", "")), int(_number(arguments, "revision", 0)))
 
 
 def _number(arguments: dict[str, Any], name: str, default: float) -> float:

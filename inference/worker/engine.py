@@ -84,7 +84,7 @@ class Engine:
             inbox=inbox,
             pipe=pipe,
             gate=gate,
-            controls=Controls(gate, planner, board, spec.drain_s),
+            controls=Controls(gate, planner, board.announce, spec.drain_s),
             board=board,
             meters=meters,
         )

@@ -123,7 +123,7 @@ class Outbox(threading.Thread):
             handover = self._waiting.get(timeout=CANCELS_PERIOD_S)
             while handover is not None:
                 if handovers and handovers[-1].owner == handover.owner:
-                    _merge(handovers[-1], handover)
+                    merge(handovers[-1], handover)
                 else:
                     handovers.append(handover)
                 handover = self._waiting.get_nowait()
@@ -240,7 +240,7 @@ def _xadd(key: str, length: int, message: bytes) -> store.Command[Any]:
     return store.Command(("XADD", key, "MAXLEN", "~", length, "*", "m", message), bytes)
 
 
-def _merge(earlier: Handover, later: Handover) -> None:
+def merge(earlier: Handover, later: Handover) -> None:
     """Add a later step to an earlier one, so that a request has one output for its tokens of both."""
     last = {output.active.request.id: output for output in earlier.outputs}
     for output in later.outputs:

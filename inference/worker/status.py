@@ -47,8 +47,11 @@ class StatusBoard:
         self._intake = intake
         self._due_s = 0.0
         self._shown: tuple[object, ...] = ()
-        self.policy = ("", 0)
-        """Name and revision last announced by command."""
+        self._announced = ("", 0)
+
+    def announce(self, policy: str, revision: int) -> None:
+        """Show a policy before the first claim under it."""
+        self._announced = (policy, revision)
 
     def update(self, reporter: Reporter, active: Collection[ActiveRequest]) -> None:
         """Publish what is due; called once a step."""
@@ -64,7 +67,7 @@ class StatusBoard:
     def current_policy(self) -> tuple[str, int]:
         """The newer of what was announced and what the last claim saw."""
         seen = (self._intake.policy, self._intake.revision)
-        return self.policy if self.policy[1] > seen[1] else seen
+        return self._announced if self._announced[1] > seen[1] else seen
 
     def _close_second(self, reporter: Reporter, now: float) -> None:
         policy, revision = self.current_policy()
