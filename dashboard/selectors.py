@@ -61,9 +61,18 @@ def _action(row: OperatorAction) -> Document:
         "who": row.actor_name,
         "what": row.action,
         "target": row.target,
-        "text": _changes(row.before, row.after),
+        "text": _answers(row.after) if row.action.startswith("replica.") else _changes(row.before, row.after),
         "reason": row.reason,
     }
+
+
+def _answers(after: Mapping[str, Any]) -> str:
+    """What replicas said to a command, such as `gpu-0 confirmed in 12 ms`."""
+    return ", ".join(
+        f"{name} confirmed in {ack.get('applied_ms') or 0:.0f} ms" if ack.get("ok") else f"{name}: {ack.get('error')}"
+        for name, ack in (after.get("acknowledgements") or {}).items()
+        if isinstance(ack, Mapping)
+    )
 
 
 def acknowledged(acknowledgements: Mapping[str, Any]) -> dict[str, bool]:

@@ -48,7 +48,7 @@ export class Chart {
       ...this.size(),
       padding: [8, 18, 0, 0],
       legend: { show: false },
-      cursor: { y: false, points: { size: 6 }, drag: { setScale: false, x: false } },
+      cursor: { y: false, points: this.stacked ? { show: false } : { size: 6 }, drag: { setScale: false, x: false } },
       scales: {
         x: { range: () => [this.now - SPAN_S, this.now] },
         y: { range: (_, low, high) => [0, Math.max((high ?? 0) * 1.08, this.least)] },
@@ -78,7 +78,7 @@ export class Chart {
       ...rows.map(([s, value]) => {
         const swatch = el("i", { class: "swatch" });
         swatch.style.background = s.colour;
-        return el("span", {}, swatch, ` ${s.label} `, el("strong", { text: this.format(value) }));
+        return el("span", {}, swatch, el("span", { text: s.label }), el("strong", { text: this.format(value) }));
       }),
     );
     this.tooltip.classList.toggle("left", left > plot.over.clientWidth / 2);

@@ -34,6 +34,18 @@ export const bytes = (n) => {
 };
 
 /** How long ago, from the server's clock: "just now", "40 s ago". */
-export const ago = (then, now) => (now - then < 3 ? "just now" : `${duration(Math.floor(now - then))} ago`);
+export function ago(then, now) {
+  const s = Math.floor(now - then);
+  if (s < 3) return "just now";
+  if (s < 60) return `${s} s ago`;
+  return `${s < 3600 ? `${Math.floor(s / 60)} min` : duration(s)} ago`;
+}
+
+/** A duration in one unit, for narrow places. */
+export function brief(s) {
+  if (s === undefined || s === null || s < 10) return duration(s);
+  if (s < 120) return `${Math.round(s)} s`;
+  return s < 7200 ? `${one.format(s / 60)} min` : `${one.format(s / 3600)} h`;
+}
 
 export const clock = (ms) => new Date(ms).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });

@@ -5,7 +5,7 @@ import { Chart } from "./charts.js";
 import { ControlDialog, SwitchDialog } from "./dialogs.js";
 import { byId, el, keyed, setAttribute, setText } from "./dom.js";
 import { Feed } from "./feed.js";
-import { clock, count, duration, rate } from "./format.js";
+import { brief, clock, count, rate } from "./format.js";
 import { column, split } from "./history.js";
 import { learnTenants, tenantColour, tenantHatched } from "./palette.js";
 import { drawBackpressure, drawFigures, drawPolicy, drawSplit } from "./panels.js";
@@ -13,7 +13,7 @@ import { Uptake } from "./uptake.js";
 import { drawActions, drawWorkers } from "./workers.js";
 
 const WHOLE = [1, 2, 5].flatMap((n) => [0, 1, 2, 3, 4, 5].map((power) => n * 10 ** power)).sort((a, b) => a - b);
-const seconds = (value) => (value === 0 ? "0" : duration(value));
+const seconds = (value) => (value === 0 ? "0" : brief(value));
 const charts = {
   queue: new Chart(byId("chart-queue"), { format: count, least: 5, steps: WHOLE, stacked: true }),
   tokens: new Chart(byId("chart-tokens"), { format: rate, least: 10 }),

@@ -1,7 +1,7 @@
 // Figures, queue, backpressure, policy: the panels of one model.
 
 import { byId, el, keyed, setAttribute, setText, setVariable } from "./dom.js";
-import { count, duration, percent, plural, rate } from "./format.js";
+import { brief, count, percent, plural, rate } from "./format.js";
 import { PRIORITIES, priorityColour, tenantColour, tenantHatched } from "./palette.js";
 
 const figure = (name, text) => setText(document.querySelector(`[data-figure="${name}"]`), text);
@@ -10,8 +10,8 @@ export function drawFigures(model, replicas) {
   const slots = replicas.reduce((sum, [, r]) => sum + r.max_batch_size, 0);
   figure("depth", count(model.depth));
   figure("depth-sub", `of ${count(model.queue_limit)}, ${count(model.waiting_tokens)} tokens`);
-  figure("oldest", model.oldest_wait_s === undefined ? "–" : duration(model.oldest_wait_s));
-  figure("oldest-sub", model.depth === 0 ? "nothing waits" : model.estimated_wait_s === undefined ? "nothing drains the queue" : `a new one waits ≈ ${duration(model.estimated_wait_s)}`);
+  figure("oldest", brief(model.oldest_wait_s));
+  figure("oldest-sub", model.depth === 0 ? "nothing waits" : model.estimated_wait_s === undefined ? "nothing drains the queue" : `new ones wait ≈ ${brief(model.estimated_wait_s)}`);
   figure("running", count(model.running));
   figure("running-sub", slots ? `of ${plural(slots, "slot")}` : "no worker");
   figure("tokens", rate(model.tokens_per_s));
@@ -26,8 +26,8 @@ export function drawFigures(model, replicas) {
 }
 
 function drawWait(name, wait) {
-  figure(`${name}-p50`, wait ? duration(wait.p50_s) : "–");
-  figure(`${name}-sub`, wait ? `p99 ${duration(wait.p99_s)}, ${count(wait.num)} in 60 s` : "none in the last minute");
+  figure(`${name}-p50`, brief(wait?.p50_s));
+  figure(`${name}-sub`, wait ? `p99 ${brief(wait.p99_s)}, n = ${count(wait.num)}` : "no request");
 }
 
 /** The queue now, split by priority or by tenant, as a table with bars. */

@@ -1,7 +1,7 @@
 // Workers with their state and what their device says, and the list of recent operator actions.
 
 import { byId, el, keyed, setAttribute, setText, setVariable } from "./dom.js";
-import { ago, bytes, count, duration, percent, plural, rate } from "./format.js";
+import { ago, brief, bytes, count, duration, percent, plural, rate } from "./format.js";
 
 const SIGNS = { ready: "●", starting: "◌", paused: "❚❚", draining: "◒", stopped: "○", failed: "✕", lost: "✕" };
 const COMMANDS = { ready: ["pause", "drain"], paused: ["resume", "drain"], draining: ["resume"] };
@@ -32,7 +32,7 @@ function updateWorker(node, [name, r], now) {
   setAttribute(state, "data-state", r.state);
   setText(state, `${SIGNS[r.state] ?? "?"} ${r.state}`);
   setText(node.querySelector(".where"), `${r.model} on ${r.host}, pid ${r.pid}`);
-  const detail = r.state === "lost" ? `Silent for ${duration(Math.max(0, Math.round(now - r.heard_s)))}; its requests go to other workers when its lease ends.` : r.detail;
+  const detail = r.state === "lost" ? `Silent for ${brief(Math.max(0, Math.round(now - r.heard_s)))}; its requests go to other workers when its lease ends.` : r.detail;
   const line = node.querySelector(".detail");
   setText(line, detail);
   line.hidden = !detail;
@@ -51,7 +51,7 @@ function facts(r, now) {
     ["step", `${duration(r.step_ms_p50 / 1000)} p50, ${duration(r.step_ms_p99 / 1000)} p99`],
     ["KV blocks", `${count(r.kv_blocks_used)} of ${count(r.kv_blocks_total)} × ${r.kv_block_size} tokens`, r.kv_blocks_total ? r.kv_blocks_used / r.kv_blocks_total : 0],
     ["preempted", count(r.preemptions)],
-    ["policy seen", `${r.policy || "none"}, revision ${r.policy_revision}`],
+    ["policy seen", `${r.policy ? `${r.policy}, ` : ""}revision ${r.policy_revision}`],
     ["up", duration(Math.max(0, Math.round(now - r.started_s)))],
   ];
   if (!t) return [...rows, ["telemetry", "none"]];
