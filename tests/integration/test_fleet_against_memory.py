@@ -19,7 +19,7 @@ from scheduling.store import Command, execute, execute_many
 from scheduling.switch import switch_policy
 
 OWNERS = st.sampled_from(["gpu-0:1", "gpu-1:1", "gpu-2:1"])
-POLICY = st.sampled_from(["fifo", "priority", "fair"])
+POLICY = st.sampled_from(["fair", "fair", "priority", "fifo"])
 TENANTS = st.sampled_from(["ada", "bob", "cleo", "dän"])
 TIMES = st.floats(0, 1000)
 
@@ -88,6 +88,16 @@ class BothQueues(RuleBasedStateMachine):
         assert self.run(self.fleet.enqueue(entry, place, **args)) == self.memory.enqueue(entry, place, **args)
         if answer.status == "queued":
             self.ids.append(id_)
+
+    @rule(burst=st.lists(st.tuples(TENANTS, st.integers(0, 5), TIMES, st.integers(1, 50)), min_size=4, max_size=12))
+    def enqueue_many(self, burst: list[tuple[str, int, float, int]]) -> None:
+        for tenant, priority, arrival_s, tokens in burst:
+            share = 1.0 + priority
+            self.enqueue(tenant, priority, arrival_s, (tokens, tokens), share, stale=1, depth_limit=100, web="web-2")
+
+    @rule(owner=OWNERS, num=st.integers(1, 8))
+    def serve(self, owner: str, num: int) -> None:
+        self.claim(owner, num, 100_000, again=False)
 
     @rule(owner=OWNERS, requests=st.integers(0, 5), tokens=st.sampled_from([30, 200, 10_000]), again=st.booleans())
     def claim(self, owner: str, requests: int, tokens: int, again: bool) -> None:
@@ -200,7 +210,7 @@ class BothQueues(RuleBasedStateMachine):
         assert left <= {"meta", "owners", "last", "req", "tok", "bell", "epochs", epoch}, left
 
 
-@pytest.mark.parametrize("examples", [100])
+@pytest.mark.parametrize("examples", [60])
 def test_both_queues_give_the_same_answers_to_the_same_operations(store: redis.Redis, examples: int) -> None:
     class Machine(BothQueues):
         client = store
