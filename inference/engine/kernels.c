@@ -5,21 +5,18 @@
  * so that a request gets the same tokens in any batch. */
 
 #include <math.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-#define omp_get_num_threads() 1
-#define omp_get_max_threads() 1
-#endif
 
 #define BLOCK 16  /* tokens per KV block: one vector of scores */
 #define PANEL 32  /* outputs per packed panel: two vectors */
 #define ROWS 12   /* rows per tile: 24 accumulators, which AVX-512 has registers for */
-#define SPINS 2000 /* looks at a gate before a thread lets others have its core */
-#define MAX_SHARDS 64
+#define SPINS 2000 /* looks at a shared word before a thread gives up its core: some 100 us */
+#define MAX_HELPERS 255
+#define FEW_TOKENS 32
+#define STACK_TOKENS 4096 /* contexts up to this length need no memory from the heap */
 #define CHUNK 192 /* rows whose inputs stay in the second-level cache while all panels pass */
 
 typedef float vec __attribute__((vector_size(64), aligned(4)));
@@ -36,7 +33,6 @@ typedef struct {
     const long *token_ids, *positions, *slots, *rows;
     const int *query_starts, *context_lens, *block_tables;
     const int *part_of; /* [num_tokens] */
-    long first_token;   /* number of the first token within the whole batch, which `rows` count in */
 } Batch;
 
 typedef struct {
@@ -44,23 +40,103 @@ typedef struct {
     float scale, softcap;                   /* softcap 0: none */
 } Heads;
 
-/* Where the threads of a forward pass meet between operations. Unlike OpenMP's barrier it gives way soon: this process
- * shares its cores with others, and who waits by spinning holds up the very thread it waits for. */
-typedef struct {
-    int arrived, phase;
-} Gate;
+/* ---- threads ----
+ * The calling thread runs an operation's items together with helpers that take items as they come. It waits for items that
+ * were taken, never for a helper to come round: this process shares its cores with others, and OpenMP's barriers, which do
+ * wait for every thread and spin meanwhile, made steps ten times longer where cores were short. Idle helpers sleep. */
 
-static void meet(Gate *gate) {
-    int threads = omp_get_num_threads();
-    if (threads == 1) return;
-    int phase = __atomic_load_n(&gate->phase, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&gate->arrived, 1, __ATOMIC_ACQ_REL) == threads) {
-        __atomic_store_n(&gate->arrived, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&gate->phase, phase + 1, __ATOMIC_RELEASE);
+typedef void (*Task)(const void *arg, long item);
+
+static struct {
+    unsigned long state; /* number of the operation << 32 | next item; CLOSED while an operation is being changed */
+    Task task;
+    const void *arg;
+    unsigned long count, done;
+    int busy, limit, helpers, sleeping;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+#define CLOSED 0xffffffffUL
+#define LOAD(x) __atomic_load_n(&(x), __ATOMIC_SEQ_CST)
+#define STORE(x, v) __atomic_store_n(&(x), v, __ATOMIC_SEQ_CST)
+#if defined(__x86_64__)
+#define PAUSE() __builtin_ia32_pause()
+#else
+#define PAUSE() __asm__ volatile("" ::: "memory")
+#endif
+
+/* Take and run one item; 0 where there is none. What is read of an operation is its own if the exchange succeeds: it is
+ * closed, which changes the state, before it is changed. */
+static int take_item(void) {
+    unsigned long state = LOAD(pool.state), item = state & CLOSED;
+    Task task = LOAD(pool.task);
+    const void *arg = LOAD(pool.arg);
+    if (item >= LOAD(pool.count)) return 0;
+    if (__atomic_compare_exchange_n(&pool.state, &state, state + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+        task(arg, (long)item);
+        __atomic_add_fetch(&pool.done, 1, __ATOMIC_SEQ_CST);
+    }
+    return 1;
+}
+
+static void *help(void *rank) {
+    for (;;) {
+        for (int spins = 0; spins < SPINS; spins++) {
+            if ((long)rank < LOAD(pool.limit) && take_item()) spins = 0;
+            PAUSE();
+        }
+        pthread_mutex_lock(&pool.lock);
+        __atomic_add_fetch(&pool.sleeping, 1, __ATOMIC_SEQ_CST);
+        while ((long)rank >= LOAD(pool.limit) || (LOAD(pool.state) & CLOSED) >= LOAD(pool.count))
+            pthread_cond_wait(&pool.wake, &pool.lock);
+        __atomic_add_fetch(&pool.sleeping, -1, __ATOMIC_SEQ_CST);
+        pthread_mutex_unlock(&pool.lock);
+    }
+    return NULL;
+}
+
+static void forget_helpers(void) { /* a forked child has none */
+    pool.helpers = pool.sleeping = pool.busy = 0;
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+}
+
+/* How many threads run an operation, the caller among them. */
+void set_threads(int threads) {
+    static int registered;
+    if (!registered++) pthread_atfork(NULL, NULL, forget_helpers);
+    int limit = threads - 1 < MAX_HELPERS ? threads - 1 : MAX_HELPERS;
+    for (pthread_t thread; pool.helpers < limit; pool.helpers++) {
+        if (pthread_create(&thread, NULL, help, (void *)(long)pool.helpers)) break;
+        pthread_detach(thread);
+    }
+    STORE(pool.limit, limit);
+}
+
+/* task(arg, i) for every i below count, in any order. A second caller at the same time runs its own items by itself. */
+static void run(Task task, const void *arg, long count) {
+    if (count < 2 || !LOAD(pool.limit) || __atomic_exchange_n(&pool.busy, 1, __ATOMIC_SEQ_CST)) {
+        for (long i = 0; i < count; i++) task(arg, i);
         return;
     }
-    for (int spins = 0; __atomic_load_n(&gate->phase, __ATOMIC_ACQUIRE) == phase; spins++)
+    unsigned long next = ((LOAD(pool.state) >> 32) + 1) << 32;
+    STORE(pool.state, next | CLOSED);
+    STORE(pool.task, task);
+    STORE(pool.arg, arg);
+    STORE(pool.done, 0);
+    STORE(pool.count, (unsigned long)count);
+    STORE(pool.state, next);
+    if (LOAD(pool.sleeping)) {
+        pthread_mutex_lock(&pool.lock);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.lock);
+    }
+    while (take_item()) {}
+    for (int spins = 0; LOAD(pool.done) < (unsigned long)count; spins++)
         if (spins > SPINS) sched_yield();
+        else PAUSE();
+    STORE(pool.busy, 0);
 }
 
 /* exp, to 2 units in the last place (Cephes' polynomial); NaN stays NaN. */
@@ -105,44 +181,44 @@ INLINE void tile(const int rows, const float *x, long x_stride, const float *w, 
     }
 }
 
-static void panel(const Linear *l, long index, const float *x, long x_stride, long rows, int add, float *out, long out_stride) {
-    const float *w = l->weight + index * l->inputs * PANEL;
-    long first = index * PANEL;
+typedef struct {
+    const Linear *l;
+    const float *x;
+    float *out;
+    long rows;
+    int add;
+} LinearJob;
+
+static void panel(const void *arg, long index) {
+    const LinearJob *job = arg;
+    const Linear *l = job->l;
+    const float *x = job->x, *w = l->weight + index * l->inputs * PANEL;
+    float *out = job->out;
+    long rows = job->rows;
     while (rows > 0) {
         /* 16 rows as 8 + 8 rather than 12 + 4: both halves then run at full speed */
         long take = rows > ROWS ? (rows < 2 * ROWS ? (rows + 1) / 2 : ROWS) : rows;
         switch (take) {
-#define CASE(R) case R: tile(R, x, x_stride, w, l, first, add, out, out_stride); break;
+#define CASE(R) case R: tile(R, x, l->inputs, w, l, index * PANEL, job->add, out, l->outputs); break;
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
         }
-        x += take * x_stride;
-        out += take * out_stride;
+        x += take * l->inputs;
+        out += take * l->outputs;
         rows -= take;
     }
 }
 
-/* Called by all threads of a parallel region, as is everything named `_shared`; they meet at its end. */
-static void linear_shared(const Linear *l, const float *x, long rows, int add, float *out, Gate *gate) {
-    long panels = (l->outputs + PANEL - 1) / PANEL;
+static void apply(const Linear *l, const float *x, long rows, int add, float *out) {
     for (long at = 0; at < rows; at += CHUNK) {
-        long count = rows - at < CHUNK ? rows - at : CHUNK;
-#pragma omp for schedule(static) nowait
-        for (long p = 0; p < panels; p++)
-            panel(l, p, x + at * l->inputs, l->inputs, count, add, out + at * l->outputs, l->outputs);
+        LinearJob job = {l, x + at * l->inputs, out + at * l->outputs, rows - at < CHUNK ? rows - at : CHUNK, add};
+        run(panel, &job, (l->outputs + PANEL - 1) / PANEL);
     }
-    meet(gate);
 }
 
-void linear(const Linear *l, const float *x, long rows, float *out) {
-    Gate gate = {0, 0};
-#pragma omp parallel
-    linear_shared(l, x, rows, 0, out, &gate);
-}
+void linear(const Linear *l, const float *x, long rows, float *out) { apply(l, x, rows, 0, out); }
 
 void pack(const float *weight, long outputs, long inputs, float *packed) {
-    long panels = (outputs + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static)
-    for (long p = 0; p < panels; p++)
+    for (long p = 0; p < (outputs + PANEL - 1) / PANEL; p++)
         for (long k = 0; k < inputs; k++)
             for (long n = 0; n < PANEL; n++) {
                 long row = p * PANEL + n;
@@ -214,35 +290,41 @@ static void store(const Heads *h, long slot, const float *k, long k_stride, cons
     }
 }
 
-/* The keys and values of the step are stored already. q [token][head][head_dim], strides in floats. */
-static void attention_shared(const Heads *h, const Batch *b, const float *q, long token_stride, long head_stride,
-                             const float *keys, const float *values, float *out, Gate *gate) {
-    long group = h->heads / h->kv_heads, longest = b->table_width * BLOCK;
-    float *weights = malloc(longest * sizeof(float));
-#pragma omp for schedule(dynamic, 4) nowait
-    for (long item = 0; item < b->num_tokens * h->kv_heads; item++) {
-        long t = item / h->kv_heads, head = item % h->kv_heads;
-        const int *table = b->block_tables + b->part_of[t] * b->table_width;
-        for (long i = head * group; i < (head + 1) * group; i++)
-            attend(h, q + t * token_stride + i * head_stride, keys, values, table, head, b->positions[t], weights,
-                   out + (t * h->heads + i) * h->head_dim);
-    }
-    free(weights);
-    meet(gate);
+typedef struct {
+    const Heads *h;
+    const Batch *b;
+    const float *q, *k, *v;
+    const long *strides; /* token and head of q, k, v, in floats */
+    float *keys, *values, *out;
+} AttentionJob;
+
+static void store_token(const void *arg, long t) {
+    const AttentionJob *job = arg;
+    const long *s = job->strides;
+    store(job->h, job->b->slots[t], job->k + t * s[2], s[3], job->v + t * s[4], s[5], job->keys, job->values);
 }
 
-/* One layer's attention for any architecture. strides: token and head of q, k, v, in floats. */
+/* The heads that share a key head, for one token. */
+static void attend_item(const void *arg, long item) {
+    const AttentionJob *job = arg;
+    const Heads *h = job->h;
+    const Batch *b = job->b;
+    long t = item / h->kv_heads, head = item % h->kv_heads, group = h->heads / h->kv_heads;
+    const int *table = b->block_tables + b->part_of[t] * b->table_width;
+    float on_stack[STACK_TOKENS], *weights = on_stack;
+    if (b->positions[t] + BLOCK > STACK_TOKENS) weights = malloc((b->positions[t] + BLOCK) * sizeof(float));
+    for (long i = head * group; i < (head + 1) * group; i++)
+        attend(h, job->q + t * job->strides[0] + i * job->strides[1], job->keys, job->values, table, head,
+               b->positions[t], weights, job->out + (t * h->heads + i) * h->head_dim);
+    if (weights != on_stack) free(weights);
+}
+
+/* One layer's attention for any architecture. */
 void paged_attention(const Heads *h, const Batch *b, const float *q, const float *k, const float *v, const long *strides,
                      float *keys, float *values, float *out) {
-    Gate gate = {0, 0};
-#pragma omp parallel
-    {
-#pragma omp for schedule(static) nowait
-        for (long t = 0; t < b->num_tokens; t++)
-            store(h, b->slots[t], k + t * strides[2], strides[3], v + t * strides[4], strides[5], keys, values);
-        meet(&gate);
-        attention_shared(h, b, q, strides[0], strides[1], keys, values, out, &gate);
-    }
+    AttentionJob job = {h, b, q, k, v, strides, keys, values, out};
+    run(store_token, &job, b->num_tokens);
+    run(attend_item, &job, b->num_tokens * h->kv_heads);
 }
 
 /* ---- the Llama family ---- */
@@ -305,102 +387,66 @@ static void activate(float *gate_up, long n, float *out) {
 /* Scratch of a forward pass, and where its logits go. */
 typedef struct {
     float *x, *normed; /* [tokens][hidden] */
-    float *wide;       /* [tokens][wide_width], qkv or gate_up */
-    float *inner;      /* [tokens][inner_width], attention's or the MLP's */
+    float *wide;       /* [tokens][widest qkv or gate_up] */
+    float *inner;      /* [tokens][widest attention or MLP] */
     float *logits;     /* [num_rows][vocab] */
-    long wide_width, inner_width;
 } Space;
 
-static void layer_shared(const Model *m, const Layer *l, const Batch *b, const Space *s, Gate *gate) {
-    long tokens = b->num_tokens, hidden = m->hidden, wide = l->gate_up.outputs, inner = l->down.inputs;
-#pragma omp for schedule(static) nowait
-    for (long t = 0; t < tokens; t++) rms_norm(s->x + t * hidden, l->input_norm, hidden, m->eps, s->normed + t * hidden);
-    meet(gate);
-    linear_shared(&l->qkv, s->normed, tokens, 0, s->wide, gate);
-#pragma omp for schedule(static) nowait
-    for (long t = 0; t < tokens; t++) place(m, l, b, t, s->wide + t * l->qkv.outputs);
-    meet(gate);
-    attention_shared(&l->heads, b, s->wide, l->qkv.outputs, l->heads.head_dim, l->keys, l->values, s->inner, gate);
-    linear_shared(&l->output, s->inner, tokens, 1, s->x, gate);
-#pragma omp for schedule(static) nowait
-    for (long t = 0; t < tokens; t++) rms_norm(s->x + t * hidden, l->post_norm, hidden, m->eps, s->normed + t * hidden);
-    meet(gate);
-    linear_shared(&l->gate_up, s->normed, tokens, 0, s->wide, gate);
-#pragma omp for schedule(static) nowait
-    for (long t = 0; t < tokens; t++) activate(s->wide + t * wide, inner, s->inner + t * inner);
-    meet(gate);
-    linear_shared(&l->down, s->inner, tokens, 1, s->x, gate);
+typedef struct {
+    const Model *m;
+    const Layer *l;
+    const Batch *b;
+    const Space *s;
+} LayerJob;
+
+static void input_norm_token(const void *arg, long t) {
+    const LayerJob *j = arg;
+    rms_norm(j->s->x + t * j->m->hidden, j->l->input_norm, j->m->hidden, j->m->eps, j->s->normed + t * j->m->hidden);
 }
 
-static void forward_shared(const Model *m, const Batch *b, const Space *s, Gate *gate) {
-#pragma omp for schedule(static) nowait
+static void post_norm_token(const void *arg, long t) {
+    const LayerJob *j = arg;
+    rms_norm(j->s->x + t * j->m->hidden, j->l->post_norm, j->m->hidden, j->m->eps, j->s->normed + t * j->m->hidden);
+}
+
+static void place_token(const void *arg, long t) {
+    const LayerJob *j = arg;
+    place(j->m, j->l, j->b, t, j->s->wide + t * j->l->qkv.outputs);
+}
+
+static void activate_token(const void *arg, long t) {
+    const LayerJob *j = arg;
+    activate(j->s->wide + t * j->l->gate_up.outputs, j->l->down.inputs, j->s->inner + t * j->l->down.inputs);
+}
+
+/* Small work is not worth another thread's attention. */
+static void run_tokens(Task task, const LayerJob *job) {
+    if (job->b->num_tokens >= FEW_TOKENS) run(task, job, job->b->num_tokens);
+    else
+        for (long t = 0; t < job->b->num_tokens; t++) task(job, t);
+}
+
+static void layer(const Model *m, const Layer *l, const Batch *b, const Space *s) {
+    LayerJob job = {m, l, b, s};
+    long strides[6] = {l->qkv.outputs, l->heads.head_dim};
+    AttentionJob attention = {&l->heads, b, s->wide, NULL, NULL, strides, l->keys, l->values, s->inner};
+    run_tokens(input_norm_token, &job);
+    apply(&l->qkv, s->normed, b->num_tokens, 0, s->wide);
+    run_tokens(place_token, &job);
+    run(attend_item, &attention, b->num_tokens * l->heads.kv_heads);
+    apply(&l->output, s->inner, b->num_tokens, 1, s->x);
+    run_tokens(post_norm_token, &job);
+    apply(&l->gate_up, s->normed, b->num_tokens, 0, s->wide);
+    run_tokens(activate_token, &job);
+    apply(&l->down, s->inner, b->num_tokens, 1, s->x);
+}
+
+/* Logits [num_rows][vocab] of the rows asked for. */
+void llama_forward(const Model *m, const Batch *b, const Space *s) {
     for (long t = 0; t < b->num_tokens; t++)
         memcpy(s->x + t * m->hidden, m->embedding + b->token_ids[t] * m->hidden, m->hidden * sizeof(float));
-    meet(gate);
-    for (long i = 0; i < m->num_layers; i++) layer_shared(m, m->layers + i, b, s, gate);
-#pragma omp for schedule(static) nowait
+    for (long i = 0; i < m->num_layers; i++) layer(m, m->layers + i, b, s);
     for (long r = 0; r < b->num_rows; r++)
-        rms_norm(s->x + (b->rows[r] - b->first_token) * m->hidden, m->norm, m->hidden, m->eps, s->normed + r * m->hidden);
-    meet(gate);
-    linear_shared(&m->lm_head, s->normed, b->num_rows, 0, s->logits, gate);
-}
-
-/* The part of a batch, and of its space, that begins at sequence `first` and ends before `last`. */
-static void take_shard(const Model *m, const Batch *b, const Space *s, long first, long last, Batch *shard, Space *space) {
-    long from = b->query_starts[first], row = 0, end = 0;
-    while (row < b->num_rows && b->rows[row] < from) row++;
-    for (end = row; end < b->num_rows && b->rows[end] < b->query_starts[last];) end++;
-    *shard = *b;
-    shard->num_tokens = b->query_starts[last] - from;
-    shard->num_rows = end - row;
-    shard->first_token = from;
-    shard->token_ids += from;
-    shard->positions += from;
-    shard->slots += from;
-    shard->part_of += from;
-    shard->rows += row;
-    *space = *s;
-    space->x += from * m->hidden;
-    space->normed += from * m->hidden;
-    space->wide += from * s->wide_width;
-    space->inner += from * s->inner_width;
-    space->logits += row * m->lm_head.outputs;
-}
-
-/* Split the sequences into runs of about as many tokens; answers the tokens of the largest. */
-static long split(const Batch *b, int shards, long *starts) {
-    long part = 0, largest = 0;
-    for (int i = 0; i < shards; i++) {
-        starts[i] = part;
-        while (part < b->num_parts && b->query_starts[part] < b->num_tokens * (i + 1) / shards) part++;
-        long tokens = b->query_starts[part] - b->query_starts[starts[i]];
-        largest = tokens > largest ? tokens : largest;
-    }
-    starts[shards] = b->num_parts;
-    return largest;
-}
-
-/* Logits [num_rows][vocab] of the rows asked for. Where the weights stay in the cache (`small`), each thread takes some
- * of the sequences through all layers by itself and none waits for another; otherwise, and where one long prefill chunk
- * would keep a single thread busy, the threads share every operation and each weight is read once. */
-void llama_forward(const Model *m, const Batch *b, const Space *s, int small) {
-    long starts[MAX_SHARDS + 1];
-    int threads = omp_get_max_threads() < MAX_SHARDS ? omp_get_max_threads() : MAX_SHARDS;
-    int alone = small && (b->num_tokens <= 4 || split(b, threads, starts) * threads * 2 <= b->num_tokens * 3);
-    if (alone && b->num_tokens > 4) {
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-        for (int i = 0; i < threads; i++) {
-            Gate gate = {0, 0};
-            Batch shard;
-            Space space;
-            take_shard(m, b, s, starts[i], starts[i + 1], &shard, &space);
-            if (shard.num_tokens)
-#pragma omp parallel num_threads(1)
-                forward_shared(m, &shard, &space, &gate);
-        }
-        return;
-    }
-    Gate gate = {0, 0};
-#pragma omp parallel num_threads(alone ? 1 : threads)
-    forward_shared(m, b, s, &gate);
+        rms_norm(s->x + b->rows[r] * m->hidden, m->norm, m->hidden, m->eps, s->normed + r * m->hidden);
+    apply(&m->lm_head, s->normed, b->num_rows, 0, s->logits);
 }

@@ -12,9 +12,6 @@ from inference.engine.native import BoundBatch, Heads, Layer, Model, PackedLinea
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
-CACHED_BYTES = 48 * 2**20
-"""Weights up to this size stay in a server processor's last-level cache between steps."""
-
 
 def supports(model: PreTrainedModel) -> bool:
     """Whether this forward pass computes what the model's modules compute."""
@@ -44,8 +41,6 @@ class LlamaForward:
             len(layers), self._hidden, norm.variance_epsilon, ctypes.addressof(structs), embedding.data_ptr(),
             cos.data_ptr(), sin.data_ptr(), norm.weight.data_ptr(), lm_head,
         )  # fmt: skip
-        packed_bytes = sum(part.packed_bytes for part in self._kept if isinstance(part, PackedLinear))
-        self._small = packed_bytes <= CACHED_BYTES
         self._wide = max(max(layer.qkv.outputs, layer.gate_up.outputs) for layer in structs)
         self._inner = max(max(layer.output.inputs, layer.down.inputs) for layer in structs)
 
@@ -54,9 +49,9 @@ class LlamaForward:
         tokens, rows = len(batch.token_ids), len(batch.sample_rows)
         scratch = [torch.empty(tokens * n) for n in (self._hidden, self._hidden, self._wide, self._inner)]
         logits = torch.empty((rows, self.vocab_size))
-        space = Space(*(t.data_ptr() for t in (*scratch, logits)), self._wide, self._inner)
+        space = Space(*(t.data_ptr() for t in (*scratch, logits)))
         bound = BoundBatch(batch)
-        self._kernels.llama_forward(ctypes.addressof(self._model), bound.address, ctypes.addressof(space), self._small)
+        self._kernels.llama_forward(ctypes.addressof(self._model), bound.address, ctypes.addressof(space))
         return logits
 
     def _fill(self, struct: Layer, layer: Any, index: int) -> None:

@@ -18,8 +18,16 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "kernels.c"
 BUILD = Path(__file__).parent / "build"
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-THREADS = ("-fopenmp",)
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+    "-fopenmp-simd",
+    "-pthread",
+)
 TIMEOUT_S = 120
 
 Pointer = ctypes.c_void_p
@@ -39,7 +47,6 @@ class Batch(ctypes.Structure):
         *((name, Long) for name in ("num_tokens", "num_parts", "table_width", "num_rows")),
         *((name, Pointer) for name in ("token_ids", "positions", "slots", "rows")),
         *((name, Pointer) for name in ("query_starts", "context_lens", "block_tables", "part_of")),
-        ("first_token", Long),
     ]
 
 
@@ -80,11 +87,7 @@ class Model(ctypes.Structure):
 class Space(ctypes.Structure):
     """Scratch of a forward pass, and where its logits go."""
 
-    _fields_ = [
-        *((name, Pointer) for name in ("x", "normed", "wide", "inner", "logits")),
-        ("wide_width", Long),
-        ("inner_width", Long),
-    ]
+    _fields_ = [(name, Pointer) for name in ("x", "normed", "wide", "inner", "logits")]
 
 
 class BoundBatch:
@@ -127,11 +130,6 @@ class PackedLinear(torch.nn.Module):
             self.out_features,
         )  # fmt: skip
 
-    @property
-    def packed_bytes(self) -> int:
-        """Memory the weights take."""
-        return self._packed.numel() * 4
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] to [..., outputs]."""
         x = x.contiguous()
@@ -158,8 +156,9 @@ def load_kernels(compiler: str | None = None, build: Path = BUILD) -> ctypes.CDL
     kernels.linear.argtypes = [Pointer, Pointer, Long, Pointer]
     kernels.pack.argtypes = [Pointer, Long, Long, Pointer]
     kernels.paged_attention.argtypes = [Pointer] * 9
-    kernels.llama_forward.argtypes = [Pointer, Pointer, Pointer, ctypes.c_int]
-    for function in (kernels.linear, kernels.pack, kernels.paged_attention, kernels.llama_forward):
+    kernels.llama_forward.argtypes = [Pointer] * 3
+    kernels.set_threads.argtypes = [ctypes.c_int]
+    for function in (kernels.set_threads, kernels.linear, kernels.pack, kernels.paged_attention, kernels.llama_forward):
         function.restype = None
     return kernels
 
@@ -170,7 +169,7 @@ def _fingerprint() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         flags = next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-    key = "\n".join((platform.platform(), platform.machine(), platform.processor(), flags, *FLAGS, *THREADS))
+    key = "\n".join((platform.platform(), platform.machine(), platform.processor(), flags, *FLAGS))
     return hashlib.sha256(key.encode() + SOURCE.read_bytes()).hexdigest()[:16]
 
 
@@ -180,12 +179,11 @@ def _compile(compiler: str, library: Path) -> bool:
         library.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             out = Path(folder) / library.name
-            for threads in (THREADS, ()):
-                command = [compiler, *FLAGS, *threads, str(SOURCE), "-o", str(out), "-lm"]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-                if done.returncode == 0:
-                    out.replace(library)
-                    return True
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(out), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+            if done.returncode == 0:
+                out.replace(library)
+                return True
             logger.warning("The CPU kernels cannot be compiled; plain torch is used: %s", done.stderr.strip()[:500])
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.warning("The CPU kernels cannot be compiled; plain torch is used: %s", error)

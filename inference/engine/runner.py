@@ -63,6 +63,8 @@ class ModelRunner:
         self._make_cache(spec, loading.kv_shape(config, self.dtype), num_blocks)
         self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         kernels = load_kernels() if native and self.device.type == "cpu" and self.dtype == torch.float32 else None
+        if kernels is not None:
+            kernels.set_threads(torch.get_num_threads())
         self._forward = self._build_forward(model, kernels, fused)
         self._name = type(model).__name__
 
