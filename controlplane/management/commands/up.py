@@ -18,7 +18,7 @@ from django.core.management.base import BaseCommand, CommandError
 from controlplane import preflight
 from controlplane.announcement import address, announce
 from controlplane.config import Config
-from controlplane.demo import Secrets, offer_model, prepare_accounts, train_model
+from controlplane.demo import Secrets, model_folder, offer_model, prepare_accounts, train_model
 from controlplane.embedded_redis import NoServer, server_command
 from controlplane.processes import gpu_process, ops_process, redis_process, web_process
 from controlplane.supervisor import Supervisor
@@ -50,7 +50,7 @@ class Command(BaseCommand):
                 listener = preflight.listen(config) if "web" in kinds else None
                 self._check(config)
                 failure = asyncio.run(self._run(config, kinds, listener))
-        except (preflight.CannotStart, NoServer, CheckpointError) as error:
+        except (preflight.CannotStart, NoServer) as error:
             raise CommandError(str(error)) from None
         except subprocess.CalledProcessError:
             raise CommandError("The demo model could not be trained; the lines above say why.") from None
@@ -132,7 +132,12 @@ class Command(BaseCommand):
 
 def _set_up(config: Config) -> Secrets | None:
     """What is in the database before anybody asks for it; Redis has to run, which hears of changes."""
-    offer_model(config)
+    try:
+        offer_model(config)
+    except CheckpointError as error:
+        raise preflight.CannotStart(
+            f"The demo model cannot be served: {error} Remove {model_folder(config)}; the next start trains it again."
+        ) from None
     preflight.check_checkpoint(config)
     publish()
     return prepare_accounts(config)

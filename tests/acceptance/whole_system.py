@@ -1,0 +1,182 @@
+"""The whole system, started as a user starts it, in a folder and on a port of its own."""
+
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import redis
+
+from scheduling.fleet import FleetQueue, QueueSnapshot
+from scheduling.keys import Keys
+from scheduling.store import execute
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "penstock-demo"
+READY_S = 90.0
+STOP_S = 10.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], within_s: float, what: str, period_s: float = 0.05) -> float:
+    """Wait for a condition; how long that took, in seconds. Fails with `what` after `within_s`."""
+    pause, started = threading.Event(), time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < within_s, f"not within {within_s} s: {what}"
+        pause.wait(period_s)
+    return time.monotonic() - started
+
+
+class WholeSystem:
+    """`manage.py up` and what belongs to it."""
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.lines: list[str] = []
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
+        for name in ("DATABASE_URL", "REDIS_URL", "DJANGO_SETTINGS_MODULE"):
+            kept.pop(name, None)
+        self.environment = {**kept, "PENSTOCK_VAR": str(folder), "PENSTOCK_PORT": str(self.port), **settings}
+        self.supervisor: psutil.Popen | None = None
+        self._reader: threading.Thread | None = None
+
+    def start(self) -> float:
+        """Start and wait until it says that it runs; how long that took, in seconds."""
+        self.lines = []
+        self.supervisor = psutil.Popen(
+            [sys.executable, "manage.py", "up"],
+            cwd=ROOT,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, args=(self.supervisor.stdout,), daemon=True)
+        self._reader.start()
+        return wait_until(self._runs, READY_S, "up says that everything runs")
+
+    def _read(self, pipe: object) -> None:
+        assert hasattr(pipe, "__iter__")
+        with pipe:  # type: ignore[attr-defined]
+            self.lines.extend(iter(pipe))  # type: ignore[call-overload]
+
+    def _runs(self) -> bool:
+        assert self.supervisor is not None
+        assert self.supervisor.poll() is None, self.log()
+        return any("Penstock is running." in line for line in self.lines)
+
+    def log(self) -> str:
+        """What was printed."""
+        return "".join(self.lines)
+
+    def refuse(self) -> str:
+        """Start where that cannot work: the sentence on which it ends."""
+        done = subprocess.run(
+            [sys.executable, "manage.py", "up"],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+        return done.stderr.strip().splitlines()[-1]
+
+    def stop(self, signum: signal.Signals = signal.SIGINT) -> float:
+        """Send a signal and wait for the end; how long that took, in seconds."""
+        assert self.supervisor is not None
+        if self.supervisor.poll() is not None:
+            return 0.0
+        started = time.monotonic()
+        self.supervisor.send_signal(signum)
+        self.supervisor.wait(STOP_S + 20)
+        assert self._reader is not None
+        self._reader.join()
+        return time.monotonic() - started
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process below the supervisor."""
+        assert self.supervisor is not None
+        return list(self.supervisor.children(recursive=True))
+
+    def process(self, pattern: str) -> psutil.Process:
+        """The first process whose command line matches."""
+        for process in self.processes():
+            try:
+                if re.search(pattern, " ".join(process.cmdline())):
+                    return process
+            except psutil.NoSuchProcess:
+                continue
+        raise AssertionError(f"no process matches {pattern}")
+
+    def keys(self) -> dict[str, str]:
+        """Tenant -> API key."""
+        lines = (self.folder / "demo.env").read_text().splitlines()
+        return {name[4:].lower(): key for name, _, key in (line.partition("=") for line in lines) if name[:4] == "KEY_"}
+
+    def password(self) -> str:
+        """The operator's."""
+        found = re.search(r"^OPERATOR_PASSWORD=(.+)$", (self.folder / "demo.env").read_text(), re.MULTILINE)
+        assert found
+        return found[1]
+
+    def client(self, tenant: str = "checkout") -> openai.OpenAI:
+        """The official client, as a tenant. It must not hide a failure by trying again."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys()[tenant], max_retries=0, timeout=120)
+
+    def aclient(self, tenant: str = "checkout") -> openai.AsyncOpenAI:
+        """The same for asyncio."""
+        limits = httpx.Limits(max_connections=300)
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1",
+            api_key=self.keys()[tenant],
+            max_retries=0,
+            timeout=120,
+            http_client=httpx.AsyncClient(limits=limits, timeout=120),
+        )
+
+    def operator(self) -> httpx.Client:
+        """A browser's session of the operator, with what Django's forms ask for."""
+        client = httpx.Client(base_url=self.url, timeout=30)
+        client.get("/login/").raise_for_status()
+        form = {"username": "operator", "password": self.password(), "csrfmiddlewaretoken": client.cookies["csrftoken"]}
+        answer = client.post("/login/", data=form, headers={"Referer": f"{self.url}/login/"})
+        assert answer.status_code == 302, answer.text
+        client.headers.update({"X-CSRFToken": client.cookies["csrftoken"], "Referer": f"{self.url}/"})
+        return client
+
+    def queue(self) -> QueueSnapshot:
+        """The live queue, from Redis."""
+        with redis.Redis.from_url(f"unix://{self.folder}/run/redis.sock") as client:
+            return execute(client, FleetQueue(Keys(), MODEL).snapshot())
+
+    def rows(self, query: str) -> list[tuple[object, ...]]:
+        """Rows of the database."""
+        connection = sqlite3.connect(self.folder / "penstock.sqlite3", timeout=20)
+        try:
+            return connection.execute(query).fetchall()
+        finally:
+            connection.close()
+
+    def num_records(self, user: str) -> int:
+        """Requests in the history that named this `user`."""
+        return len(self.rows(f"SELECT id FROM inference_requestrecord WHERE user = '{user}'"))
