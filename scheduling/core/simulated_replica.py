@@ -1,0 +1,211 @@
+"""One simulated engine: the real planner and block accounting, with a cost model in place of the forward pass."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from scheduling.core.cost_model import StepCost, StepFeatures, SwapLink, cheaper_preemption, measure_parts
+from scheduling.core.outcome import Outcome
+from scheduling.core.planner import StepOutput, StepPlanner
+from scheduling.core.sequence import PartResult, SamplingParams, Sequence, StepPart
+
+EOS = 0
+"""The simulated end-of-sequence token."""
+TOKEN = 1
+NO_END = 2**62
+
+_SAMPLING = SamplingParams()
+_NO_TOKEN, _NEXT, _LAST = PartResult(), PartResult(TOKEN), PartResult(EOS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapSettings:
+    """Preempted sequences may go to host memory over this link."""
+
+    link: SwapLink
+    kv_bytes_per_token: int
+
+
+class SimulatedSequence(Sequence):
+    """A sequence that knows how long its answer will be."""
+
+    __slots__ = ("final_tokens", "outcome", "swapped_tokens")
+
+    def __init__(self, request_id: str, attempt: int, outcome: Outcome) -> None:
+        request = outcome.request
+        super().__init__(
+            id=request_id,
+            attempt=attempt,
+            tenant=request.tenant,
+            priority=request.priority,
+            arrival_s=request.arrival_s,
+            tokens=[TOKEN] * request.prompt_tokens,
+            num_prompt_tokens=request.prompt_tokens,
+            max_tokens=request.max_tokens,
+            sampling=_SAMPLING,
+        )
+        self.outcome = outcome
+        self.final_tokens = request.prompt_tokens + request.output_tokens
+        self.swapped_tokens = 0
+        """Computed tokens whose keys and values wait in host memory."""
+
+
+class SimulatedReplica:
+    """Runs steps of its planner in virtual time.
+
+    `begin_step` plans a step and sets `busy_until_s`; `end_step` applies it then. A run of steps in which the same
+    sequences each decode one token, which nothing from outside can change, is taken as one (`horizon_s` says until
+    when nothing can); every clock reading and every count is the same as if each step were planned.
+    """
+
+    def __init__(
+        self, planner: StepPlanner, cost: StepCost, *, swap: SwapSettings | None = None, fast_forward: bool = True
+    ) -> None:
+        self.planner = planner
+        self.busy_until_s: float | None = None
+        self.steps = 0
+        self.busy_s = 0.0
+        self.tokens = 0
+        """Output tokens made."""
+        self.batch_sizes: Counter[int] = Counter()
+        self._cost = cost
+        self._swap = swap
+        self._fast_forward = fast_forward
+        self._parts: list[StepPart] = []
+        self._num_swapped = 0
+
+    def begin_step(self, now_s: float, horizon_s: float) -> bool:
+        """Plan at `now_s` and start to compute; False where there is nothing to run."""
+        preemptions = self.planner.num_preemptions
+        parts = self._parts = self.planner.plan(now_s)
+        swap_s = self._swap_out() if self._swap and self.planner.num_preemptions > preemptions else 0.0
+        if not parts:
+            return False
+        features = measure_parts(parts)
+        if self._num_swapped:
+            features, swap_in_s = self._without_swapped(features)
+            swap_s += swap_in_s
+        seconds = self._cost.price(features) + swap_s
+        self.busy_until_s = now_s + seconds
+        num_steps = 1
+        self.busy_s += seconds
+        if self._fast_forward and features.decode_sequences == self.planner.num_running:
+            num_steps = self._run_ahead(features, horizon_s)
+        self.steps += num_steps
+        self.batch_sizes[len(parts)] += num_steps
+        return True
+
+    def end_step(self) -> list[StepOutput]:
+        """Apply the step that ends now: whoever got a token or ended."""
+        parts, self._parts, self.busy_until_s = self._parts, [], None
+        outputs = self.planner.apply(parts, [_sample(part) for part in parts])
+        self.tokens += len(outputs)
+        return outputs
+
+    def _run_ahead(self, features: StepFeatures, horizon_s: float) -> int:
+        """Take further steps of the same kind, up to the first that ends at the horizon; how many there were in all.
+
+        The last of them is left to `end_step`. Sums are formed in the order in which single steps form them.
+        """
+        assert self.busy_until_s is not None
+        limit = self._steps_until_change() if self.busy_until_s < horizon_s else 1
+        num_steps, end_s, busy_s = 1, self.busy_until_s, self.busy_s
+        sequences, context = features.decode_sequences, features.context_tokens
+        fixed_s = self._cost.price(features._replace(context_tokens=0))
+        context_token_s = self._cost.context_token_s
+        while num_steps < limit and end_s < horizon_s:
+            context += sequences
+            seconds = fixed_s + context * context_token_s
+            end_s += seconds
+            busy_s += seconds
+            num_steps += 1
+        if num_steps > 1:
+            self.busy_until_s, self.busy_s = end_s, busy_s
+            self._decode_at_once(num_steps - 1)
+        return num_steps
+
+    def _steps_until_change(self) -> int:
+        """Number of steps up to the one in which a sequence ends, as far as there are KV blocks for all."""
+        sequences = [part.sequence for part in self._parts]
+        steps = NO_END
+        for sequence in sequences:
+            assert isinstance(sequence, SimulatedSequence)
+            if sequence.outcome.first_token_s is None:
+                # The last token of a prompt, alone in its chunk, looks like a decode; its time is a first token's.
+                return 1
+            steps = min(steps, sequence.final_tokens - len(sequence.tokens))
+        allocator = self.planner.allocator
+        room = allocator.num_blocks - allocator.used
+
+        def missing(more: int) -> int:
+            return sum(max(0, allocator.blocks_for(len(s.tokens) + more) - len(s.block_table)) for s in sequences)
+
+        if missing(steps - 1) <= room:
+            return steps
+        low, high = 1, steps
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if missing(middle - 1) <= room else (low, middle)
+        return low
+
+    def _decode_at_once(self, num_tokens: int) -> None:
+        """Give each sequence of the step so many tokens, and blocks for them, as single steps would."""
+        allocator = self.planner.allocator
+        tokens = [TOKEN] * num_tokens
+        for part in self._parts:
+            sequence = part.sequence
+            sequence.tokens += tokens
+            sequence.num_computed += num_tokens
+            blocks = allocator.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
+            if blocks > 0:
+                sequence.block_table += allocator.allocate(blocks)
+        self.tokens += num_tokens * len(self._parts)
+
+    def _swap_out(self) -> float:
+        """Decide for the sequences preempted just now whether to keep what they computed; the seconds of moving it."""
+        assert self._swap is not None
+        seconds = 0.0
+        for sequence in self.planner.sequences[self.planner.num_running :]:
+            assert isinstance(sequence, SimulatedSequence)
+            num_tokens = len(sequence.tokens) - 1
+            if not sequence.num_output_tokens or sequence.swapped_tokens:
+                continue
+            bytes_each = self._swap.kv_bytes_per_token
+            how = cheaper_preemption(self._cost, self._swap.link, num_tokens=num_tokens, kv_bytes_per_token=bytes_each)
+            if how == "swap":
+                sequence.swapped_tokens = num_tokens
+                self._num_swapped += 1
+                seconds += self._swap.link.transfer_s(num_tokens * bytes_each)
+        return seconds
+
+    def _without_swapped(self, features: StepFeatures) -> tuple[StepFeatures, float]:
+        """The step without what comes back from host memory, and the seconds that takes."""
+        assert self._swap is not None
+        seconds, parts = 0.0, []
+        for part in self._parts:
+            sequence = part.sequence
+            assert isinstance(sequence, SimulatedSequence)
+            moved = min(part.num_tokens, max(0, sequence.swapped_tokens - sequence.num_computed))
+            if not moved:
+                parts.append(part)
+                continue
+            seconds += self._swap.link.transfer_s(moved * self._swap.kv_bytes_per_token)
+            if sequence.num_computed + moved == sequence.swapped_tokens:
+                sequence.swapped_tokens = 0
+                self._num_swapped -= 1
+            if part.samples:
+                # What is left to compute is its last token: a decode.
+                context = len(sequence.tokens)
+                features = features._replace(
+                    decode_sequences=features.decode_sequences + 1, context_tokens=features.context_tokens + context
+                )
+        rest = measure_parts(parts)
+        return features._replace(prefill_tokens=rest.prefill_tokens, attention_pairs=rest.attention_pairs), seconds
+
+
+def _sample(part: StepPart) -> PartResult:
+    """The next token of a part's sequence, the last of which ends it."""
+    if not part.samples:
+        return _NO_TOKEN
+    sequence = part.sequence
+    assert isinstance(sequence, SimulatedSequence)
+    return _LAST if len(sequence.tokens) + 1 == sequence.final_tokens else _NEXT

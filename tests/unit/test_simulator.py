@@ -1,0 +1,218 @@
+"""The simulator: nothing lost, time in order, fast-forward changes nothing, and queueing theory is met."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduling.core.backpressure import BackpressureLimits
+from scheduling.core.cost_model import DEFAULT_COST, StepCost, SwapLink
+from scheduling.core.outcome import ServiceTarget, ServiceTargets, SimulationResult
+from scheduling.core.planner import Mode
+from scheduling.core.policies import POLICIES, build_policy
+from scheduling.core.simulated_replica import SwapSettings
+from scheduling.core.simulator import AdmissionSettings, SimulationSettings, simulate
+from scheduling.core.sizing import SIZINGS, build_sizing
+from scheduling.core.trace import TraceRequest
+
+SWAP = SwapSettings(link=SwapLink(bytes_per_s=50e9), kv_bytes_per_token=131_072)
+TARGETS = ServiceTargets(default=ServiceTarget(ttft_s=0.5, e2e_s=2.0))
+
+
+def request(arrival_s: float, tenant: str = "a", prompt: int = 20, output: int = 5, **more: int) -> TraceRequest:
+    return TraceRequest(arrival_s, tenant, prompt, output, **{"max_tokens": output, **more})
+
+
+def fleet(**changes: Any) -> SimulationSettings:
+    base = SimulationSettings(
+        policy=build_policy("fifo"), batch_size=4, num_blocks=200, step_tokens=64, targets=TARGETS
+    )
+    return replace(base, **changes)
+
+
+def account(result: SimulationResult) -> list[tuple[object, ...]]:
+    """All that a simulation says of its requests."""
+    return [(o.state, o.reason, o.replica, o.claimed_s, o.first_token_s, o.finished_s) for o in result.outcomes]
+
+
+traces = st.lists(
+    st.tuples(
+        st.floats(0, 3),
+        st.sampled_from("abc"),
+        st.integers(1, 120),
+        st.integers(1, 90),
+        st.integers(0, 5),
+        st.integers(0, 30),
+    ),
+    min_size=1,
+    max_size=40,
+).map(
+    lambda rows: [
+        TraceRequest(at, tenant, prompt, output, priority, output + spare)
+        for at, tenant, prompt, output, priority, spare in sorted(rows)
+    ]
+)
+sizings: st.SearchStrategy[Callable[[int], Any] | None] = st.none() | st.sampled_from(sorted(SIZINGS)).map(
+    lambda name: lambda index: build_sizing(name, {"initial": 3}, random=Random(index))
+)
+fleets = st.builds(
+    SimulationSettings,
+    policy=st.sampled_from(sorted(POLICIES)).map(build_policy),
+    num_replicas=st.integers(1, 3),
+    mode=st.sampled_from(get_args(Mode)),
+    batch_size=st.integers(1, 8),
+    step_tokens=st.sampled_from([16, 64, 256]),
+    num_blocks=st.sampled_from([16, 20, 40, 400]),
+    targets=st.just(TARGETS),
+    sizing=sizings,
+    control_period_s=st.sampled_from([0.05, 0.31]),
+    admission=st.none() | st.builds(AdmissionSettings, queue_limit=st.integers(1, 20)),
+    swap=st.none() | st.just(SWAP),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(trace=traces, fleet=fleets)
+def test_fast_forward_gives_exactly_what_single_steps_give(
+    trace: list[TraceRequest], fleet: SimulationSettings
+) -> None:
+    fast = simulate(trace, fleet, DEFAULT_COST)
+    slow = simulate(trace, replace(fleet, fast_forward=False), DEFAULT_COST)
+    assert account(fast) == account(slow)
+    assert fast.batch_sizes == slow.batch_sizes
+    assert fast.size_changes == slow.size_changes
+    assert (fast.end_s, fast.steps, fast.preemptions) == (slow.end_s, slow.steps, slow.preemptions)
+    if fleet.num_replicas == 1:
+        assert fast.busy_s == slow.busy_s
+
+
+@settings(max_examples=60, deadline=None)
+@given(trace=traces, fleet=fleets)
+def test_every_request_ends_once_and_its_times_are_in_order(
+    trace: list[TraceRequest], fleet: SimulationSettings
+) -> None:
+    result = simulate(trace, fleet, DEFAULT_COST)
+    assert [o.request for o in result.outcomes] == trace
+    for outcome in result.outcomes:
+        assert outcome.state in ("finished", "refused")
+        if outcome.state == "refused":
+            assert outcome.reason in ("overloaded", "too long")
+            continue
+        times = (outcome.request.arrival_s, outcome.claimed_s, outcome.first_token_s, outcome.finished_s)
+        assert list(times) == sorted(t for t in times if t is not None)
+        assert outcome.tpot_s is None or outcome.tpot_s > 0
+    if fleet.admission is None:
+        limit = fleet.num_blocks * fleet.block_size
+        for outcome in result.outcomes:
+            is_too_long = outcome.request.prompt_tokens + outcome.request.max_tokens > limit
+            assert (outcome.state == "refused") == is_too_long
+    assert sum(result.batch_sizes.values()) == result.steps
+    assert result.busy_s <= result.end_s * fleet.num_replicas + 1e-9
+
+
+def test_one_request_takes_what_its_steps_cost() -> None:
+    cost = StepCost(step_s=0.01, prefill_token_s=1e-4, decode_sequence_s=1e-3, context_token_s=1e-6)
+    result = simulate([request(1.0, prompt=100, output=3)], fleet(), cost)
+    (outcome,) = result.outcomes
+    assert outcome.ttft_s is not None
+    assert outcome.ttft_s == pytest.approx(2 * 0.01 + 100 * 1e-4), "two chunks of 64 and 36"
+    assert outcome.e2e_s == pytest.approx(outcome.ttft_s + 2 * 0.011 + (101 + 102) * 1e-6)
+    assert result.batch_sizes == {1: 4}
+    assert result.busy_s == pytest.approx(outcome.e2e_s)
+
+
+def test_fifo_serves_in_order_and_a_higher_priority_overtakes_under_priority() -> None:
+    crowd = [request(0.001 * i, output=40) for i in range(12)]
+    trace = [*crowd, request(0.05, priority=0)]
+    late = {}
+    for name in ("fifo", "priority"):
+        outcomes = simulate(trace, fleet(policy=build_policy(name)), DEFAULT_COST).outcomes
+        starts = [o.claimed_s for o in outcomes[:-1] if o.claimed_s is not None]
+        assert starts == sorted(starts)
+        late[name] = outcomes[-1].claimed_s
+    assert late["priority"] is not None
+    assert late["fifo"] is not None
+    assert late["priority"] < late["fifo"]
+
+
+def test_fair_keeps_a_light_tenant_out_of_a_heavy_one_s_queue() -> None:
+    heavy = [request(0.0, "heavy", output=30) for _ in range(100)]
+    trace = sorted([*heavy, *(request(0.2 * i, "light") for i in range(1, 6))])
+    waits = {}
+    for name in ("fifo", "fair"):
+        outcomes = simulate(trace, fleet(policy=build_policy(name)), DEFAULT_COST).outcomes
+        waits[name] = [o.wait_s or 0.0 for o in outcomes if o.request.tenant == "light"]
+    assert max(waits["fair"]) * 5 < max(waits["fifo"])
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_waits_meet_queueing_theory(num_replicas: int) -> None:
+    """Serial service of constant length with random arrivals: M/D/1 (Pollaczek-Khinchine); for two, M/D/2 halves it."""
+    random, clock, load, service_s = Random(3), 0.0, 0.7, 0.1
+    trace = []
+    for _ in range(8_000):
+        clock += random.expovariate(load * num_replicas / service_s)
+        trace.append(request(clock, prompt=1, output=1))
+    cost = StepCost(step_s=service_s, prefill_token_s=0, decode_sequence_s=0, context_token_s=0)
+    result = simulate(trace, fleet(mode="serial", num_replicas=num_replicas), cost)
+    waits = [o.wait_s or 0.0 for o in result.outcomes]
+    single = load * service_s / (2 * (1 - load))
+    # M/D/2 from Cosmetatos' approximation: (1 + (1-r)(c-1)(sqrt(4+5c)-2)/(16rc)) / 2 of M/M/2.
+    expected = single if num_replicas == 1 else 0.5 * 1.029 * service_s * load**2 / (1 - load**2)
+    assert sum(waits) / len(waits) == pytest.approx(expected, rel=0.1)
+
+
+def test_preempted_requests_are_computed_again_at_a_cost_and_swapping_can_be_cheaper() -> None:
+    trace = [request(0.01 * i, prompt=60, output=150) for i in range(8)]
+    scarce = {"num_blocks": 40, "batch_size": 8}
+    roomy = simulate(trace, fleet(batch_size=8), DEFAULT_COST)
+    recomputed = simulate(trace, fleet(**scarce), DEFAULT_COST)
+    dear_prefill = replace(DEFAULT_COST, prefill_token_s=2e-3)
+    swapped = simulate(trace, fleet(**scarce, swap=SWAP), dear_prefill)
+    unswapped = simulate(trace, fleet(**scarce), dear_prefill)
+    assert roomy.preemptions == 0
+    assert recomputed.preemptions > 0
+    assert recomputed.end_s > roomy.end_s
+    assert swapped.busy_s < unswapped.busy_s
+
+
+def test_backpressure_refuses_low_priorities_first() -> None:
+    trace = [request(0.02 * i, output=60, priority=5 if i % 2 else 0) for i in range(200)]
+    limits = BackpressureLimits(wait_s=(1e9, 1e9, 1e9, 1e9))
+    admission = AdmissionSettings(queue_limit=20, limits=limits)
+    outcomes = simulate(trace, fleet(batch_size=1, admission=admission), DEFAULT_COST).outcomes
+    refused = [o.request.priority for o in outcomes if o.state == "refused"]
+    assert refused.count(5) > refused.count(0)
+    assert {o.reason for o in outcomes if o.state == "refused"} == {"overloaded"}
+
+
+def test_a_sizing_controller_sees_the_engine_and_is_obeyed() -> None:
+    trace = [request(0.01 * i, output=50) for i in range(300)]
+    sized = fleet(sizing=lambda _: build_sizing("throughput_first", {"initial": 2}), num_blocks=2000)
+    result = simulate(trace, sized, DEFAULT_COST)
+    assert len(result.size_changes) > 3
+    assert max(result.batch_sizes) > 10
+    assert result.size_changes[0].batch_size == 2
+    assert result.size_changes[1].reason.startswith("work waits")
+
+
+def test_dynamic_mode_waits_for_its_batch() -> None:
+    alone = simulate([request(1.0)], fleet(mode="dynamic"), DEFAULT_COST).outcomes[0]
+    assert alone.wait_s == 0.0
+    assert alone.ttft_s is not None
+    assert alone.ttft_s > 0.05
+    together = simulate([request(1.0)] * 4, fleet(mode="dynamic"), DEFAULT_COST).outcomes[0]
+    assert together.ttft_s is not None
+    assert together.ttft_s < 0.05
+
+
+def test_progress_is_told_up_to_the_end() -> None:
+    seen: list[int] = []
+    simulate([request(0.01 * i) for i in range(600)], fleet(), DEFAULT_COST, progress=seen.append)
+    assert seen == [256, 512, 600]
+    with pytest.raises(ValueError, match="at least one replica"):
+        fleet(num_replicas=0)
