@@ -71,10 +71,11 @@ class Intake(threading.Thread):
             self._changed.notify()
 
     def take(self) -> list[ActiveRequest]:
-        """What was claimed since the last call."""
+        """What was claimed since the last call; it has used up its room until the next `offer`."""
         if not self._claimed:
             return []
         with self._changed:
+            self._room, self._is_idle = self._left(), False
             taken = list(self._claimed)
             self._claimed.clear()
             return taken
@@ -120,7 +121,7 @@ class Intake(threading.Thread):
         """Claim for the room; an idle engine also claims a head of the queue that no room will ever fit."""
         owner = self._lease.owner
         claimed = self._claim_as(owner, room)
-        if not claimed.requests and claimed.depth and self._is_idle:
+        if not claimed.requests and claimed.depth and self._is_idle and not self._claimed:
             claimed = self._claim_as(owner, Room(1, NO_LIMIT))
         self.policy, self.revision = claimed.policy, claimed.revision
         if claimed.requests:
