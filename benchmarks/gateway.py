@@ -25,7 +25,7 @@ from benchmarks.peers import LITELLM, dummy_upstream, litellm_proxy
 from benchmarks.stack import MODEL, ROOT, Stack, ended, running_stack
 
 ANSWER_TOKENS = 16
-STREAM_TOKENS = 1000
+STREAM_TOKENS = 400
 """Length of the answers over which token events are counted."""
 WARMUP_S = 1.0
 PATH = "/v1/chat/completions"
@@ -40,6 +40,8 @@ class Case:
     clients: int
     stream: bool
     max_tokens: int = ANSWER_TOKENS
+    tokens_per_step: int = 1
+    """Of the instant engine, where it streams."""
 
     def body(self) -> str:
         """The request."""
@@ -55,6 +57,8 @@ CASES = [
     Case("stream, 64 clients", 64, True),
 ]
 TOKENS = Case("tokens, 64 clients", 64, True, STREAM_TOKENS)
+TOKENS_BY_FOUR = Case("tokens by four", 64, True, STREAM_TOKENS, tokens_per_step=4)
+"""Updates of four tokens, as a worker sends them when its link is behind its steps."""
 
 
 @dataclass(slots=True)
@@ -105,7 +109,7 @@ def measure_penstock(stack: Stack, case: Case, seconds: float) -> Figures:
     """
     key = stack.api_keys["team"]
     assert stack.web is not None
-    with ended(stack.start_engine(tokens_per_step=1 if case.stream else 0)):
+    with ended(stack.start_engine(tokens_per_step=case.tokens_per_step if case.stream else 0)):
         before = cpu_s(stack.web.pid)
         figures = measure(case, stack.port, key, seconds)
         spent = cpu_s(stack.web.pid) - before
@@ -147,7 +151,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for case in CASES:
                 for target, measure_target in found.items():
                     results.add(target, case, measure_target(case, options.seconds))
-            results.add("penstock", TOKENS, measure_penstock(stack, TOKENS, options.seconds))
+            for case in (TOKENS, TOKENS_BY_FOUR):
+                results.add("penstock", case, measure_penstock(stack, case, options.seconds))
     return {"machine": machine(), "versions": versions(options.peers), "results": results.summary()} | ratios(results)
 
 
@@ -157,6 +162,7 @@ def ratios(results: Results) -> dict[str, Any]:
     cpu_us = results.median("penstock", TOKENS.name, "web_cpu_us_per_token")
     out: dict[str, Any] = {
         "token_events_per_s": tokens_per_s,
+        "token_events_per_s_by_four": results.median("penstock", TOKENS_BY_FOUR.name, "tokens_per_s"),
         "token_events_per_s_of_one_core": 1e6 / cpu_us if cpu_us else None,
     }
     for kind in ("whole", "stream"):

@@ -23,6 +23,8 @@ from scheduling.store import Command, execute_many
 
 LEASE_S = 10.0
 STATUS_PERIOD_S = 0.25
+CLAIM_PERIOD_S = 0.002
+"""While others run, new requests are asked for at most this often."""
 MAX_REPLIES = 20_000
 encode = msgspec.msgpack.Encoder().encode
 
@@ -62,6 +64,7 @@ class InstantEngine:
         self._texts = {token_id: tokenizer.decode([token_id]) for token_id in self._vocabulary}
         self._running: dict[str, Running] = {}
         self._next_status_s = 0.0
+        self._next_claim_s = 0.0
         self._num_tokens = 0
         self._num_steps = 0
 
@@ -79,19 +82,22 @@ class InstantEngine:
         now = time.time()
         commands: list[Command[Any]] = []
         ended = self._speak(now, commands)
-        room = self._slots - len(self._running) + len(ended)
-        commands.append(self._queue.take_cancels(self._owner))
         if now >= self._next_status_s:
             commands.extend(self._status_commands(now))
-        commands.append(self._queue.claim(self._owner, max_requests=room, max_tokens=2**40, lease_s=LEASE_S))
+        asks = now >= self._next_claim_s or len(self._running) == len(ended)
+        if asks:
+            self._next_claim_s = now + CLAIM_PERIOD_S
+            room = self._slots - len(self._running) + len(ended)
+            commands.append(self._queue.take_cancels(self._owner))
+            commands.append(self._queue.claim(self._owner, max_requests=room, max_tokens=2**40, lease_s=LEASE_S))
         replies = execute_many(self._client, commands)
         for request_id in ended:
             del self._running[request_id]
-        self._take(replies[-1], now)
-        cancelled = next(reply for command, reply in zip(commands, replies, strict=True) if _is_cancels(command))
-        for request_id in cancelled:
-            if request_id in self._running:
-                self._running[request_id].cancelled = True
+        if asks:
+            self._take(replies[-1], now)
+            for request_id in replies[-2]:
+                if request_id in self._running:
+                    self._running[request_id].cancelled = True
         if not self._running:
             self._client.blpop([self._keys.bell(self._model)], timeout=STATUS_PERIOD_S)
 
@@ -200,10 +206,6 @@ class InstantEngine:
             Command(("ZADD", self._keys.replicas, now, "instant"), int),
             self._queue.renew(self._owner, LEASE_S),
         ]
-
-
-def _is_cancels(command: Command[Any]) -> bool:
-    return command.script is None and command.args[0] == "LRANGE"
 
 
 def _speakable(tokenizer: Tokenizer) -> list[int]:

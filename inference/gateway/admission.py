@@ -1,9 +1,11 @@
 """Letting one request in: length, backpressure, the tenant's limits, and its place in the fleet queue."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -80,6 +82,12 @@ class AdmissionDesk:
         """
         check_length(draft)
         max_depth = self._check_backpressure(draft)
+        if _is_unlimited(draft.tenant):
+            # The charge cannot be refused, so both go in one round trip; the charge is the first of them.
+            charging = self._pipeline.send(self._charge_command(draft))
+            charging.add_done_callback(_ignore_lost)
+            await self._enqueue(draft, request, max_depth)
+            return await charging
         admission = await self._charge(draft)
         try:
             await self._enqueue(draft, request, max_depth)
@@ -112,14 +120,18 @@ class AdmissionDesk:
                 code="request_exceeds_tokens_per_minute",
                 param="max_tokens",
             )
-        command = self.limits.acquire(
-            tenant.name, draft.id, rpm=tenant.rpm, tpm=tenant.tpm, concurrency=tenant.concurrency, tokens=tokens
-        )
-        admission = await self._pipeline.send_within(command, REDIS_WAIT_S)
+        admission = await self._pipeline.send_within(self._charge_command(draft), REDIS_WAIT_S)
         if not admission.ok:
             self.count_refusal(draft, admission.reason)
             raise _limit_reached(admission, tokens)
         return admission
+
+    def _charge_command(self, draft: Draft) -> Command[Admission]:
+        tenant = draft.tenant
+        tokens = len(draft.prompt_token_ids) + draft.max_tokens
+        return self.limits.acquire(
+            tenant.name, draft.id, rpm=tenant.rpm, tpm=tenant.tpm, concurrency=tenant.concurrency, tokens=tokens
+        )
 
     async def _enqueue(self, draft: Draft, request: InferenceRequest, max_depth: int) -> None:
         body = msgspec.msgpack.encode(request)
@@ -210,6 +222,10 @@ def to_request(draft: Draft) -> InferenceRequest:
     )
 
 
+def _is_unlimited(tenant: TenantConfig) -> bool:
+    return tenant.rpm is None and tenant.tpm is None and tenant.concurrency is None
+
+
 def _limit_reached(admission: Admission, tokens: int) -> RateLimited:
     sentences = {
         "requests_per_minute": f"The limit of {admission.limit_requests} requests per minute is reached.",
@@ -225,8 +241,8 @@ def _limit_reached(admission: Admission, tokens: int) -> RateLimited:
     )
 
 
-def _ignore_lost(future: object) -> None:
-    """A counter that Redis did not take is not worth an error."""
-    error = future.exception()  # type: ignore[attr-defined]
+def _ignore_lost(future: asyncio.Future[Any]) -> None:
+    """What Redis did not take while nobody waits for it is not worth an error."""
+    error = None if future.cancelled() else future.exception()
     if error is not None and not isinstance(error, RedisUnavailable):
-        log.error("A refusal could not be counted: %s", error)
+        log.error("Redis refused a command: %s", error)

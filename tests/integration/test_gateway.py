@@ -127,14 +127,15 @@ async def test_a_request_placed_under_an_old_revision_is_placed_again(
 
 async def test_each_priority_has_its_own_bound_on_the_queue(gateway: Gateway, astore: redis.asyncio.Redis) -> None:
     refused: dict[int, int] = {}
+    waits: list[float] = []
     for number in range(QUEUE_LIMIT * 6):
         priority = 5 - number // QUEUE_LIMIT
         try:
             await gateway.submit(draft(gateway, number, priority))
         except (QueueFull, Overloaded) as error:
-            assert error.retry_after_s is not None
-            assert error.retry_after_s >= 1
+            waits.append(error.retry_after_s or 0.0)
             refused.setdefault(priority, (await aexecute(astore, draft(gateway, 0).model.queue.snapshot())).depth)
+    assert min(waits) >= 1
     assert refused == {5: 10, 4: 14, 3: 17, 2: 19, 1: 20, 0: 20}
     usage = await aexecute(astore, gateway.desk.limits.usage("alpha"))
     assert usage.running == QUEUE_LIMIT
@@ -169,6 +170,7 @@ async def test_what_is_abandoned_leaves_nothing_behind(gateway: Gateway, astore:
         return (await aexecute(astore, model.queue.snapshot())).depth == 0 and usage.running == 0
 
     async with asyncio.timeout(5):
-        while not await is_empty():
-            await asyncio.sleep(0)
+        for _ in iter(int, 1):
+            if await is_empty():
+                break
     assert gateway.num_replies == 0
