@@ -1,7 +1,6 @@
 """The socket of the live page: a snapshot, then numbered updates. It takes no commands; those go through views."""
 
 import asyncio
-from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -51,9 +50,8 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
             self._aggregator.unsubscribe(self._subscription)
         for task in self._tasks:
             task.cancel()
-        for task in self._tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        # A send to a socket that has gone fails; that is how it ends, not an error.
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _feed(self, subscription: Subscription) -> None:
         # `send` waits while the client's buffers are full, so that a slow socket holds up only itself.

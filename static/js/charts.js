@@ -72,6 +72,7 @@ export class Chart {
     const { idx, left } = plot.cursor;
     this.tooltip.hidden = idx === null || idx === undefined || left < 0;
     if (this.tooltip.hidden) return;
+    if (plot.data[0][idx] === undefined) return;
     const rows = this.series.map((s) => [s, s.values[idx]]).filter(([, value]) => value !== null && (!this.stacked || value > 0));
     this.tooltip.replaceChildren(
       el("b", { text: clock(plot.data[0][idx] * 1000) }),

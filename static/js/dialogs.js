@@ -73,7 +73,7 @@ export class SwitchDialog extends ReasonDialog {
   }
 
   show(model, policy) {
-    this.model = model;
+    Object.assign(this, { model, policy });
     this.open();
     setText(this.form.querySelector('[data-slot="model"]'), model);
     const params = Object.entries(policy.params).map(([key, value]) => `${key} ${value}`).join(", ");
@@ -106,7 +106,16 @@ export class SwitchDialog extends ReasonDialog {
       wrong.focus();
       return `${wrong.name.split(".")[1]} must be a number from ${wrong.min} to ${wrong.max}.`;
     }
+    if (this.isInForce()) return "This is the policy in force. Choose another, or change a parameter.";
     return super.missing();
+  }
+
+  isInForce() {
+    if (this.form.elements.policy.value !== this.policy.name) return false;
+    return Object.entries(this.policy.params).every(([key, value]) => {
+      const input = this.form.elements[`${this.policy.name}.${key}`];
+      return !input || Number(input.value) === value;
+    });
   }
 
   url() {

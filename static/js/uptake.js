@@ -32,7 +32,7 @@ export class Uptake {
     this.pending.delete(model);
     const times = Object.values(mine.confirmed).filter((ms) => typeof ms === "number" && ms > 0);
     const within = times.length === live && live ? Math.max(...times) / 1000 : (performance.now() - mine.began) / 1000;
-    const text = live ? `All ${plural(live, "worker")} took up revision ${mine.revision} within ${duration(within)}.` : `Revision ${mine.revision} is in force; no worker runs.`;
+    const text = live ? `${live === 1 ? "The worker" : `All ${live} workers`} took up revision ${mine.revision} within ${duration(within)}.` : `Revision ${mine.revision} is in force; no worker runs.`;
     this.done.set(model, { revision: mine.revision, text });
     this.announce(text);
   }

@@ -76,7 +76,20 @@ function updateFact(node, [, value, share]) {
   if (share !== undefined) setVariable(bar, "--share", `${(100 * Math.min(1, share)).toFixed(1)}%`);
 }
 
-const VERBS = { "policy.switch": "switched policy" };
+const VERBS = {
+  "policy.switch": "switched the policy of",
+  "replica.pause": "paused worker",
+  "replica.resume": "resumed worker",
+  "replica.drain": "drained worker",
+  "tenant.create": "created tenant",
+  "tenant.update": "changed tenant",
+  "tenant.suspend": "suspended tenant",
+  "tenant.resume": "let in tenant",
+  "key.create": "created key",
+  "key.revoke": "revoked key",
+  "deployment.create": "deployed model",
+  "deployment.update": "changed model",
+};
 
 export function drawActions(parent, actions, now) {
   byId("actions-empty").hidden = actions.length > 0;
