@@ -21,12 +21,11 @@ local function repeated()
   return true
 end
 
-local function charge(flow, list, vt, weight, cost)
-  queue.vt = math.max(queue.vt, vt)
+local function move(flow, list, vt)
   if call('EXISTS', list) == 1 then
-    call('ZADD', queue.at .. ':flows', vt + cost / weight, flow)
+    call('ZADD', queue.at .. ':flows', vt, flow)
   else
-    drain(queue, flow, vt + cost / weight)
+    drain(queue, flow, vt)
   end
 end
 
@@ -34,9 +33,15 @@ end
 local function serve(flow, vt)
   local list = queue.at .. ':f:' .. flow
   local head = call('ZPOPMIN', list)
-  local id = string.sub(head[1], 18)
+  local id = string.sub(head[1] or '', 18)
   local record = Q .. ':req:' .. id
   local r = call('HMGET', record, 'entry', 'body', 'attempt', 'cancel')
+  if not r[1] then
+    -- Evicted or deleted by hand: a request without a record is gone, the others must not wait behind it.
+    if call('ZREM', ARRIVALS, id) == 1 then add(queue, 'depth', -1) end
+    move(flow, list, vt)
+    return true
+  end
   local entry, journal = cmsgpack.unpack(r[1]), call('GET', Q .. ':tok:' .. id) or ''
   local tokens = entry[PROMPT] + #journal / 4
   if tokens > room_tokens then
@@ -46,7 +51,8 @@ local function serve(flow, vt)
   room_tokens = room_tokens - tokens
 
   local weight, attempt = weight_of(queue, flow), r[3] + 1
-  charge(flow, list, vt, weight, entry[PROMPT] + entry[MAXIMUM])
+  queue.vt = math.max(queue.vt, vt)
+  move(flow, list, vt + (entry[PROMPT] + entry[MAXIMUM]) / weight)
   call('ZREM', ARRIVALS, id)
   call('HSET', record, 'state', 'running', 'attempt', attempt, 'owner', owner, 'e' .. queue.epoch, '')
   local lease = { flow, tonumber(head[2]), weight, queue.epoch, r[1] }
@@ -70,7 +76,6 @@ if not repeated() then
   if #rows > 0 then
     queue.depth = queue.depth - #rows
     queue.sets.vt = queue.vt
-    save(queue)
     call('ZREMRANGEBYSCORE', queue.at .. ':idle', '-inf', queue.vt)
     if ARGV[6] ~= '' then
       local given = {}
@@ -78,5 +83,6 @@ if not repeated() then
       call('SET', last, cmsgpack.pack({ ARGV[6], given }), 'EX', 600)
     end
   end
+  save(queue)
 end
 return { queue.revision, queue.policy, queue.depth, rows }

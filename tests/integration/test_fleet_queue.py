@@ -194,6 +194,18 @@ async def test_an_asyncio_client_runs_the_same_commands(astore: redis.asyncio.Re
     assert (await aexecute(astore, queue.snapshot())).oldest_arrival_s == 1000.0
 
 
+def test_requests_whose_record_was_evicted_hold_up_nobody(store: redis.Redis, keys: Keys, queue: FleetQueue) -> None:
+    fill(store, queue, 4)
+    store.delete(keys.request("demo", "r00000"), keys.request("demo", "r00002"))
+    assert ids_of(claim(store, queue, "gpu", 9)) == ["r00001", "r00003"]
+    place = build_policy("fifo").place(entry_of(9))
+    execute(store, queue.enqueue(entry_of(9), place, revision=0, body=b"", depth_limit=9))
+    store.delete(f"{queue.base}:e0:f:all")
+    assert ids_of(claim(store, queue, "gpu", 9)) == []
+    execute(store, queue.enqueue(entry_of(8), place, revision=0, body=b"", depth_limit=9))
+    assert ids_of(claim(store, queue, "gpu", 9)) == ["r00008"]
+
+
 def test_an_enqueue_rings_the_bell_of_a_waiting_engine(store: redis.Redis, keys: Keys, queue: FleetQueue) -> None:
     fill(store, queue, 1)
     assert store.blpop([keys.bell("demo")], timeout=5) is not None
