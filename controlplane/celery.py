@@ -5,11 +5,14 @@ as `celery -A controlplane worker -n ops@%h -Q ops -B`.
 """
 
 import os
+import signal
 import sys
 
 from celery import Celery
+from celery.signals import beat_embedded_init
 from django.conf import settings
 
+from controlplane.child import die_with_parent
 from controlplane.config import Config
 from inference.worker.bootstep import EngineStep
 from inference.worker.supervisor import SupervisorOptions
@@ -41,3 +44,9 @@ class ConfiguredEngineStep(EngineStep):
 
 
 app.steps["worker"].add(ConfiguredEngineStep)
+
+
+@beat_embedded_init.connect
+def end_beat_with_worker(**_: object) -> None:
+    """Beat is a process of its own; without this it outlives a killed ops worker and doubles its successor's work."""
+    die_with_parent(signal.SIGKILL, os.getppid())

@@ -56,7 +56,7 @@ CELERY_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:You're running the worker with s
 
 def gpu_process(config: Config, number: int) -> ProcessSpec:
     """A Celery worker that owns an engine process. It drains before it stops."""
-    replica = f"gpu-{number}"
+    replica = config.replica if number == 0 else f"{config.replica.removesuffix('-0')}-{number}"
     return ProcessSpec(
         name=replica,
         command=_celery("-n", f"gpu.{replica}@%h", "-Q", "gpu", "--concurrency=2", f"--loglevel={config.log_level}"),

@@ -1,6 +1,7 @@
 """kill -9 of every process while clients wait: nobody loses an answer, nothing is said twice."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -140,7 +141,7 @@ def test_the_policy_is_switched_under_load_and_every_worker_confirms(system: Who
     for thread in threads:
         thread.start()
     try:
-        with system.operator() as operator:
+        with contextlib.closing(system.operator()) as operator:
             for name in ("fair", "priority", "fifo"):
                 body = {"name": name, "reason": "acceptance test"}
                 answer = operator.post(f"/api/v1/models/{MODEL}/policy", json=body)

@@ -39,7 +39,9 @@ def test_ctrl_c_stops_everything_and_the_next_start_finds_the_data(other: WholeS
     )
     next(iter(stream))
     below = other.processes()
-    assert other.stop() < 10
+    stopped_in_s = other.stop()
+    stream.close()
+    assert stopped_in_s < 10
     assert not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert other.supervisor is not None
     assert other.supervisor.returncode == 0

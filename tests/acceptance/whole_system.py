@@ -57,6 +57,7 @@ class WholeSystem:
         self.environment = {**kept, "PENSTOCK_VAR": str(folder), "PENSTOCK_PORT": str(self.port), **settings}
         self.supervisor: psutil.Popen | None = None
         self._reader: threading.Thread | None = None
+        self._clients: dict[str, openai.OpenAI] = {}
 
     def start(self) -> float:
         """Start and wait until it says that it runs; how long that took, in seconds."""
@@ -106,6 +107,8 @@ class WholeSystem:
         assert self.supervisor is not None
         if self.supervisor.poll() is not None:
             return 0.0
+        while self._clients:
+            self._clients.popitem()[1].close()
         started = time.monotonic()
         self.supervisor.send_signal(signum)
         self.supervisor.wait(STOP_S + 20)
@@ -141,7 +144,11 @@ class WholeSystem:
 
     def client(self, tenant: str = "checkout") -> openai.OpenAI:
         """The official client, as a tenant. It must not hide a failure by trying again."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys()[tenant], max_retries=0, timeout=120)
+        if tenant not in self._clients:
+            self._clients[tenant] = openai.OpenAI(
+                base_url=f"{self.url}/v1", api_key=self.keys()[tenant], max_retries=0, timeout=120
+            )
+        return self._clients[tenant]
 
     def aclient(self, tenant: str = "checkout") -> openai.AsyncOpenAI:
         """The same for asyncio."""

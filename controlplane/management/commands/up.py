@@ -48,7 +48,7 @@ class Command(BaseCommand):
             with preflight.lock_var(config):
                 kinds = (only,) if only else KINDS
                 listener = preflight.listen(config) if "web" in kinds else None
-                self._check(config)
+                self._check(config, kinds)
                 failure = asyncio.run(self._run(config, kinds, listener))
         except (preflight.CannotStart, NoServer) as error:
             raise CommandError(str(error)) from None
@@ -59,14 +59,15 @@ class Command(BaseCommand):
         if failure:
             raise CommandError(failure)
 
-    def _check(self, config: Config) -> None:
+    def _check(self, config: Config, kinds: tuple[str, ...]) -> None:
         """All that can be known and prepared before a process starts."""
         preflight.check_redis(config)
         preflight.check_database(config)
         if not config.redis_url:
             server_command(config)
         call_command("migrate", verbosity=0, interactive=False)
-        train_model(config)
+        if "gpu" in kinds:
+            train_model(config)
 
     async def _run(self, config: Config, kinds: tuple[str, ...], listener: socket.socket | None) -> str:
         """From the first process to the last; a sentence where a process would not stay up."""
@@ -76,7 +77,7 @@ class Command(BaseCommand):
             if not config.redis_url:
                 await supervisor.start([redis_process()])
                 await self._wait_for_redis(config)
-            secrets = await sync_to_async(_set_up)(config)
+            secrets = await sync_to_async(_set_up)(config, kinds)
             specs = [gpu_process(config, number) for number in range(config.gpu_workers)] if "gpu" in kinds else []
             if listener is not None:
                 specs.append(web_process(config, listener.fileno()))
@@ -130,17 +131,18 @@ class Command(BaseCommand):
             await asyncio.sleep(POLL_S)
 
 
-def _set_up(config: Config) -> Secrets | None:
+def _set_up(config: Config, kinds: tuple[str, ...]) -> Secrets | None:
     """What is in the database before anybody asks for it; Redis has to run, which hears of changes."""
-    try:
-        offer_model(config)
-    except CheckpointError as error:
-        raise preflight.CannotStart(
-            f"The demo model cannot be served: {error} Remove {model_folder(config)}; the next start trains it again."
-        ) from None
-    preflight.check_checkpoint(config)
+    if "gpu" in kinds:
+        try:
+            offer_model(config)
+        except CheckpointError as error:
+            raise preflight.CannotStart(
+                f"The demo model cannot be served: {error} Remove {model_folder(config)}; the next start trains it."
+            ) from None
+        preflight.check_checkpoint(config)
     publish()
-    return prepare_accounts(config)
+    return prepare_accounts(config) if kinds == KINDS else None
 
 
 def _replicas() -> list[ReplicaStatus]:
