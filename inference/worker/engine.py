@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
 """A Redis that is silent for this long counts as lost."""
-FAREWELL_S = 2.0
+FAREWELL_S = 1.0
 """How long the last steps may take to reach Redis at the end; what does not is computed again elsewhere."""
 
 

@@ -24,7 +24,7 @@ COMPLAINT_PERIOD_S = 15.0
 BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Pauses before an engine that ended is started again; back to none once one has served for STABLE_S."""
 STABLE_S = 30.0
-FAREWELL_S = 3.0
+FAREWELL_S = 2.0
 """How long an engine may take to end beyond its drain."""
 ANSWER_S = 1.5
 REMEMBERED: dict[str, str] = {

@@ -65,6 +65,14 @@ def _by_right(entry: _Entry) -> tuple[int, float, int]:
     return entry.right
 
 
+def _is_ending(sequence: Sequence) -> bool:
+    """Whether the next step gives the last token that `max_tokens` allows."""
+    return (
+        sequence.num_prompt_tokens + sequence.max_tokens - len(sequence.tokens) == 1
+        and len(sequence.tokens) - sequence.num_computed == 1
+    )
+
+
 class StepPlanner:
     """The batch of one engine: sequences that wait for admission, in order, and those that run, by their right.
 
@@ -182,11 +190,16 @@ class StepPlanner:
         return shrunk
 
     def room(self) -> Room:
-        """What may be claimed now, so that it runs soon. An idle planner has room for its whole KV cache."""
-        requests = self.max_batch_size - len(self._waiting) - len(self._running)
+        """What may be claimed now, to run in the next step or the one after it.
+
+        A sequence whose next token is surely its last makes room already: what is claimed during that step takes its
+        place without a gap. An idle planner has room for its whole KV cache.
+        """
+        ending = [entry.sequence for entry in self._running if _is_ending(entry.sequence)]
+        requests = self.max_batch_size - len(self._waiting) - len(self._running) + len(ending)
         if requests <= 0 or self._is_closed:
             return Room(0, 0)
-        free = self.allocator.num_free
+        free = self.allocator.num_free + sum(len(sequence.block_table) for sequence in ending)
         if self._entries:
             free -= self._watermark_blocks + sum(
                 self.allocator.blocks_for(len(entry.sequence.tokens)) for entry in self._waiting

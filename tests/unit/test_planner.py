@@ -237,6 +237,19 @@ def test_room_counts_slots_and_blocks_that_nobody_will_need() -> None:
     assert planner.room() == (0, 0)
 
 
+def test_a_sequence_that_gives_its_last_token_next_makes_room_already() -> None:
+    planner = make_planner(batch=2, blocks=10)
+    planner.add(make_sequence("short", prompt=5, output=2))
+    planner.add(make_sequence("long", prompt=5, output=9))
+    assert planner.room() == (0, 0)
+    planner.apply(parts := planner.plan(0.0), results_of(parts))
+    assert planner.room() == (1, (10 - 4 + 2 - 1) * 4)
+    planner.add(make_sequence("next", prompt=5, output=9))
+    assert planner.room() == (0, 0)
+    planner.apply(parts := planner.plan(0.0), results_of(parts))
+    assert ids(planner.plan(0.0)) == ["long", "next"]
+
+
 def test_out_of_memory_preempts_and_halves_the_budget_until_nothing_is_left_to_shrink() -> None:
     planner = make_planner(step_tokens=64)
     planner.add(make_sequence("a", prompt=60))
