@@ -87,7 +87,8 @@ export class SwitchDialog extends ReasonDialog {
       if (input) input.value = value;
     }
     this.follow();
-    this.form.querySelector("input[name=policy]:checked, input[name=policy]")?.focus();
+    const radios = [...this.form.elements.policy];
+    (radios.find((radio) => radio.checked) ?? radios[0]).focus();
   }
 
   follow() {

@@ -181,6 +181,7 @@ def visit(visitor: BrowserContext, sessions: dict[str, list[Any]]) -> Visit:
         else:
             sign_in(page, name)
         expect(page.locator("#connection")).to_have_text("Live")
+        expect(page.locator('[data-figure="depth"]')).to_have_text(re.compile(r"^\d"))
         sessions[name] = visitor.cookies()
         return page
 
@@ -212,9 +213,7 @@ def test_signing_in_leads_to_the_live_page_without_an_error_in_the_console(visit
     assert page.request.get("/").headers["content-security-policy"].startswith("default-src 'self';")
 
 
-def test_a_new_request_is_on_the_page_within_two_seconds(
-    visit: Visit, fleet: FleetWriter, sessions: dict[str, list[Any]]
-) -> None:
+def test_a_new_request_is_on_the_page_within_two_seconds(visit: Visit, fleet: FleetWriter) -> None:
     page = visit()
     before = depth(page)
     for _ in range(3):
@@ -225,7 +224,7 @@ def test_a_new_request_is_on_the_page_within_two_seconds(
     expect(page.locator("#split tr", has_text="chat")).to_contain_text("3")
 
 
-def test_backpressure_shows_its_level_and_why(visit: Visit, fleet: FleetWriter, sessions: dict[str, list[Any]]) -> None:
+def test_backpressure_shows_its_level_and_why(visit: Visit, fleet: FleetWriter) -> None:
     page = visit()
     while depth(page) < 60:
         for _ in range(60 - depth(page)):
@@ -238,9 +237,7 @@ def test_backpressure_shows_its_level_and_why(visit: Visit, fleet: FleetWriter, 
     expect(page.locator("#level")).to_contain_text("0 of 4, none", timeout=3000)
 
 
-def test_an_operator_switches_with_a_reason_and_sees_every_worker_take_it_up(
-    visit: Visit, sessions: dict[str, list[Any]]
-) -> None:
+def test_an_operator_switches_with_a_reason_and_sees_every_worker_take_it_up(visit: Visit) -> None:
     page = visit()
     page.get_by_role("button", name="Switch policy…").click()
     page.get_by_role("radio", name=re.compile("^priority")).check()
@@ -267,6 +264,7 @@ def test_the_policy_can_be_switched_by_keyboard_alone(visit: Visit) -> None:
         if focused.get_attribute("id") == "switch":
             break
     page.keyboard.press("Enter")
+    assert focused.get_attribute("value") == page.locator("#policy-name").inner_text()
     page.keyboard.press("ArrowDown")
     assert page.locator("#switch-dialog").evaluate("dialog => dialog.contains(document.activeElement)")
     chosen = page.locator("input[name=policy]:checked").get_attribute("value")
@@ -281,9 +279,7 @@ def test_the_policy_can_be_switched_by_keyboard_alone(visit: Visit) -> None:
     assert focused.get_attribute("id") == "switch"
 
 
-def test_a_viewer_sees_everything_and_can_switch_nothing(
-    visit: Visit, fleet: FleetWriter, sessions: dict[str, list[Any]]
-) -> None:
+def test_a_viewer_sees_everything_and_can_switch_nothing(visit: Visit, fleet: FleetWriter) -> None:
     page = visit("victor")
     expect(page.locator(".slot:not(.free)")).to_have_count(5)
     expect(page.get_by_role("button", name="Switch policy…")).to_have_count(0)
@@ -311,7 +307,7 @@ def test_an_account_without_a_group_is_refused_in_a_sentence(visitor: BrowserCon
 
 
 def test_the_page_comes_back_after_a_reload_a_gap_and_a_dropped_socket(
-    visitor: BrowserContext, visit: Visit, fleet: FleetWriter, sessions: dict[str, list[Any]]
+    visitor: BrowserContext, visit: Visit, fleet: FleetWriter
 ) -> None:
     routes: list[WebSocketRoute] = []
     losses = [0]
@@ -378,7 +374,7 @@ def test_the_page_fits_a_narrow_screen(visit: Visit) -> None:
 
 
 def test_the_page_shows_stale_figures_and_comes_back_when_the_server_was_restarted(
-    visit: Visit, web: WebProcess, fleet: FleetWriter, sessions: dict[str, list[Any]]
+    visit: Visit, web: WebProcess, fleet: FleetWriter
 ) -> None:
     page = visit()
     before = depth(page)
