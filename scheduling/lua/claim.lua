@@ -54,7 +54,8 @@ local function serve(flow, vt)
   queue.vt = math.max(queue.vt, vt)
   move(flow, list, vt + (entry[PROMPT] + entry[MAXIMUM]) / weight)
   call('ZREM', ARRIVALS, id)
-  call('HSET', record, 'state', 'running', 'attempt', attempt, 'owner', owner, 'e' .. queue.epoch, '')
+  call('HDEL', queue.at .. ':at', id)
+  call('HSET', record, 'state', 'running', 'attempt', attempt, 'owner', owner)
   local lease = { flow, tonumber(head[2]), weight, queue.epoch, r[1] }
   call('HSET', own, id, attempt .. ':' .. cmsgpack.pack(lease))
   if r[4] then call('RPUSH', Q .. ':cancels:' .. owner, id) end

@@ -11,7 +11,7 @@ local entry, placement = packed[1], packed[2]
 entry[NUMBER] = queue.enqueued + 1
 local digits = string.format('%016d', entry[NUMBER])
 call('HSET', record, 'body', body, 'state', 'queued', 'attempt', 0, 'entry', cmsgpack.pack(entry),
-  'e' .. queue.epoch, digits .. placement[1])
+  'at', queue.epoch .. ':' .. digits .. placement[1])
 call('ZADD', ARRIVALS, entry[ARRIVAL], id)
 call('ZADD', queue.at .. ':f:' .. placement[1], placement[3], digits .. ':' .. id)
 set_backlogged(queue, placement[1], placement[2])

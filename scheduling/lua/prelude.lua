@@ -10,8 +10,9 @@
 --                  served in order of arrival
 --   :owners        owners by the end of their lease          :own:OWNER   id -> attempt, colon, packed lease
 --   :last:OWNER    its last numbered claim                   :cancels:OWNER   ids to stop
---   :req:ID        the record: body, state, attempt, entry (packed), eN (arrival number and flow in that epoch), owner,
+--   :req:ID        the record: body, state, attempt, entry (packed), at (epoch, colon, arrival number, flow), owner,
 --                  cancel, finish, output, ended (time)      :tok:ID   the journal       :web:WEB   its live ids
+--   :eN:at         id -> arrival number, flow, of waiting requests that a switch placed, where `at` is of an older epoch
 --   :switch        a switch's lock      :dirty   ids touched during it      :epochs   those that may have keys
 local call = redis.call
 local Q = KEYS[1]
@@ -104,7 +105,7 @@ end
 local function place(queue, id, number, flow, weight, rank)
   local digits = string.format('%016d', number)
   call('ZADD', queue.at .. ':f:' .. flow, rank, digits .. ':' .. id)
-  call('HSET', Q .. ':req:' .. id, 'e' .. queue.epoch, digits .. flow)
+  call('HSET', Q .. ':req:' .. id, 'at', queue.epoch .. ':' .. digits .. flow)
   set_backlogged(queue, flow, weight)
 end
 
@@ -117,8 +118,13 @@ end
 
 -- Where a waiting request stands: its flow and its member there; nil while unplaced.
 local function locate(queue, id)
-  local placed = call('HGET', Q .. ':req:' .. id, 'e' .. queue.epoch)
-  if not placed or placed == '' then return nil end
+  local prefix, placed = queue.epoch .. ':', call('HGET', Q .. ':req:' .. id, 'at')
+  if placed and string.sub(placed, 1, #prefix) == prefix then
+    placed = string.sub(placed, #prefix + 1)
+  else
+    placed = call('HGET', queue.at .. ':at', id)
+  end
+  if not placed then return nil end
   return string.sub(placed, 17), string.sub(placed, 1, 16) .. ':' .. id
 end
 
@@ -130,7 +136,7 @@ local function unplace(queue, id)
   end
   local list = queue.at .. ':f:' .. flow
   call('ZREM', list, member)
-  call('HDEL', Q .. ':req:' .. id, 'e' .. queue.epoch)
+  call('HDEL', queue.at .. ':at', id)
   if call('EXISTS', list) == 0 then
     drain(queue, flow, tonumber(call('ZSCORE', queue.at .. ':flows', flow)))
   end

@@ -6,14 +6,16 @@ call('PEXPIRE', Q .. ':switch', ARGV[2])
 local building = { epoch = ARGV[3], at = Q .. ':e' .. ARGV[3], vt = 0, sums = {}, sets = {} }
 
 for _, group in ipairs(cmsgpack.unpack(ARGV[4])) do
-  local flow, requests, members = group[1], group[3], {}
+  local flow, requests, members, places = group[1], group[3], {}, {}
   for i = 1, #requests, 3 do
     local digits, id = string.format('%016d', requests[i + 1]), requests[i + 2]
     members[#members + 1] = requests[i]
     members[#members + 1] = digits .. ':' .. id
-    call('HSET', Q .. ':req:' .. id, 'e' .. ARGV[3], digits .. flow)
+    places[#places + 1] = id
+    places[#places + 1] = digits .. flow
   end
   call('ZADD', building.at .. ':f:' .. flow, unpack(members))
+  call('HSET', building.at .. ':at', unpack(places))
   set_backlogged(building, flow, group[2])
 end
 for _, id in ipairs(cmsgpack.unpack(ARGV[5])) do

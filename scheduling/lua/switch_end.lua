@@ -11,7 +11,7 @@ for _, epoch in ipairs(call('SMEMBERS', Q .. ':epochs')) do
     end
     left = left + call('ZCARD', at .. ':flows')
     if call('EXISTS', at .. ':flows') == 0 then
-      call('UNLINK', at .. ':idle')
+      call('UNLINK', at .. ':idle', at .. ':at')
       call('SREM', Q .. ':epochs', epoch)
     end
   end
