@@ -71,7 +71,7 @@ function drawModel(name, model, replicas, rows, now) {
 }
 
 function drawLegend(replicas) {
-  const names = [...new Set(replicas.flatMap(([, r]) => r.slots.map((slot) => slot[1])))].sort();
+  const names = [...new Set(replicas.flatMap(([, r]) => r.slots.map((slot) => slot[1])))].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
   keyed(byId("legend"), names.slice(0, 12), (n) => n, (n) => el("li", {}, el("i", { class: "swatch" }), ` ${n}`), (node, n) => {
     node.firstElementChild.style.setProperty("--colour", tenantColour(n));
     node.firstElementChild.classList.toggle("hatched", tenantHatched(n));
@@ -117,7 +117,6 @@ let faults = {};
 function onStatus(status, heard) {
   setAttribute(byId("connection"), "data-state", status);
   setText(byId("connection").querySelector(".label"), LABELS[status]);
-  document.body.classList.toggle("stale", status !== "live" && snapshot !== null);
   feedProblem = null;
   if (status === "stale") feedProblem = [`The feed is stale since ${clock(heard)}. Trying to reach the server again; the figures below are the last ones heard.`];
   if (status === "connecting" && !snapshot) feedProblem = ["The server does not answer yet. Trying again."];
@@ -134,6 +133,8 @@ function drawFaults(now) {
 }
 
 function drawBanner() {
+  const old = feedProblem !== null || Boolean(faults.redis ?? faults.dashboard);
+  document.body.classList.toggle("stale", old && snapshot !== null);
   const lines = feedProblem ? [feedProblem] : Object.values(faults).map((f) => [`${f.message} Since ${clock(f.since_s * 1000)}.`]);
   byId("banner").hidden = lines.length === 0;
   byId("banner").replaceChildren(...lines.map((parts) => el("p", {}, ...parts.flatMap((part) => [part, " "]))));

@@ -11,7 +11,7 @@ export function drawFigures(model, replicas) {
   figure("depth", count(model.depth));
   figure("depth-sub", `of ${count(model.queue_limit)}, ${count(model.waiting_tokens)} tokens`);
   figure("oldest", brief(model.oldest_wait_s));
-  figure("oldest-sub", model.depth === 0 ? "nothing waits" : model.estimated_wait_s === undefined ? "nothing drains the queue" : `new ones wait ≈ ${brief(model.estimated_wait_s)}`);
+  figure("oldest-sub", model.depth === 0 ? "nothing waits" : model.estimated_wait_s === undefined ? "no estimate yet" : `new ones wait ≈ ${brief(model.estimated_wait_s)}`);
   figure("running", count(model.running));
   figure("running-sub", slots ? `of ${plural(slots, "slot")}` : "no worker");
   figure("tokens", rate(model.tokens_per_s));
@@ -58,7 +58,7 @@ const priorityRows = (model) =>
 
 function tenantRows(model) {
   const rows = Object.entries(model.by_tenant).map(([label, num]) => ({ label, num, colour: tenantColour(label), hatched: tenantHatched(label) }));
-  rows.sort((a, b) => b.num - a.num || a.label.localeCompare(b.label));
+  rows.sort((a, b) => b.num - a.num || a.label.localeCompare(b.label, "en", { numeric: true }));
   if (model.other_tenants) rows.push({ label: "others", num: model.other_tenants, colour: "var(--tenant-other)" });
   return rows;
 }
