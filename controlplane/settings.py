@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from django.templatetags.static import static
 from django.urls import reverse_lazy
 
 from controlplane.config import ROOT, Config, load_config
@@ -125,8 +126,10 @@ DATA_UPLOAD_MAX_MEMORY_SIZE = PENSTOCK.max_body_bytes
 # Time and language
 
 LANGUAGE_CODE = "en-us"
+USE_I18N = False
 USE_TZ = True
 TIME_ZONE = "UTC"
+FORMAT_MODULE_PATH = "controlplane.formats"
 
 # Static files: whitenoise serves them straight from their folders, so that nothing has to be collected first.
 
@@ -230,7 +233,8 @@ UNFOLD = {
     "SITE_HEADER": "Penstock",
     "SITE_SUBHEADER": "Administration",
     "SITE_URL": "/",
-    "SITE_SYMBOL": "water_pump",
+    "SITE_ICON": lambda request: static("penstock.svg"),
+    "SITE_FAVICONS": [{"rel": "icon", "type": "image/svg+xml", "href": lambda request: static("penstock.svg")}],
     "SHOW_HISTORY": True,
     "SHOW_VIEW_ON_SITE": True,
     "BORDER_RADIUS": "6px",
@@ -238,6 +242,11 @@ UNFOLD = {
     "SIDEBAR": {
         "show_search": False,
         "navigation": [
+            {
+                "items": [
+                    {"title": "Live dashboard", "icon": "monitoring", "link": "/", "active": lambda request: False}
+                ]
+            },
             {
                 "title": "Who may send what",
                 "items": [

@@ -119,8 +119,8 @@ class RequestRecordAdmin(ReadOnlyAdmin):
     """Requests that ended."""
 
     list_display = [
-        "finished_at", "request_id", "tenant", "model", "priority", "ended", "prompt_tokens", "completion_tokens",
-        "ttft", "e2e", "replica", "policy",
+        "finished_at", "request_id", "tenant", "model", "priority", "ended", "tokens", "ttft", "e2e", "replica",
+        "policy",
     ]  # fmt: skip
     search_fields = ["=request_id"]
     search_help_text = "Request id"
@@ -138,6 +138,10 @@ class RequestRecordAdmin(ReadOnlyAdmin):
     def ended(self, row: RequestRecord) -> tuple[str, str]:
         return row.finish_reason, row.error_code or row.finish_reason
 
+    @display(description="tokens in, out", ordering="completion_tokens")
+    def tokens(self, row: RequestRecord) -> str:
+        return f"{row.prompt_tokens:,} + {row.completion_tokens:,}"
+
     @display(description="first token")
     def ttft(self, row: RequestRecord) -> str:
         return "-" if row.ttft_s is None else _duration(row.ttft_s)
@@ -152,11 +156,14 @@ class BatchRecordAdmin(ReadOnlyAdmin):
     """Seconds of replicas."""
 
     list_display = [
-        "second", "replica", "model", "steps", "batch", "prompt_tokens", "output_tokens", "step_time", "kv",
-        "preemptions", "mode", "policy",
+        "second", "replica", "model", "steps", "batch", "tokens", "step_time", "kv", "preemptions", "mode", "policy",
     ]  # fmt: skip
     list_filter = [("second", RangeDateTimeFilter), ReplicaFilter, ModelFilter]
     list_filter_submit = True
+
+    @display(description="tokens in, out", ordering="output_tokens")
+    def tokens(self, row: BatchRecord) -> str:
+        return f"{row.prompt_tokens:,} + {row.output_tokens:,}"
 
     @display(description="batch (mean, max)", ordering="batch_size_mean")
     def batch(self, row: BatchRecord) -> str:

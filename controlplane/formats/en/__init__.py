@@ -1,0 +1,1 @@
+"""English, with unambiguous dates and seconds."""
