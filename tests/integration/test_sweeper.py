@@ -1,0 +1,98 @@
+"""The sweeper gives back what dead processes held."""
+
+import msgspec
+import pytest
+import redis
+
+from inference.messages import InferenceRequest, RequestEvent
+from inference.sweeper import SLOT_GRACE_S, Sweeper
+from scheduling.core.policies import build_policy
+from scheduling.core.request import QueueEntry
+from scheduling.core.sequence import SamplingParams
+from scheduling.fleet import FleetQueue
+from scheduling.keys import Keys
+from scheduling.limits import TenantLimits
+from scheduling.store import execute
+
+NOW_S = 1_760_000_000.0
+
+
+@pytest.fixture
+def queue(store: redis.Redis, keys: Keys) -> FleetQueue:
+    store.hset(keys.deployments, "demo", "{}")
+    return FleetQueue(keys, "demo")
+
+
+def enqueue(store: redis.Redis, queue: FleetQueue, request_id: str, web: str) -> None:
+    request = InferenceRequest(
+        id=request_id, model="demo", tenant="acme", priority=3, arrival_s=NOW_S, prompt_token_ids=[1, 2, 3],
+        max_tokens=7, sampling=SamplingParams(), reply_to=web, charged_tokens=10,
+    )  # fmt: skip
+    entry = QueueEntry(id=request_id, tenant="acme", priority=3, arrival_s=NOW_S, prompt_tokens=3, max_tokens=7)
+    limits = TenantLimits(queue.keys)
+    execute(store, limits.acquire("acme", request_id, rpm=None, tpm=None, concurrency=9, tokens=10))
+    body = msgspec.msgpack.encode(request)
+    place = build_policy("fifo").place(entry)
+    execute(store, queue.enqueue(entry, place, revision=0, body=body, depth_limit=99, reply_to=web))
+
+
+def running(store: redis.Redis, keys: Keys) -> int:
+    return execute(store, TenantLimits(keys).usage("acme")).running
+
+
+def history(store: redis.Redis, keys: Keys) -> list[RequestEvent]:
+    entries = store.xrange(keys.history)
+    return [event for _, f in entries for event in msgspec.msgpack.decode(f[b"m"], type=list[RequestEvent])]
+
+
+def test_waiting_requests_of_a_dead_web_process_are_cancelled_settled_and_recorded(
+    store: redis.Redis, keys: Keys, queue: FleetQueue
+) -> None:
+    enqueue(store, queue, "r1", "web-dead")
+    enqueue(store, queue, "r2", "web-alive")
+    store.zadd(keys.webs, {"web-dead": NOW_S - 1, "web-alive": NOW_S + 5})
+    sweeper = Sweeper(store, keys, clock=lambda: NOW_S)
+    sweeper.run_once()
+    sweeper.run_once()
+    assert execute(store, queue.snapshot()).depth == 1
+    assert running(store, keys) == 1
+    (event,) = history(store, keys)
+    assert (event.id, event.state, event.finish_reason, event.prompt_tokens) == ("r1", "cancelled", "cancelled", 3)
+    assert store.zrange(keys.webs, 0, -1) == [b"web-alive"]
+
+
+def test_running_requests_of_a_dead_web_process_are_stopped_before_it_is_forgotten(
+    store: redis.Redis, keys: Keys, queue: FleetQueue
+) -> None:
+    enqueue(store, queue, "r1", "web-dead")
+    execute(store, queue.claim("gpu-0:1", max_requests=1, max_tokens=99, lease_s=60))
+    store.zadd(keys.webs, {"web-dead": NOW_S - 1})
+    sweeper = Sweeper(store, keys, clock=lambda: NOW_S)
+    sweeper.run_once()
+    assert execute(store, queue.take_cancels("gpu-0:1")) == ["r1"]
+    assert store.zcard(keys.webs) == 1
+    execute(store, queue.finish("gpu-0:1", "r1", 1, state="cancelled", used_tokens=3, finish=b"", output=""))
+    sweeper.run_once()
+    assert store.zcard(keys.webs) == 0
+
+
+def test_requests_of_a_dead_engine_go_back_to_the_queue(store: redis.Redis, keys: Keys, queue: FleetQueue) -> None:
+    enqueue(store, queue, "r1", "web")
+    execute(store, queue.claim("gpu-0:1", max_requests=1, max_tokens=99, lease_s=5, now=NOW_S))
+    Sweeper(store, keys).run_once()
+    snapshot = execute(store, queue.snapshot())
+    assert (snapshot.depth, snapshot.running, snapshot.requeued_total) == (1, 0, 1)
+
+
+def test_slots_of_lost_requests_are_freed_and_others_kept(store: redis.Redis, keys: Keys, queue: FleetQueue) -> None:
+    enqueue(store, queue, "r1", "web")
+    limits = TenantLimits(keys)
+    execute(store, limits.acquire("acme", "lost", rpm=None, tpm=None, concurrency=9, tokens=0))
+    sweeper = Sweeper(store, keys)
+    sweeper.run_once()
+    assert sweeper.free_slots(["acme"]) == 0, "too young to be sure"
+    seconds, _ = store.time()
+    later = Sweeper(store, keys, clock=lambda: seconds + SLOT_GRACE_S + 5)
+    later.run_once()
+    assert later.free_slots(["acme", "nobody"]) == 1
+    assert running(store, keys) == 1
