@@ -38,7 +38,7 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
         await _lifespan(scope, receive, send)
     elif kind == "websocket":
         await _sockets(scope, receive, send)
-    elif scope["path"].startswith("/v1/"):
+    elif scope["path"].startswith("/v1/") or scope["path"] == "/v1":
         await _openai(scope, receive, send)
     elif (probe := _probes.get(scope["path"])) is not None:
         await probe(scope, receive, send)

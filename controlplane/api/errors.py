@@ -21,6 +21,7 @@ STATUS: dict[type[gateway.GatewayError], int] = {
 
 STATUS_BY_CODE = {
     "method_not_allowed": 405,
+    "request_timeout": 408,
     "request_too_large": 413,
     "cancelled": 499,
     "client_closed_request": 499,
@@ -36,6 +37,7 @@ TYPES = {
     403: "permission_error",
     404: "invalid_request_error",
     405: "invalid_request_error",
+    408: "timeout_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     499: "cancelled_error",

@@ -50,11 +50,8 @@ async def submit_request(request: HttpRequest, response: HttpResponse) -> tuple[
     Answers 202 at once; poll the address in `Location`. The answer is kept for an hour.
     """
     gateway, caller = find_gateway(request), _caller(request)
-    body: ChatBody | CompletionBody
-    if _has_messages(request.body):
-        body = read_body(request.body, ChatBody)
-    else:
-        body = read_body(request.body, CompletionBody)
+    raw = request.body
+    body = read_body(raw, ChatBody) if _has_messages(raw) else read_body(raw, CompletionBody)
     if body.stream:
         raise InvalidRequest("A submitted request cannot stream; use /v1.", param="stream")
     model = gateway.find_model(body.model)

@@ -43,7 +43,7 @@ PATIENCE_S = 600.0
 
 
 class Reply:
-    """A running request as its client's coroutine sees it: read until `finish` is set, `abandon` when the client left."""
+    """A running request for its client's coroutine: read until `finish` is set, `abandon` when the client has left."""
 
     def __init__(self, gateway: "Gateway", model: ServedModel, request: InferenceRequest) -> None:
         self.request = request
@@ -136,7 +136,7 @@ class Gateway:
         return len(self._replies)
 
     async def start(self) -> None:
-        """Load the models' tokenizers and begin to read replies; a Redis that is away is waited for in the background."""
+        """Load the models' tokenizers and begin to read replies; a Redis that is away is waited for meanwhile."""
         await self.models.refresh(self.directory.deployments)
         with contextlib.suppress(RedisUnavailable):
             await self._beat()
@@ -218,7 +218,7 @@ class Gateway:
         return str(answer.status)
 
     async def _cancel(self, model: ServedModel, request: InferenceRequest) -> None:
-        """`cancel` that keeps trying while Redis is away. What it cannot finish ends by lease and life time of records."""
+        """`cancel` that keeps trying while Redis is away."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             try:
@@ -268,7 +268,7 @@ class Gateway:
     async def _watch_fleet(self) -> None:
         while True:
             try:
-                if self.models.specs is not self.directory.deployments:
+                if self.models.is_stale(self.directory.deployments):
                     await self.models.refresh(self.directory.deployments)
                 await self.monitor.tick(self.models.loaded())
             except RedisUnavailable:

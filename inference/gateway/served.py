@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 
 log = logging.getLogger(__name__)
+RETRY_S = 30.0
+"""How often a model whose files could not be read is tried again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,8 @@ class ServedModels:
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
         self._served: dict[str, ServedModel] = {}
-        self._failed: dict[str, tuple[DeploymentSpec, str]] = {}
+        self._failed: dict[str, DeploymentSpec] = {}
+        self._next_try_s = 0.0
         self.specs: Mapping[str, DeploymentSpec] = {}
         """All deployments, those that could not be loaded included."""
 
@@ -56,21 +60,28 @@ class ServedModels:
         """Every model that can be asked for."""
         return list(self._served.values())
 
+    def is_stale(self, specs: Mapping[str, DeploymentSpec]) -> bool:
+        """Whether the directory's deployments are others, or a model that could not be loaded should be tried again."""
+        return specs is not self.specs or (bool(self._failed) and time.monotonic() >= self._next_try_s)
+
     async def refresh(self, specs: Mapping[str, DeploymentSpec]) -> None:
         """Take over the directory's deployments; a model whose files cannot be read is left out with a log line."""
+        if time.monotonic() >= self._next_try_s:
+            self._failed.clear()
+            self._next_try_s = time.monotonic() + RETRY_S
         self.specs = specs
         for name in self._served.keys() - specs.keys():
             del self._served[name]
         for name, spec in specs.items():
             served = self._served.get(name)
-            if (served is None or served.spec != spec) and self._failed.get(name, (None, ""))[0] != spec:
+            if (served is None or served.spec != spec) and self._failed.get(name) != spec:
                 await self._load(spec)
 
     async def _load(self, spec: DeploymentSpec) -> None:
         try:
             model = await asyncio.to_thread(load_model, spec, self._keys)
         except Exception as error:
-            self._failed[spec.name] = (spec, str(error))
+            self._failed[spec.name] = spec
             self._served.pop(spec.name, None)
             log.warning("Model %s cannot be served: %s", spec.name, error)
         else:

@@ -1,5 +1,6 @@
 """One HTTP exchange over ASGI: headers in, body within bounds, responses with their request id."""
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -12,6 +13,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 JSON = (b"content-type", b"application/json")
+BODY_PATIENCE_S = 30.0
+"""How long a client may take to send a body."""
 SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -44,14 +47,24 @@ class Exchange:
         self.id = request_id(given, token)
 
     async def read_body(self, limit: int) -> bytes | bytearray:
-        """The whole body. Raises InvalidRequest where it has more than `limit` bytes, ClientGone."""
+        """The whole body. Raises InvalidRequest where it has over `limit` bytes or takes too long, ClientGone."""
         if self.content_length is not None and self.content_length > limit:
             raise _too_large(limit)
         message = await self._receive()
-        body: bytes | bytearray = message.get("body", b"")
-        while message.get("more_body") and message["type"] == "http.request":
+        if not message.get("more_body"):  # nearly always: it came in one piece
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            return bytes(message.get("body", b""))
+        try:
+            async with asyncio.timeout(BODY_PATIENCE_S):
+                return await self._read_rest(message, limit)
+        except TimeoutError:
+            raise InvalidRequest("The body did not arrive in time.", code="request_timeout") from None
+
+    async def _read_rest(self, message: MutableMapping[str, Any], limit: int) -> bytearray:
+        body = bytearray(message.get("body", b""))
+        while message.get("more_body"):
             message = await self._receive()
-            body = bytearray(body) if isinstance(body, bytes) else body
             body += message.get("body", b"")
             if len(body) > limit:
                 raise _too_large(limit)
@@ -84,7 +97,7 @@ class Exchange:
     async def refuse(self, error: GatewayError, headers: Headers = []) -> None:  # noqa: B006
         """Answer with an error."""
         status = status_of(error)
-        if status == 413:  # the rest of the body is not read
+        if status in (408, 413):  # the rest of the body is not read
             headers = [*headers, (b"connection", b"close")]
         await self.respond(status, error_body(error), [*error_headers(error), *headers])
 
