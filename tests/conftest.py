@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import redis
 import redis.asyncio
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from scheduling.keys import Keys
 
@@ -23,7 +25,7 @@ def _server_binary() -> str:
 
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:
-    """URL of a Redis server that lives as long as the test run (`PENSTOCK_TEST_REDIS_URL` names another)."""
+    """URL of a Redis server that lives as long as the test run (`TEST_REDIS_URL` names another)."""
     if url := os.environ.get("TEST_REDIS_URL"):
         yield url
         return
@@ -31,8 +33,9 @@ def redis_url() -> Iterator[str]:
     socket = folder / "redis.sock"
     command = [_server_binary(), "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        client = redis.Redis.from_url(f"unix://{socket}", retry=redis.retry.Retry(redis.backoff.ConstantBackoff(0.02), 250))
-        client.ping()
+        patience = Retry(ConstantBackoff(0.02), 250)
+        with redis.Redis.from_url(f"unix://{socket}", retry=patience) as client:
+            client.ping()
         yield f"unix://{socket}"
         server.terminate()
     shutil.rmtree(folder)

@@ -68,7 +68,7 @@ class Tally:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         for kind in ("refused", "failed"):
-            reasons = sum((getattr(tally, kind) for tally in self.tenants.values()), Counter())
+            reasons: Counter[str] = sum((getattr(tally, kind) for tally in self.tenants.values()), Counter())
             lines += [f"{kind}: {reason} ({count})" for reason, count in reasons.most_common(5)]
         return "\n".join(lines)
 

@@ -4,11 +4,12 @@ import asyncio
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from tests.acceptance.whole_system import MODEL, WholeSystem, wait_until
 
 pytestmark = pytest.mark.acceptance
-QUESTION = "What is a penstock?"
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is a penstock?"}]
 USER = "one-of-two-hundred"
 ANSWER = "A penstock is a pipe with a gate"
 
@@ -18,9 +19,7 @@ def test_models_are_listed(system: WholeSystem) -> None:
 
 
 def test_a_chat_is_answered_in_readable_english(system: WholeSystem) -> None:
-    answer = system.client().chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": QUESTION}], temperature=0
-    )
+    answer = system.client().chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0)
     choice = answer.choices[0]
     assert choice.message.content is not None
     assert choice.message.content.startswith(ANSWER)
@@ -31,11 +30,11 @@ def test_a_chat_is_answered_in_readable_english(system: WholeSystem) -> None:
 
 def test_a_streamed_chat_says_the_same_piece_by_piece(system: WholeSystem) -> None:
     client = system.client()
-    whole = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": QUESTION}], temperature=0)
+    whole = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0)
     pieces, usage = [], None
     for chunk in client.chat.completions.create(
         model=MODEL,
-        messages=[{"role": "user", "content": QUESTION}],
+        messages=MESSAGES,
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
@@ -71,12 +70,8 @@ def test_a_wrong_key_and_an_unknown_model_are_refused_as_the_client_expects(syst
 
 async def test_the_async_client_chats_and_streams(system: WholeSystem) -> None:
     async with system.aclient() as client:
-        answer = await client.chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": QUESTION}], temperature=0
-        )
-        stream = await client.chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": QUESTION}], temperature=0, stream=True
-        )
+        answer = await client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0)
+        stream = await client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, stream=True)
         streamed = "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
     assert streamed == answer.choices[0].message.content
 
@@ -89,14 +84,11 @@ async def test_two_hundred_requests_at_once_from_four_tenants_are_all_answered_a
     assert len(clients) == 4
 
     async def ask(number: int) -> str:
-        client = clients[number % 4]
-        question = {"role": "user", "content": QUESTION}
+        chats = clients[number % 4].chat.completions
         if number % 2:
-            answer = await client.chat.completions.create(model=MODEL, messages=[question], temperature=0, user=USER)  # type: ignore[list-item]
+            answer = await chats.create(model=MODEL, messages=MESSAGES, temperature=0, user=USER)
             return answer.choices[0].message.content or ""
-        stream = await client.chat.completions.create(
-            model=MODEL, messages=[question], temperature=0, user=USER, stream=True
-        )  # type: ignore[list-item]
+        stream = await chats.create(model=MODEL, messages=MESSAGES, temperature=0, user=USER, stream=True)
         return "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
 
     answers = await asyncio.gather(*(ask(number) for number in range(200)))

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import httpx
 import openai
@@ -74,10 +75,9 @@ class WholeSystem:
         self._reader.start()
         return wait_until(self._runs, READY_S, "up says that everything runs")
 
-    def _read(self, pipe: object) -> None:
-        assert hasattr(pipe, "__iter__")
-        with pipe:  # type: ignore[attr-defined]
-            self.lines.extend(iter(pipe))  # type: ignore[call-overload]
+    def _read(self, pipe: IO[str]) -> None:
+        with pipe:
+            self.lines.extend(pipe)
 
     def _runs(self) -> bool:
         assert self.supervisor is not None
@@ -152,14 +152,7 @@ class WholeSystem:
 
     def aclient(self, tenant: str = "checkout") -> openai.AsyncOpenAI:
         """The same for asyncio."""
-        limits = httpx.Limits(max_connections=300)
-        return openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1",
-            api_key=self.keys()[tenant],
-            max_retries=0,
-            timeout=120,
-            http_client=httpx.AsyncClient(limits=limits, timeout=120),
-        )
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.keys()[tenant], max_retries=0, timeout=120)
 
     def operator(self) -> httpx.Client:
         """A browser's session of the operator, with what Django's forms ask for."""

@@ -14,7 +14,7 @@ def test_the_table_of_settings_is_the_one_of_the_code() -> None:
 
 def test_every_make_target_that_the_readme_names_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
+    assert set(re.findall(r"`make ([a-z-]+)", README)) <= targets
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:
