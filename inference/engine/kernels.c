@@ -12,7 +12,8 @@
 
 #define BLOCK 16  /* tokens per KV block: one vector of scores */
 #define PANEL 32  /* outputs per packed panel: two vectors */
-#define ROWS 12   /* rows per tile: 24 accumulators, which AVX-512 has registers for */
+#define ROWS 12   /* rows per tile of two vectors: 24 sums, which AVX-512 has registers for */
+#define MOST_ROWS 24 /* rows per tile of one vector */
 #define SPINS 2000 /* looks at a shared word before a thread gives up its core: some 100 us */
 #define MAX_HELPERS 255
 #define FEW_TOKENS 32
@@ -158,24 +159,25 @@ INLINE float exp_fast(float x) {
 
 /* ---- linear: out[m][n] = sum_k x[m][k] * w[n][k] (+ bias[n]) (+ out[m][n] where `add`) ---- */
 
-INLINE void tile(const int rows, const float *x, long x_stride, const float *w, const Linear *l, long first, int add,
-                 float *out, long out_stride) {
-    vec a[ROWS][2];
+/* `rows` rows by `vectors` vectors of outputs, from `first` on; the sums stay in registers. */
+INLINE void tile(const int rows, const int vectors, const float *x, const float *w, const Linear *l, long first, int add,
+                 float *out) {
+    vec a[MOST_ROWS][2];
     for (int r = 0; r < rows; r++) a[r][0] = a[r][1] = (vec){0};
     for (long k = 0; k < l->inputs; k++) {
-        vec w0 = *(const vec *)(w + k * PANEL), w1 = *(const vec *)(w + k * PANEL + 16);
-#pragma GCC unroll 12
+        vec w0 = *(const vec *)(w + k * PANEL), w1 = vectors > 1 ? *(const vec *)(w + k * PANEL + 16) : w0;
+#pragma GCC unroll 24
         for (int r = 0; r < rows; r++) {
-            float b = x[r * x_stride + k];
+            float b = x[r * l->inputs + k];
             a[r][0] += b * w0;
-            a[r][1] += b * w1;
+            if (vectors > 1) a[r][1] += b * w1;
         }
     }
-    long columns = l->outputs - first < PANEL ? l->outputs - first : PANEL;
+    long columns = l->outputs - first < 16 * vectors ? l->outputs - first : 16 * vectors;
     for (int r = 0; r < rows; r++) {
-        float result[PANEL], *to = out + r * out_stride + first;
+        float result[PANEL], *to = out + r * l->outputs + first;
         *(vec *)result = a[r][0];
-        *(vec *)(result + 16) = a[r][1];
+        if (vectors > 1) *(vec *)(result + 16) = a[r][1];
         for (long n = 0; n < columns; n++)
             to[n] = result[n] + (l->bias ? l->bias[first + n] : 0.0f) + (add ? to[n] : 0.0f);
     }
@@ -196,11 +198,14 @@ static void panel(const void *arg, long index) {
     float *out = job->out;
     long rows = job->rows;
     while (rows > 0) {
-        /* 16 rows as 8 + 8 rather than 12 + 4: both halves then run at full speed */
-        long take = rows > ROWS ? (rows < 2 * ROWS ? (rows + 1) / 2 : ROWS) : rows;
+        long take = rows <= MOST_ROWS ? rows : ROWS;
         switch (take) {
-#define CASE(R) case R: tile(R, x, l->inputs, w, l, index * PANEL, job->add, out, l->outputs); break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#define WIDE(R) case R: tile(R, 2, x, w, l, index * PANEL, job->add, out); break;
+            WIDE(1) WIDE(2) WIDE(3) WIDE(4) WIDE(5) WIDE(6) WIDE(7) WIDE(8) WIDE(9) WIDE(10) WIDE(11) WIDE(12)
+/* More rows by half a panel at a time: each weight is still read once. */
+#define TALL(R) case R: tile(R, 1, x, w, l, index * PANEL, job->add, out); \
+                        tile(R, 1, x, w + 16, l, index * PANEL + 16, job->add, out); break;
+            TALL(13) TALL(14) TALL(15) TALL(16) TALL(17) TALL(18) TALL(19) TALL(20) TALL(21) TALL(22) TALL(23) TALL(24)
         }
         x += take * l->inputs;
         out += take * l->outputs;
@@ -241,6 +246,11 @@ INLINE vec block_scores(const float *q, const float *k, long dim) {
     return (s0 + s1) + (s2 + s3);
 }
 
+/* Blocks lie anywhere, and the processor's own prefetcher does not look past the end of one. */
+INLINE void fetch_ahead(const float *block, long dim) {
+    for (long i = 0; i < dim; i++) __builtin_prefetch(block + i * BLOCK);
+}
+
 /* out[0 .. 16 * vectors) = sum over the positions of weight * value */
 INLINE void weigh(const int vectors, const float *weights, const int *table, const Heads *h, const float *values, long head,
                   long first, long last, float factor, float *out) {
@@ -248,6 +258,8 @@ INLINE void weigh(const int vectors, const float *weights, const int *table, con
     for (int i = 0; i < vectors; i++) a[i] = (vec){0};
     for (long t = first; t <= last; t++) {
         const float *v = values + (((long)table[t / BLOCK] * h->kv_heads + head) * BLOCK + t % BLOCK) * h->head_dim;
+        if (t % BLOCK == 0 && t + BLOCK <= last)
+            fetch_ahead(values + ((long)table[t / BLOCK + 1] * h->kv_heads + head) * BLOCK * h->head_dim, h->head_dim);
         for (int i = 0; i < vectors; i++) a[i] += weights[t] * *(const vec *)(v + 16 * i);
     }
     for (int i = 0; i < vectors; i++) *(vec *)(out + 16 * i) = a[i] * factor;
@@ -258,6 +270,7 @@ static void attend(const Heads *h, const float *q, const float *keys, const floa
     long first = h->window && position >= h->window ? position - h->window + 1 : 0;
     for (long b = first / BLOCK; b <= position / BLOCK; b++) {
         const float *k = keys + ((long)table[b] * h->kv_heads + head) * h->head_dim * BLOCK;
+        if (b < position / BLOCK) fetch_ahead(keys + ((long)table[b + 1] * h->kv_heads + head) * h->head_dim * BLOCK, h->head_dim);
         *(vec *)(weights + b * BLOCK) = block_scores(q, k, h->head_dim) * h->scale;
     }
     if (h->softcap > 0)
