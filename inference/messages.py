@@ -51,8 +51,8 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
 class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request. Tokens are numbered from 0; `texts[i]` belongs to token `start + i`.
 
-    After a worker was lost, the next one sends everything from 0 again with a higher `attempt`; the receiver drops what it
-    has by number.
+    After a worker was lost, the next one sends everything from 0 again with a higher `attempt`; the receiver drops what
+    it has by number.
     """
 
     request_id: str

@@ -1,4 +1,4 @@
-"""Every Redis key, in one place. Keys of one model's queue share a hash tag, as do those of one tenant (Redis Cluster)."""
+"""Every Redis key, in one place. Keys of a model's queue share a hash tag, as do those of a tenant (Redis Cluster)."""
 
 from dataclasses import dataclass
 

@@ -34,7 +34,8 @@ def load_script(name: str) -> Script:
 class Command(Generic[T]):
     """A call to Redis and how to read its reply.
 
-    With `script`, `args` are the keys and arguments of EVALSHA, the first `num_keys` of them keys; without, a plain command.
+    With `script`, `args` are the keys and arguments of EVALSHA, the first `num_keys` of them keys; without, a
+    plain command.
     """
 
     args: Sequence[Any]
