@@ -1,0 +1,191 @@
+"""`manage.py replay`: compares policies on a trace, and predicts what a recorded engine did."""
+
+import json
+import random
+from collections import defaultdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from django.core.management import CommandError, call_command
+
+from inference.models import BatchRecord, RequestRecord
+from inference.recorded import HistoryError, read_history
+from scheduling.core.blocks import BlockAllocator
+from scheduling.core.cost_model import DEFAULT_COST, StepCost, measure_parts
+from scheduling.core.outcome import Outcome
+from scheduling.core.planner import StepPlanner
+from scheduling.core.simulated_replica import EOS, SimulatedReplica, SimulatedSequence
+from scheduling.core.trace import TraceRequest
+
+Capture = pytest.CaptureFixture[str]
+START = datetime(2026, 3, 1, 12, 0, 0, 250_000, tzinfo=UTC)
+COST = StepCost(step_s=0.004, prefill_token_s=4e-5, decode_sequence_s=4e-4, context_token_s=3e-7, attention_pair_s=2e-9)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    draw = random.Random(1)
+    rows = sorted(
+        (draw.uniform(0, 60), draw.choice("ab"), draw.randint(1, 400), draw.randint(1, 80)) for _ in range(300)
+    )
+    lines = [f"{at:.6f},{tenant},{prompt},{output}\n" for at, tenant, prompt, output in sorted(rows)]
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,tenant,prompt_tokens,output_tokens\n" + "".join(lines))
+    return path
+
+
+def test_policies_are_compared_in_table_json_and_chart(trace: Path, tmp_path: Path, capsys: Capture) -> None:
+    figures, chart = tmp_path / "out.json", tmp_path / "out.html"
+    options = ["--policies=fifo,fair", "--rate=4", "--limit=200", "--batch-size=4", "--replicas=2", "--kv-blocks=200"]
+    call_command("replay", str(trace), *options, f"--json={figures}", f"--chart={chart}")
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].split() == ["fifo", "fair"]
+    assert "200 of 200" in out
+    assert "fifo: 200 of 200 requests" in err
+    assert "times faster than real time" in err
+    reports = json.loads(figures.read_text())["reports"]
+    assert [report["label"] for report in reports] == ["fifo", "fair"]
+    assert all(report["total"]["finished"] == 200 and report["max_batch_size"] <= 4 for report in reports)
+    assert chart.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("options", [["--sizing=adaptive"], ["--mode=dynamic"], ["--queue-limit=3", "--rate=50"]])
+def test_sizing_mode_and_backpressure_can_be_chosen(trace: Path, capsys: Capture, options: list[str]) -> None:
+    call_command("replay", str(trace), "--policies=priority", *options)
+    out = capsys.readouterr().out
+    refused = next(line for line in out.splitlines() if line.startswith("refused"))
+    assert (refused.split()[-1] != "0") == ("--queue-limit=3" in options)
+
+
+def test_a_cost_file_decides_how_long_steps_take(trace: Path, tmp_path: Path, capsys: Capture) -> None:
+    slow = tmp_path / "slow.json"
+    StepCost(step_s=0.5, prefill_token_s=0, decode_sequence_s=0, context_token_s=0).save(slow)
+    call_command("replay", str(trace), "--policies=fifo", "--limit=1", f"--cost={slow}")
+    assert "500 ms / 500 ms, SLA 100.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--policies=best"], "There is no policy 'best'"),
+        (["--batch-size=0"], "at least 1"),
+        (["--queue-limit=0"], "bound is at least 1"),
+        (["--rate=0"], "The rate must be a number above 0"),
+        (["--cost=absent.json"], "absent.json cannot be read"),
+        (["--chart=absent/chart.html", "--limit=2"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(trace: Path, options: list[str], sentence: str) -> None:
+    with pytest.raises(CommandError, match=sentence):
+        call_command("replay", str(trace), *options)
+
+
+@pytest.mark.django_db
+def test_without_trace_or_history_it_asks_for_one() -> None:
+    with pytest.raises(CommandError, match="Name a trace"):
+        call_command("replay")
+    with pytest.raises(CommandError, match="No request of 'demo' is recorded; there are records of: none"):
+        call_command("replay", "--from-history=demo")
+
+
+def record_run(requests: list[TraceRequest], cost: StepCost) -> None:
+    """Serve requests step by step and record them as an engine does, a row a second; costs vary by 5 %."""
+    draw, clock = random.Random(5), START.timestamp()
+    start_s = clock
+    planner = StepPlanner(
+        "continuous", 8, 256, BlockAllocator(400, 16), 4000, lambda: clock, eos_token_ids=frozenset({EOS})
+    )
+    replica = SimulatedReplica(planner, cost, fast_forward=False)
+    pending, outcomes = [Outcome(request) for request in requests], list[Outcome]()
+    seconds: dict[int, list[tuple[float, int, int, int]]] = defaultdict(list)
+    while pending or planner.sequences:
+        while pending and start_s + pending[0].request.arrival_s <= clock and planner.room().requests:
+            outcome = pending.pop(0)
+            outcome.claimed_s = clock
+            planner.add(SimulatedSequence(str(len(outcomes)), 1, outcome))
+            outcomes.append(outcome)
+        if not replica.begin_step(clock, 0.0):
+            clock = start_s + pending[0].request.arrival_s
+            continue
+        features = measure_parts(replica._parts)
+        step_s = cost.price(features) * draw.uniform(0.95, 1.05)
+        clock += step_s + 0.0005
+        outputs = replica.end_step()
+        for output in outputs:
+            outcome = output.sequence.outcome  # type: ignore[attr-defined]
+            outcome.first_token_s = outcome.first_token_s or clock
+            outcome.finished_s = clock
+        seconds[int(clock)].append((step_s, features.decode_sequences + 1, features.prefill_tokens, len(outputs)))
+    _write(seconds, outcomes, start_s)
+
+
+def _write(seconds: dict[int, list[tuple[float, int, int, int]]], outcomes: list[Outcome], start_s: float) -> None:
+    for second, steps in seconds.items():
+        times, sizes, prompts, outputs = zip(*steps, strict=True)
+        BatchRecord.objects.create(
+            replica="gpu-0",
+            model="demo",
+            second=datetime.fromtimestamp(second, UTC),
+            steps=len(steps),
+            batch_size_mean=sum(sizes) / len(steps),
+            batch_size_max=8,
+            prompt_tokens=sum(prompts),
+            output_tokens=sum(outputs),
+            step_ms_mean=1000 * sum(times) / len(steps),
+            step_ms_max=1000 * max(times),
+            kv_blocks_used=0,
+            kv_blocks_total=400,
+            preemptions=0,
+            mode="continuous",
+            policy="fifo",
+        )
+    for number, outcome in enumerate(outcomes):
+        request = outcome.request
+        RequestRecord.objects.create(
+            request_id=str(number),
+            model="demo",
+            tenant=request.tenant,
+            priority=3,
+            endpoint="completions",
+            state="finished",
+            finish_reason="length",
+            arrived_at=datetime.fromtimestamp(start_s + request.arrival_s, UTC),
+            claimed_at=datetime.fromtimestamp(outcome.claimed_s or 0, UTC),
+            first_token_at=datetime.fromtimestamp(outcome.first_token_s or 0, UTC),
+            finished_at=datetime.fromtimestamp(outcome.finished_s or 0, UTC),
+            prompt_tokens=request.prompt_tokens,
+            completion_tokens=request.output_tokens,
+            max_tokens=request.max_tokens,
+            replica="gpu-0",
+            policy="fifo",
+        )
+
+
+@pytest.mark.django_db
+def test_what_an_engine_recorded_is_predicted(capsys: Capture, tmp_path: Path) -> None:
+    draw, clock, requests = random.Random(2), 0.0, []
+    for _ in range(400):
+        clock += draw.expovariate(7.0)
+        output = min(300, int(draw.expovariate(1 / 60)) + 1)
+        requests.append(TraceRequest(clock, draw.choice("ab"), draw.randint(10, 400), output, 3, output))
+    record_run(requests, COST)
+    run = read_history("demo")
+    assert (run.policy, run.mode, run.num_replicas, run.num_blocks) == ("fifo", "continuous", 1, 400)
+    report = tmp_path / "report.json"
+    call_command("replay", "--from-history=demo", "--policies=fifo,fair", "--step-tokens=256", f"--json={report}")
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split() == ["recorded", "(fifo)", "fifo", "fair"]
+    assert "Prediction under fifo against the record: TTFT mean " in out
+    served, fifo, _ = (r["total"] for r in json.loads(report.read_text())["reports"])
+    for latency in ("ttft_s", "e2e_s"):
+        assert fifo[latency]["mean"] == pytest.approx(served[latency]["mean"], rel=0.1)
+        assert fifo[latency]["p99"] == pytest.approx(served[latency]["p99"], rel=0.2)
+
+
+@pytest.mark.django_db
+def test_too_little_history_is_said_to_be_too_little() -> None:
+    record_run([TraceRequest(0.0, "a", 5, 5, 3, 5)], DEFAULT_COST)
+    with pytest.raises(HistoryError, match="Only 1 s of steps are recorded"):
+        read_history("demo")
+    assert RequestRecord.objects.get().finished_at - START < timedelta(seconds=1)
