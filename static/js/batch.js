@@ -19,7 +19,10 @@ function arrange(replica, slots, size) {
     while (cells[free]) free += 1;
     cells[free] = slot;
   }
-  places.set(replica, cells.map((slot) => slot?.[0]));
+  places.set(
+    replica,
+    cells.map((slot) => slot?.[0]),
+  );
   return cells;
 }
 
@@ -29,27 +32,43 @@ export function drawBatches(parent, replicas) {
 }
 
 function createBatch([name]) {
-  return el("div", { class: "batch" },
+  return el(
+    "div",
+    { class: "batch" },
     el("p", { class: "batch-head" }, el("b", { text: name }), " ", el("span", { class: "soft" })),
-    el("ul", { class: "slots", "aria-label": `Requests running on ${name}` }));
+    el("ul", { class: "slots", "aria-label": `Requests running on ${name}` }),
+  );
 }
 
 function updateBatch(node, [name, replica]) {
   const size = Math.max(replica.max_batch_size, replica.batch_size);
   const hidden = replica.batch_size - replica.slots.length;
-  setText(node.querySelector(".soft"),
+  setText(
+    node.querySelector(".soft"),
     `${count(replica.batch_size)} of ${count(size)} slots, ${count(replica.batch_tokens)} tokens in context, ${replica.mode}` +
-    (hidden > 0 ? `, ${count(hidden)} more not drawn` : ""));
+      (hidden > 0 ? `, ${count(hidden)} more not drawn` : ""),
+  );
   const list = node.querySelector(".slots");
   list.classList.toggle("compact", size >= COMPACT_FROM);
   const cells = arrange(name, replica.slots, Math.min(size, 256)).map((slot, i) => [i, slot]);
-  keyed(list, cells, ([i]) => i, createSlot, (cell, [, slot]) => updateSlot(cell, slot));
+  keyed(
+    list,
+    cells,
+    ([i]) => i,
+    createSlot,
+    (cell, [, slot]) => updateSlot(cell, slot),
+  );
 }
 
 function createSlot() {
-  return el("li", { class: "slot" },
-    el("span", { class: "slot-name" }), el("span", { class: "slot-priority" }),
-    el("span", { class: "bar" }, el("i")), el("span", { class: "slot-tokens" }));
+  return el(
+    "li",
+    { class: "slot" },
+    el("span", { class: "slot-name" }),
+    el("span", { class: "slot-priority" }),
+    el("span", { class: "bar" }, el("i")),
+    el("span", { class: "slot-tokens" }),
+  );
 }
 
 function updateSlot(node, slot) {
@@ -70,5 +89,9 @@ function updateSlot(node, slot) {
   setVariable(node, "--colour", tenantColour(tenant));
   node.classList.toggle("hatched", tenantHatched(tenant));
   setVariable(bar, "--share", `${Math.min(100, (100 * output) / Math.max(1, most)).toFixed(1)}%`);
-  setAttribute(node, "title", `${id}: ${tenant}, ${PRIORITIES[level]}, prompt ${count(promptTokens)} tokens, output ${count(output)} of at most ${count(most)}`);
+  setAttribute(
+    node,
+    "title",
+    `${id}: ${tenant}, ${PRIORITIES[level]}, prompt ${count(promptTokens)} tokens, output ${count(output)} of at most ${count(most)}`,
+  );
 }

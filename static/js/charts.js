@@ -42,7 +42,11 @@ export class Chart {
   }
 
   options() {
-    const axis = { stroke: resolveColour("var(--text-soft)"), font: "11px system-ui, sans-serif", ticks: { show: false } };
+    const axis = {
+      stroke: resolveColour("var(--text-soft)"),
+      font: "11px system-ui, sans-serif",
+      ticks: { show: false },
+    };
     const grid = { stroke: resolveColour("var(--line)"), width: 1 };
     return {
       ...this.size(),
@@ -54,9 +58,23 @@ export class Chart {
         y: { range: (_, low, high) => [0, Math.max((high ?? 0) * 1.08, this.least)] },
       },
       axes: [
-        { ...axis, size: 24, grid: { show: false }, space: 60, splits: () => [240, 180, 120, 60, 0].map((s) => this.now - s),
-          values: (_, splits) => splits.map((at) => (this.now - at < 1 ? "now" : `−${Math.round((this.now - at) / 60)} min`)) },
-        { ...axis, size: 46, grid, space: 34, ...(this.steps && { incrs: this.steps }), values: (_, splits) => splits.map((v) => this.format(v)) },
+        {
+          ...axis,
+          size: 24,
+          grid: { show: false },
+          space: 60,
+          splits: () => [240, 180, 120, 60, 0].map((s) => this.now - s),
+          values: (_, splits) =>
+            splits.map((at) => (this.now - at < 1 ? "now" : `−${Math.round((this.now - at) / 60)} min`)),
+        },
+        {
+          ...axis,
+          size: 46,
+          grid,
+          space: 34,
+          ...(this.steps && { incrs: this.steps }),
+          values: (_, splits) => splits.map((v) => this.format(v)),
+        },
       ],
       series: [{}, ...this.series.map((s) => this.line(s))],
       hooks: { setCursor: [(plot) => this.point(plot)] },
@@ -65,7 +83,15 @@ export class Chart {
 
   line({ label, colour, dash }) {
     const stroke = resolveColour(colour);
-    return { label, stroke, dash, width: this.stacked ? 1 : 1.8, fill: this.stacked ? stroke : undefined, points: { show: false }, spanGaps: false };
+    return {
+      label,
+      stroke,
+      dash,
+      width: this.stacked ? 1 : 1.8,
+      fill: this.stacked ? stroke : undefined,
+      points: { show: false },
+      spanGaps: false,
+    };
   }
 
   point(plot) {
@@ -73,7 +99,9 @@ export class Chart {
     this.tooltip.hidden = idx === null || idx === undefined || left < 0;
     if (this.tooltip.hidden) return;
     if (plot.data[0][idx] === undefined) return;
-    const rows = this.series.map((s) => [s, s.values[idx]]).filter(([, value]) => value !== null && (!this.stacked || value > 0));
+    const rows = this.series
+      .map((s) => [s, s.values[idx]])
+      .filter(([, value]) => value !== null && (!this.stacked || value > 0));
     this.tooltip.replaceChildren(
       el("b", { text: clock(plot.data[0][idx] * 1000) }),
       ...rows.map(([s, value]) => {
@@ -87,11 +115,13 @@ export class Chart {
   }
 
   drawLegend() {
-    this.legend?.replaceChildren(...this.series.map((s) => {
-      const swatch = el("i", { class: s.dash ? "swatch dashed" : "swatch" });
-      swatch.style.setProperty("--colour", s.colour);
-      return el("li", {}, swatch, ` ${s.label}`);
-    }));
+    this.legend?.replaceChildren(
+      ...this.series.map((s) => {
+        const swatch = el("i", { class: s.dash ? "swatch dashed" : "swatch" });
+        swatch.style.setProperty("--colour", s.colour);
+        return el("li", {}, swatch, ` ${s.label}`);
+      }),
+    );
   }
 
   size() {
@@ -119,4 +149,3 @@ function stack(series) {
   }
   return stacked;
 }
-

@@ -10,11 +10,19 @@ export const problem = (node, text) => {
 /** Posts a form; gives {ok, ...answer}, and a sentence in `error` where it failed. */
 async function post(url, form) {
   try {
-    const answer = await fetch(url, { method: "POST", body: new FormData(form), headers: { Accept: "application/json" }, redirect: "error" });
+    const answer = await fetch(url, {
+      method: "POST",
+      body: new FormData(form),
+      headers: { Accept: "application/json" },
+      redirect: "error",
+    });
     const isJson = answer.headers.get("content-type")?.includes("json");
     if (isJson) return { ok: answer.ok, ...(await answer.json()) };
     if (answer.status === 403) return { ok: false, error: "This form is out of date. Load the page again and repeat." };
-    return { ok: false, error: `The server answered with an error (${answer.status}). Nothing may have changed; look at the actions below.` };
+    return {
+      ok: false,
+      error: `The server answered with an error (${answer.status}). Nothing may have changed; look at the actions below.`,
+    };
   } catch {
     return { ok: false, error: "The server cannot be reached. Try again when the page is live." };
   }
@@ -76,8 +84,13 @@ export class SwitchDialog extends ReasonDialog {
     Object.assign(this, { model, policy });
     this.open();
     setText(this.form.querySelector('[data-slot="model"]'), model);
-    const params = Object.entries(policy.params).map(([key, value]) => `${key} ${value}`).join(", ");
-    setText(this.form.querySelector('[data-slot="current"]'), `${policy.name}${params ? ` (${params})` : ""}, revision ${policy.revision}`);
+    const params = Object.entries(policy.params)
+      .map(([key, value]) => `${key} ${value}`)
+      .join(", ");
+    setText(
+      this.form.querySelector('[data-slot="current"]'),
+      `${policy.name}${params ? ` (${params})` : ""}, revision ${policy.revision}`,
+    );
     for (const radio of this.form.elements.policy) {
       radio.closest(".choice").classList.toggle("current", radio.value === policy.name);
       radio.checked = radio.value === policy.name;
@@ -102,7 +115,9 @@ export class SwitchDialog extends ReasonDialog {
 
   missing() {
     if (!this.form.elements.policy.value) return "Choose a policy.";
-    const wrong = [...this.form.querySelectorAll(".parameter:not([hidden]) input")].find((input) => !input.checkValidity() || input.value === "");
+    const wrong = [...this.form.querySelectorAll(".parameter:not([hidden]) input")].find(
+      (input) => !input.checkValidity() || input.value === "",
+    );
     if (wrong) {
       wrong.focus();
       return `${wrong.name.split(".")[1]} must be a number from ${wrong.min} to ${wrong.max}.`;
@@ -146,6 +161,8 @@ export class ControlDialog extends ReasonDialog {
   }
 
   url() {
-    return this.form.dataset.action.replace("REPLICA", encodeURIComponent(this.replica)).replace("COMMAND", this.command);
+    return this.form.dataset.action
+      .replace("REPLICA", encodeURIComponent(this.replica))
+      .replace("COMMAND", this.command);
   }
 }

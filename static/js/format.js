@@ -48,4 +48,5 @@ export function brief(s) {
   return s < 7200 ? `${one.format(s / 60)} min` : `${one.format(s / 3600)} h`;
 }
 
-export const clock = (ms) => new Date(ms).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+export const clock = (ms) =>
+  new Date(ms).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });

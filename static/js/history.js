@@ -2,7 +2,18 @@
 
 import { PRIORITIES, priorityColour, tenantColour } from "./palette.js";
 
-const COLUMNS = { time: 0, priorities: 1, tenants: 2, running: 3, tokens: 4, arrivals: 5, completions: 6, queue: 7, ttft50: 8, ttft99: 9 };
+const COLUMNS = {
+  time: 0,
+  priorities: 1,
+  tenants: 2,
+  running: 3,
+  tokens: 4,
+  arrivals: 5,
+  completions: 6,
+  queue: 7,
+  ttft50: 8,
+  ttft99: 9,
+};
 const MAX_TENANTS = 8;
 
 export const column = (rows, name) => rows.map((row) => row[COLUMNS[name]]);

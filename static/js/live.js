@@ -2,10 +2,11 @@
 
 import { drawBatches } from "./batch.js";
 import { Chart } from "./charts.js";
+import { Connection } from "./connection.js";
 import { ControlDialog, SwitchDialog } from "./dialogs.js";
-import { byId, el, keyed, setAttribute, setText } from "./dom.js";
+import { byId, el, keyed, setText } from "./dom.js";
 import { Feed } from "./feed.js";
-import { brief, clock, count, rate } from "./format.js";
+import { brief, count, rate } from "./format.js";
 import { column, split } from "./history.js";
 import { learnTenants, tenantColour, tenantHatched } from "./palette.js";
 import { drawBackpressure, drawFigures, drawPolicy, drawSplit } from "./panels.js";
@@ -24,8 +25,10 @@ const charts = {
 let snapshot = null;
 let drawnRow = "";
 let said = {};
+const connection = new Connection();
 const uptake = new Uptake(announce);
-const switching = byId("switch-dialog") && new SwitchDialog((answer, began) => uptake.begin(answer.model, answer, began));
+const switching =
+  byId("switch-dialog") && new SwitchDialog((answer, began) => uptake.begin(answer.model, answer, began));
 const controlling = byId("control-dialog") && new ControlDialog((answer) => announce(answer.message));
 
 function announce(text) {
@@ -46,14 +49,21 @@ function draw() {
   const model = state.models[name];
   learnTenants(state.tenants);
   document.body.classList.remove("loading");
-  drawFaults(state.faults);
+  connection.showFaults(state.faults);
   drawModelChoice(Object.keys(state.models), name);
   byId("empty").hidden = Boolean(model);
   byId("figures").hidden = !model;
   const replicas = Object.entries(state.replicas).sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }));
   drawWorkers(byId("workers"), replicas, state.time_s, (replica, command) => controlling.show(replica, command));
   drawActions(byId("actions"), state.actions, state.time_s);
-  if (model) drawModel(name, model, replicas.filter(([, r]) => r.model === name), history[name], state.time_s);
+  if (model)
+    drawModel(
+      name,
+      model,
+      replicas.filter(([, r]) => r.model === name),
+      history[name],
+      state.time_s,
+    );
 }
 
 function drawModel(name, model, replicas, rows, now) {
@@ -71,11 +81,19 @@ function drawModel(name, model, replicas, rows, now) {
 }
 
 function drawLegend(replicas) {
-  const names = [...new Set(replicas.flatMap(([, r]) => r.slots.map((slot) => slot[1])))].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
-  keyed(byId("legend"), names.slice(0, 12), (n) => n, (n) => el("li", {}, el("i", { class: "swatch" }), ` ${n}`), (node, n) => {
-    node.firstElementChild.style.setProperty("--colour", tenantColour(n));
-    node.firstElementChild.classList.toggle("hatched", tenantHatched(n));
-  });
+  const names = [...new Set(replicas.flatMap(([, r]) => r.slots.map((slot) => slot[1])))].sort((a, b) =>
+    a.localeCompare(b, "en", { numeric: true }),
+  );
+  keyed(
+    byId("legend"),
+    names.slice(0, 12),
+    (n) => n,
+    (n) => el("li", {}, el("i", { class: "swatch" }), ` ${n}`),
+    (node, n) => {
+      node.firstElementChild.style.setProperty("--colour", tenantColour(n));
+      node.firstElementChild.classList.toggle("hatched", tenantHatched(n));
+    },
+  );
 }
 
 function drawCharts(name, rows, now) {
@@ -86,15 +104,29 @@ function drawCharts(name, rows, now) {
   const line = (label, colour, values, dash) => ({ label, colour, values: column(rows, values), dash });
   charts.queue.draw(times, split(rows, splitBy()), now);
   charts.tokens.draw(times, [line("output tokens/s", "var(--chart-1)", "tokens")], now);
-  charts.flow.draw(times, [line("arriving", "var(--chart-1)", "arrivals"), line("ending", "var(--chart-2)", "completions", [6, 3])], now);
-  charts.waits.draw(times, [line("TTFT p99", "var(--chart-2)", "ttft99", [6, 3]), line("TTFT p50", "var(--chart-1)", "ttft50"), line("queue p50", "var(--chart-3)", "queue", [2, 3])], now);
+  charts.flow.draw(
+    times,
+    [line("arriving", "var(--chart-1)", "arrivals"), line("ending", "var(--chart-2)", "completions", [6, 3])],
+    now,
+  );
+  charts.waits.draw(
+    times,
+    [
+      line("TTFT p99", "var(--chart-2)", "ttft99", [6, 3]),
+      line("TTFT p50", "var(--chart-1)", "ttft50"),
+      line("queue p50", "var(--chart-3)", "queue", [2, 3]),
+    ],
+    now,
+  );
 }
 
 /** Says aloud what an operator must not miss: the level and the policy, when they change. */
 function tellChanges(name, model) {
   const now = { name, level: model.backpressure.level, revision: model.policy.revision };
-  if (said.name === name && said.level !== now.level) announce(`Backpressure is ${now.level} of 4, ${model.backpressure.name}. ${model.backpressure.reason}`);
-  else if (said.name === name && said.revision !== now.revision) announce(`The policy of ${name} is ${model.policy.name}, revision ${now.revision}.`);
+  if (said.name === name && said.level !== now.level)
+    announce(`Backpressure is ${now.level} of 4, ${model.backpressure.name}. ${model.backpressure.reason}`);
+  else if (said.name === name && said.revision !== now.revision)
+    announce(`The policy of ${name} is ${model.policy.name}, revision ${now.revision}.`);
   said = now;
   document.title = `${model.backpressure.level ? `(${model.backpressure.name}) ` : ""}${count(model.depth)} waiting · ${name} · Penstock`;
 }
@@ -102,42 +134,12 @@ function tellChanges(name, model) {
 function drawModelChoice(names, chosen) {
   const select = byId("model");
   if ([...select.options].map((o) => o.value).join() !== names.join() || !names.length) {
-    select.replaceChildren(...(names.length ? names.map((n) => el("option", { value: n, text: n })) : [el("option", { text: "none" })]));
+    select.replaceChildren(
+      ...(names.length ? names.map((n) => el("option", { value: n, text: n })) : [el("option", { text: "none" })]),
+    );
   }
   if (chosen && select.value !== chosen) select.value = chosen;
   select.disabled = names.length < 2;
-}
-
-// Connection
-
-const LABELS = { live: "Live", connecting: "Connecting", stale: "Stale", "signed-out": "Signed out", forbidden: "No access" };
-let feedProblem = null;
-let faults = {};
-
-function onStatus(status, heard) {
-  setAttribute(byId("connection"), "data-state", status);
-  setText(byId("connection").querySelector(".label"), LABELS[status]);
-  feedProblem = null;
-  if (status === "stale") feedProblem = [`The feed is stale since ${clock(heard)}. Trying to reach the server again; the figures below are the last ones heard.`];
-  if (status === "connecting" && !snapshot) feedProblem = ["The server does not answer yet. Trying again."];
-  const back = `/login/?next=${encodeURIComponent(location.pathname + location.search)}`;
-  if (status === "signed-out") feedProblem = ["Your session has ended.", el("a", { href: back, text: "Sign in again" })];
-  if (status === "forbidden") feedProblem = ["Your account may no longer see this page. Ask an administrator for the group viewer."];
-  drawBanner();
-}
-
-function drawFaults(now) {
-  if (JSON.stringify(now) === JSON.stringify(faults)) return;
-  faults = now;
-  drawBanner();
-}
-
-function drawBanner() {
-  const old = feedProblem !== null || Boolean(faults.redis ?? faults.dashboard);
-  document.body.classList.toggle("stale", old && snapshot !== null);
-  const lines = feedProblem ? [feedProblem] : Object.values(faults).map((f) => [`${f.message} Since ${clock(f.since_s * 1000)}.`]);
-  byId("banner").hidden = lines.length === 0;
-  byId("banner").replaceChildren(...lines.map((parts) => el("p", {}, ...parts.flatMap((part) => [part, " "]))));
 }
 
 // Controls
@@ -149,7 +151,8 @@ byId("model").addEventListener("change", (event) => {
   history.replaceState(null, "", url);
   draw();
 });
-for (const radio of document.querySelectorAll('input[name="split"]')) radio.addEventListener("change", () => snapshot && draw());
+for (const radio of document.querySelectorAll('input[name="split"]'))
+  radio.addEventListener("change", () => snapshot && draw());
 byId("switch")?.addEventListener("click", () => {
   const name = chosenModel();
   switching.show(name, snapshot.state.models[name].policy);
@@ -180,12 +183,17 @@ showTheme();
 
 let waiting = false;
 const socket = new URL("live/", location.origin.replace(/^http/, "ws"));
-new Feed(socket, "/session/", (next) => {
-  snapshot = next;
-  if (waiting) return;
-  waiting = true;
-  requestAnimationFrame(() => {
-    waiting = false;
-    draw();
-  });
-}, onStatus).start();
+new Feed(
+  socket,
+  "/session/",
+  (next) => {
+    snapshot = next;
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => {
+      waiting = false;
+      draw();
+    });
+  },
+  (status, heard) => connection.showStatus(status, heard),
+).start();

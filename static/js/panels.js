@@ -11,7 +11,14 @@ export function drawFigures(model, replicas) {
   figure("depth", count(model.depth));
   figure("depth-sub", `of ${count(model.queue_limit)}, ${count(model.waiting_tokens)} tokens`);
   figure("oldest", brief(model.oldest_wait_s));
-  figure("oldest-sub", model.depth === 0 ? "nothing waits" : model.estimated_wait_s === undefined ? "no estimate yet" : `new ones wait ≈ ${brief(model.estimated_wait_s)}`);
+  figure(
+    "oldest-sub",
+    model.depth === 0
+      ? "nothing waits"
+      : model.estimated_wait_s === undefined
+        ? "no estimate yet"
+        : `new ones wait ≈ ${brief(model.estimated_wait_s)}`,
+  );
   figure("running", count(model.running));
   figure("running-sub", slots ? `of ${plural(slots, "slot")}` : "no worker");
   figure("tokens", rate(model.tokens_per_s));
@@ -35,29 +42,44 @@ export function drawSplit(model, by) {
   const rows = by === "tenant" ? tenantRows(model) : priorityRows(model);
   const most = Math.max(1, ...rows.map((row) => row.num));
   byId("split-empty").hidden = rows.length > 0;
-  keyed(byId("split").tBodies[0], rows, (row) => row.label, createRow, (node, row) => {
-    const [, num, bar] = node.cells;
-    setText(num, count(row.num));
-    const fill = bar.firstElementChild;
-    setVariable(fill, "--colour", row.colour);
-    setVariable(node.cells[0].firstElementChild, "--colour", row.colour);
-    node.cells[0].firstElementChild.classList.toggle("hatched", Boolean(row.hatched));
-    fill.classList.toggle("hatched", Boolean(row.hatched));
-    setVariable(fill, "--share", `${(100 * row.num) / most}%`);
-  });
+  keyed(
+    byId("split").tBodies[0],
+    rows,
+    (row) => row.label,
+    createRow,
+    (node, row) => {
+      const [, num, bar] = node.cells;
+      setText(num, count(row.num));
+      const fill = bar.firstElementChild;
+      setVariable(fill, "--colour", row.colour);
+      setVariable(node.cells[0].firstElementChild, "--colour", row.colour);
+      node.cells[0].firstElementChild.classList.toggle("hatched", Boolean(row.hatched));
+      fill.classList.toggle("hatched", Boolean(row.hatched));
+      setVariable(fill, "--share", `${(100 * row.num) / most}%`);
+    },
+  );
 }
 
 function createRow(row) {
-  return el("tr", {},
+  return el(
+    "tr",
+    {},
     el("th", { scope: "row" }, el("i", { class: "swatch" }), ` ${row.label}`),
-    el("td", { class: "num" }), el("td", { class: "bar-cell" }, el("i", { class: "fill" })));
+    el("td", { class: "num" }),
+    el("td", { class: "bar-cell" }, el("i", { class: "fill" })),
+  );
 }
 
 const priorityRows = (model) =>
   PRIORITIES.map((label, level) => ({ label, num: model.by_priority[level] ?? 0, colour: priorityColour(level) }));
 
 function tenantRows(model) {
-  const rows = Object.entries(model.by_tenant).map(([label, num]) => ({ label, num, colour: tenantColour(label), hatched: tenantHatched(label) }));
+  const rows = Object.entries(model.by_tenant).map(([label, num]) => ({
+    label,
+    num,
+    colour: tenantColour(label),
+    hatched: tenantHatched(label),
+  }));
   rows.sort((a, b) => b.num - a.num || a.label.localeCompare(b.label, "en", { numeric: true }));
   if (model.other_tenants) rows.push({ label: "others", num: model.other_tenants, colour: "var(--tenant-other)" });
   return rows;
@@ -71,14 +93,22 @@ export function drawBackpressure({ level, name, reason, refused }) {
   const gauge = byId("gauge");
   while (gauge.children.length < 4) gauge.append(el("i"));
   setAttribute(gauge, "data-level", level);
-  setText(byId("level-reason"), level === 0
-    ? "All priorities are admitted."
-    : `${reason[0].toUpperCase()}${reason.slice(1)}. Refused with 503: ${refused.join(", ")}.`);
+  setText(
+    byId("level-reason"),
+    level === 0
+      ? "All priorities are admitted."
+      : `${reason[0].toUpperCase()}${reason.slice(1)}. Refused with 503: ${refused.join(", ")}.`,
+  );
 }
 
 export function drawPolicy(policy, replicas) {
   setText(byId("policy-name"), policy.name);
-  setText(byId("policy-params"), Object.entries(policy.params).map(([key, value]) => `${key} ${value}`).join(", "));
+  setText(
+    byId("policy-params"),
+    Object.entries(policy.params)
+      .map(([key, value]) => `${key} ${value}`)
+      .join(", "),
+  );
   setText(byId("revision"), `revision ${policy.revision}`);
   setText(byId("policy-description"), policy.description);
   setText(byId("policy-guarantee"), policy.guarantee && `Guarantee: ${policy.guarantee}`);

@@ -32,7 +32,9 @@ export class Uptake {
     this.pending.delete(model);
     const times = Object.values(mine.confirmed).filter((ms) => typeof ms === "number" && ms > 0);
     const within = times.length === live && live ? Math.max(...times) / 1000 : (performance.now() - mine.began) / 1000;
-    const text = live ? `${live === 1 ? "The worker" : `All ${live} workers`} took up revision ${mine.revision} within ${duration(within)}.` : `Revision ${mine.revision} is in force; no worker runs.`;
+    const text = live
+      ? `${live === 1 ? "The worker" : `All ${live} workers`} took up revision ${mine.revision} within ${duration(within)}.`
+      : `Revision ${mine.revision} is in force; no worker runs.`;
     this.done.set(model, { revision: mine.revision, text });
     this.announce(text);
   }
@@ -40,12 +42,21 @@ export class Uptake {
   sentence(model, policy, live, behind) {
     const mine = this.pending.get(model);
     const done = this.done.get(model);
-    if (mine && mine.state !== "applied") return ["wait", `Revision ${mine.revision} is written down; it is applied as soon as the queue's store answers.`];
-    if (mine) return ["wait", `Revision ${mine.revision}: ${plural(live - behind.length, "worker")} of ${live} took it up…`];
+    if (mine && mine.state !== "applied")
+      return ["wait", `Revision ${mine.revision} is written down; it is applied as soon as the queue's store answers.`];
+    if (mine)
+      return ["wait", `Revision ${mine.revision}: ${plural(live - behind.length, "worker")} of ${live} took it up…`];
     if (done?.revision === policy.revision) return ["done", `✓ ${done.text}`];
     if (!live) return ["none", "No worker runs."];
-    if (behind.length) return ["wait", `${live - behind.length} of ${plural(live, "worker")} took it up; ${behind.join(", ")} will with the next claim.`];
-    return ["done", `✓ ${live === 1 ? "The worker claims" : `All ${live} workers claim`} by revision ${policy.revision}.`];
+    if (behind.length)
+      return [
+        "wait",
+        `${live - behind.length} of ${plural(live, "worker")} took it up; ${behind.join(", ")} will with the next claim.`,
+      ];
+    return [
+      "done",
+      `✓ ${live === 1 ? "The worker claims" : `All ${live} workers claim`} by revision ${policy.revision}.`,
+    ];
   }
 
   show([state, text]) {

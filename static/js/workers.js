@@ -12,19 +12,36 @@ export function drawWorkers(parent, replicas, now, onCommand) {
   byId("workers-empty").hidden = replicas.length > 0;
   const ready = replicas.filter(([, r]) => r.state === "ready").length;
   setText(byId("workers-sum"), replicas.length ? `${count(ready)} of ${plural(replicas.length, "worker")} ready` : "");
-  keyed(parent, replicas, ([name]) => name, (item) => createWorker(item, control, onCommand), (node, item) => updateWorker(node, item, now));
+  keyed(
+    parent,
+    replicas,
+    ([name]) => name,
+    (item) => createWorker(item, control, onCommand),
+    (node, item) => updateWorker(node, item, now),
+  );
 }
 
 function createWorker([name], control, onCommand) {
   const buttons = el("span", { class: "worker-buttons" });
-  if (control) buttons.addEventListener("click", (event) => {
-    const command = event.target.closest("button")?.dataset.key;
-    if (command) onCommand(name, command);
-  });
-  return el("li", { class: "worker" },
-    el("div", { class: "worker-head" }, el("b", { text: name }), el("span", { class: "state" }), el("span", { class: "soft where" }), buttons),
+  if (control)
+    buttons.addEventListener("click", (event) => {
+      const command = event.target.closest("button")?.dataset.key;
+      if (command) onCommand(name, command);
+    });
+  return el(
+    "li",
+    { class: "worker" },
+    el(
+      "div",
+      { class: "worker-head" },
+      el("b", { text: name }),
+      el("span", { class: "state" }),
+      el("span", { class: "soft where" }),
+      buttons,
+    ),
     el("p", { class: "detail soft" }),
-    el("dl", { class: "facts" }));
+    el("dl", { class: "facts" }),
+  );
 }
 
 function updateWorker(node, [name, r], now) {
@@ -32,13 +49,27 @@ function updateWorker(node, [name, r], now) {
   setAttribute(state, "data-state", r.state);
   setText(state, `${SIGNS[r.state] ?? "?"} ${r.state}`);
   setText(node.querySelector(".where"), `${r.model} on ${r.host}, pid ${r.pid}`);
-  const detail = r.state === "lost" ? `Silent for ${brief(Math.max(0, Math.round(now - r.heard_s)))}; its requests go to other workers when its lease ends.` : r.detail;
+  const detail =
+    r.state === "lost"
+      ? `Silent for ${brief(Math.max(0, Math.round(now - r.heard_s)))}; its requests go to other workers when its lease ends.`
+      : r.detail;
   const line = node.querySelector(".detail");
   setText(line, detail);
   line.hidden = !detail;
   keyed(node.querySelector(".facts"), facts(r, now), ([label]) => label, createFact, updateFact);
-  keyed(node.querySelector(".worker-buttons"), control(node) ? COMMANDS[r.state] ?? [] : [], (c) => c,
-    (c) => el("button", { type: "button", class: "button small", text: `${c[0].toUpperCase()}${c.slice(1)}`, "aria-label": `${c} ${name}` }), () => {});
+  keyed(
+    node.querySelector(".worker-buttons"),
+    control(node) ? (COMMANDS[r.state] ?? []) : [],
+    (c) => c,
+    (c) =>
+      el("button", {
+        type: "button",
+        class: "button small",
+        text: `${c[0].toUpperCase()}${c.slice(1)}`,
+        "aria-label": `${c} ${name}`,
+      }),
+    () => {},
+  );
 }
 
 const control = (node) => node.parentElement === null || node.parentElement.dataset.control !== undefined;
@@ -49,17 +80,26 @@ function facts(r, now) {
   const rows = [
     ["output", `${rate(r.tokens_per_s)} tokens/s`],
     ["step", `${duration(r.step_ms_p50 / 1000)} p50, ${duration(r.step_ms_p99 / 1000)} p99`],
-    ["KV blocks", `${count(r.kv_blocks_used)} of ${count(r.kv_blocks_total)} × ${r.kv_block_size} tokens`, r.kv_blocks_total ? r.kv_blocks_used / r.kv_blocks_total : 0],
+    [
+      "KV blocks",
+      `${count(r.kv_blocks_used)} of ${count(r.kv_blocks_total)} × ${r.kv_block_size} tokens`,
+      r.kv_blocks_total ? r.kv_blocks_used / r.kv_blocks_total : 0,
+    ],
     ["preempted", count(r.preemptions)],
     ["policy seen", `${r.policy ? `${r.policy}, ` : ""}revision ${r.policy_revision}`],
     ["up", duration(Math.max(0, Math.round(now - r.started_s)))],
   ];
   if (!t) return [...rows, ["telemetry", "none"]];
   rows.push(["telemetry", `${SOURCES[t.source] ?? t.source}: ${t.device}`]);
-  if (t.utilization_percent !== undefined) rows.push(["utilisation", percent(t.utilization_percent / 100), t.utilization_percent / 100]);
+  if (t.utilization_percent !== undefined)
+    rows.push(["utilisation", percent(t.utilization_percent / 100), t.utilization_percent / 100]);
   if (t.memory_used_bytes !== undefined) {
     const share = t.memory_total_bytes ? t.memory_used_bytes / t.memory_total_bytes : undefined;
-    rows.push(["memory", bytes(t.memory_used_bytes) + (t.memory_total_bytes ? ` of ${bytes(t.memory_total_bytes)}` : ""), share]);
+    rows.push([
+      "memory",
+      bytes(t.memory_used_bytes) + (t.memory_total_bytes ? ` of ${bytes(t.memory_total_bytes)}` : ""),
+      share,
+    ]);
   }
   if (t.temperature_c !== undefined) rows.push(["temperature", `${Math.round(t.temperature_c)} °C`]);
   if (t.power_w !== undefined) rows.push(["power", `${Math.round(t.power_w)} W`]);
@@ -67,7 +107,8 @@ function facts(r, now) {
   return rows;
 }
 
-const createFact = ([label]) => el("div", {}, el("dt", { text: label }), el("dd", {}, el("span"), el("i", { class: "level-bar" })));
+const createFact = ([label]) =>
+  el("div", {}, el("dt", { text: label }), el("dd", {}, el("span"), el("i", { class: "level-bar" })));
 
 function updateFact(node, [, value, share]) {
   const [text, bar] = node.lastElementChild.children;
@@ -93,24 +134,39 @@ const VERBS = {
 
 export function drawActions(parent, actions, now) {
   byId("actions-empty").hidden = actions.length > 0;
-  keyed(parent, actions, (a) => a.id, createAction, (node, a) => {
-    const [when, result] = [node.querySelector("time"), node.querySelector(".result")];
-    setText(when, ago(a.when_s, now));
-    setText(result, outcome(a));
-    result.hidden = !result.textContent;
-    setAttribute(result, "data-state", a.state ?? "");
-  });
+  keyed(
+    parent,
+    actions,
+    (a) => a.id,
+    createAction,
+    (node, a) => {
+      const [when, result] = [node.querySelector("time"), node.querySelector(".result")];
+      setText(when, ago(a.when_s, now));
+      setText(result, outcome(a));
+      result.hidden = !result.textContent;
+      setAttribute(result, "data-state", a.state ?? "");
+    },
+  );
 }
 
 function createAction(a) {
   const when = new Date(a.when_s * 1000);
-  return el("li", {},
-    el("p", {}, el("b", { text: a.who || "system" }), ` ${VERBS[a.what] ?? a.what.replace(".", " ")} `, el("span", { text: a.target }),
+  return el(
+    "li",
+    {},
+    el(
+      "p",
+      {},
+      el("b", { text: a.who || "system" }),
+      ` ${VERBS[a.what] ?? a.what.replace(".", " ")} `,
+      el("span", { text: a.target }),
       a.revision ? el("span", { class: "soft", text: ` r${a.revision}` }) : null,
-      el("time", { class: "soft", datetime: when.toISOString(), title: when.toLocaleString() })),
+      el("time", { class: "soft", datetime: when.toISOString(), title: when.toLocaleString() }),
+    ),
     a.text ? el("p", { class: "change", text: a.text }) : null,
     a.reason ? el("p", { class: "soft reason", text: `“${a.reason}”` }) : null,
-    el("p", { class: "result soft" }));
+    el("p", { class: "result soft" }),
+  );
 }
 
 function outcome(a) {
