@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def main() -> int:
     logging.basicConfig(level=spec.log_level, format="{asctime} {levelname} {name}: {message}", style="{")
     inbox = Inbox()
     watch_signals(inbox)
+    threading.excepthook = _end_process
     pipe.follow(inbox)
     status = first_status(spec)
     telemetry = TelemetryReader()
@@ -67,6 +69,14 @@ def _load_and_serve(spec: EngineSpec, pipe: Pipe, inbox: Inbox, reporter: Report
     engine = Engine(spec, runner, tokenizer, pipe=pipe, inbox=inbox, reporter=reporter, detail=detail)
     pipe.send(Notice(state="ready", detail=detail))
     engine.run()
+
+
+def _end_process(failure: threading.ExceptHookArgs) -> None:
+    """A thread failed, and the loop cannot go on without it: end, so that the lease runs out and all starts anew."""
+    name = failure.thread.name if failure.thread else "a thread"
+    logger.critical("%s failed; the engine ends", name, exc_info=failure.exc_value)
+    logging.shutdown()
+    os._exit(2)
 
 
 def _await_stop(inbox: Inbox) -> None:

@@ -2,9 +2,9 @@
 
 import logging
 import queue
+import struct
 import threading
 import time
-from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -152,8 +152,8 @@ class Outbox(threading.Thread):
     def _deliver(self, handover: Handover) -> None:
         """Journal, replies, ends and cancels in one round trip; a second one for what follows from an end."""
         ends = [output for output in handover.outputs if output.finish is not None]
-        commands: list[store.Command[Any]] = [self._journal(handover)]
-        commands += self._replies(handover.outputs)
+        journals = self._journal(handover)
+        commands: list[store.Command[Any]] = [*journals, *self._replies(handover.outputs)]
         first_end = len(commands)
         commands += [self._finish(handover.owner, end) for end in ends]
         commands.append(self._fleet.take_cancels(handover.owner))
@@ -161,7 +161,7 @@ class Outbox(threading.Thread):
             commands.append(self._fleet.release(handover.owner, handover.releases))
         replies = store.execute_many(self._client, commands)
         cancels = replies[first_end + len(ends)]
-        lost = set(replies[0]) - {end.active.request.id for end in ends}
+        lost = set(replies[0] if journals else ()) - {end.active.request.id for end in ends}
         done = [end for end, held in zip(ends, replies[first_end:], strict=False) if held or self._was_ended(end)]
         if done:
             store.execute_many(self._client, [*map(self._settle, _with_tenant(done)), self._history(done)])
@@ -170,13 +170,14 @@ class Outbox(threading.Thread):
         if cancels:
             self._inbox.put(Gone(cancels, cancelled=True))
 
-    def _journal(self, handover: Handover) -> store.Command[list[str]]:
+    def _journal(self, handover: Handover) -> list[store.Command[list[str]]]:
+        """One command, or none where there are no new tokens."""
         appends = [
-            (o.active.request.id, o.active.attempt, o.start, array("i", o.token_ids).tobytes())
+            (o.active.request.id, o.active.attempt, o.start, struct.pack(f"<{len(o.token_ids)}i", *o.token_ids))
             for o in handover.outputs
             if o.journals and o.token_ids
         ]
-        return self._fleet.journal(handover.owner, appends)
+        return [self._fleet.journal(handover.owner, appends)] if appends else []
 
     def _replies(self, outputs: Sequence[Output]) -> list[store.Command[Any]]:
         """One message for each web process."""

@@ -13,7 +13,7 @@ import msgspec
 import psutil
 import pytest
 import redis
-from celery import Celery
+from celery import Celery, current_app
 
 from inference import control
 from inference.messages import DeploymentSpec
@@ -60,8 +60,10 @@ def app(redis_url: str, keys: Keys) -> Iterator[Celery]:
     """A client's Celery app with the same broker as the worker's."""
     app = Celery("penstock", broker=redis_url.replace("unix://", "redis+socket://"), set_as_current=False)
     app.conf.broker_transport_options = {"global_keyprefix": f"{keys.prefix}:celery:"}
+    before = current_app._get_current_object()
     app.set_current()
     yield app
+    before.set_current()
     app.close()
 
 
