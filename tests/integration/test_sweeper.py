@@ -1,5 +1,7 @@
 """The sweeper gives back what dead processes held."""
 
+from typing import Any
+
 import msgspec
 import pytest
 import redis
@@ -41,7 +43,7 @@ def running(store: redis.Redis, keys: Keys) -> int:
 
 
 def history(store: redis.Redis, keys: Keys) -> list[RequestEvent]:
-    entries = store.xrange(keys.history)
+    entries: list[Any] = store.xrange(keys.history) or []
     return [event for _, f in entries for event in msgspec.msgpack.decode(f[b"m"], type=list[RequestEvent])]
 
 
