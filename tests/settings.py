@@ -1,8 +1,12 @@
 """Django settings of the test run: a data directory of its own, an embedded Redis, SQLite (or DATABASE_URL)."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
-_dir = os.environ.setdefault("PENSTOCK_VAR", tempfile.mkdtemp(prefix="ps-"))
+if "PENSTOCK_VAR" not in os.environ:
+    os.environ["PENSTOCK_VAR"] = tempfile.mkdtemp(prefix="ps-")
+    atexit.register(shutil.rmtree, os.environ["PENSTOCK_VAR"], ignore_errors=True)
 
 from controlplane.settings import *  # noqa: E402, F403
