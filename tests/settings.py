@@ -9,4 +9,4 @@ if "PENSTOCK_VAR" not in os.environ:
     os.environ["PENSTOCK_VAR"] = tempfile.mkdtemp(prefix="ps-")
     atexit.register(shutil.rmtree, os.environ["PENSTOCK_VAR"], ignore_errors=True)
 
-from controlplane.settings import *  # noqa: E402, F403
+from controlplane.settings import *  # noqa: F403
