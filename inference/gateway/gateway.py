@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
@@ -145,8 +145,8 @@ class Gateway:
             asyncio.create_task(coroutine, name=name)
             for name, coroutine in (
                 ("gateway-replies", self._reader.run()),
-                ("gateway-status", self._watch_fleet()),
-                ("gateway-heartbeat", self._keep_alive()),
+                ("gateway-status", self._repeat(self._watch_fleet, PERIOD_S)),
+                ("gateway-heartbeat", self._repeat(self._beat, HEARTBEAT_S)),
             )
         ]
 
@@ -265,18 +265,22 @@ class Gateway:
 
     # Loops
 
-    async def _watch_fleet(self) -> None:
+    async def _repeat(self, work: Callable[[], Awaitable[None]], period_s: float) -> None:
+        """Do something for ever; no failure ends it."""
         while True:
             try:
-                if self.models.is_stale(self.directory.deployments):
-                    await self.models.refresh(self.directory.deployments)
-                await self.monitor.tick(self.models.loaded())
+                await work()
             except RedisUnavailable:
-                log.debug("No fleet status while Redis is away")
+                log.debug("Redis is away")
             except Exception:
-                log.exception("Reading the fleet's status failed")
-            self._look_at_idle_replies()
-            await asyncio.sleep(PERIOD_S)
+                log.exception("%s failed", work)
+            await asyncio.sleep(period_s)
+
+    async def _watch_fleet(self) -> None:
+        self._look_at_idle_replies()
+        if self.models.is_stale(self.directory.deployments):
+            await self.models.refresh(self.directory.deployments)
+        await self.monitor.tick(self.models.loaded())
 
     def _look_at_idle_replies(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -290,12 +294,6 @@ class Gateway:
                 mailbox.shown_s = now
                 mailbox.idle = True
                 mailbox.wake()
-
-    async def _keep_alive(self) -> None:
-        while True:
-            with contextlib.suppress(RedisUnavailable):
-                await self._beat()
-            await asyncio.sleep(HEARTBEAT_S)
 
     async def _beat(self) -> None:
         runs_out = time.time() + HEARTBEAT_LIFE_S

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import redis.asyncio
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ReadOnlyError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from inference.gateway.errors import RedisUnavailable
@@ -15,8 +15,8 @@ from scheduling.store import Command
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-LOST = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OSError)
-"""What a lost or just restarted server shows as; all of it passes."""
+LOST = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError, OSError)
+"""What a lost, just restarted or full server shows as; all of it passes."""
 MAX_BATCH = 512
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 0.5

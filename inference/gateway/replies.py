@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 
 import msgspec
+import redis
 import redis.asyncio
 
 from inference.gateway.errors import GatewayError
@@ -137,7 +138,9 @@ class ReplyReader:
                 reply = await self._client.execute_command(
                     "XREAD", "COUNT", MAX_MESSAGES, "BLOCK", BLOCK_MS, "STREAMS", self._stream, last_id
                 )
-            except LOST:
+            except (redis.RedisError, OSError) as error:
+                if not isinstance(error, LOST):
+                    log.error("The reply stream cannot be read: %s", error)
                 pause_s = min(LONGEST_PAUSE_S, pause_s * 2 or FIRST_PAUSE_S)
                 await asyncio.sleep(pause_s)
                 continue
@@ -146,8 +149,11 @@ class ReplyReader:
                 self._on_return()
             if reply:
                 entries = reply[0][1]
-                self.deliver([fields[1] for _, fields in entries])
                 last_id = entries[-1][0]
+                try:
+                    self.deliver([fields[1] for _, fields in entries])
+                except Exception:  # what is lost by it is found missing and read from the journal
+                    log.exception("Updates could not be delivered")
 
     def deliver(self, messages: list[bytes]) -> None:
         """Sort messages (MessagePack lists of SequenceUpdate) into the mailboxes; unknown requests are ignored."""

@@ -158,3 +158,8 @@ def test_messages_of_other_kinds_are_refused(message: dict[str, Any], param: str
 def test_an_empty_conversation_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="messages"):
         chat(messages=[])
+
+
+def test_half_a_character_is_no_text() -> None:
+    with pytest.raises(InvalidRequest):
+        read_body(b'{"model": "m", "prompt": "\\ud800"}', CompletionBody)
