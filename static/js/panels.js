@@ -17,7 +17,7 @@ export function drawFigures(model, replicas) {
       ? "nothing waits"
       : model.estimated_wait_s === undefined
         ? "no estimate yet"
-        : `newest: ≈ ${brief(model.estimated_wait_s)}`,
+        : `joining now ≈ ${brief(model.estimated_wait_s)}`,
   );
   figure("running", count(model.running));
   figure("running-sub", slots ? `of ${plural(slots, "slot")}` : "no worker");
