@@ -3,8 +3,8 @@
     python -m benchmarks.modes [--sizes demo,100m] [--rounds 3] [--requests 64] [--json FILE]
 
 All start with the same requests waiting, and every request asks for its own number of tokens (end-of-sequence tokens
-are ignored), greedy, in float32. A tokens/s figure counts the tokens asked for. Rounds are interleaved; medians with the
-smallest and largest, and ratios of medians.
+are ignored), greedy, in float32. A tokens/s figure counts the tokens asked for. Rounds are interleaved; medians with
+the smallest and largest, and ratios of medians.
 """
 
 import argparse
@@ -162,12 +162,13 @@ def measure(size: str, rounds: int, num_requests: int) -> dict[str, Any]:
         expected: Answers = []
         for run in systems.values():
             run([Request(r.prompt[:32], 4) for r in workload[:2]])
-        for _ in range(rounds):
+        for number in range(rounds):
             for name, run in systems.items():
                 start = time.perf_counter()
                 answers = run(workload)
                 rates[name].append(num_tokens / (time.perf_counter() - start))
                 expected = expected or answers
+                print(f"  round {number + 1}: {name} {rates[name][-1]:.1f} tokens/s", flush=True)
                 same[name] = sum(a == b for a, b in zip(answers, expected, strict=True))
     return {"requests": num_requests, "output_tokens": num_tokens, "tokens_per_s": rates, "same_answers": same}
 

@@ -22,8 +22,8 @@ def _gpt2() -> Any:
 
 
 def _neox() -> Any:
-    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
-    return transformers.GPTNeoXConfig(**sizes, **{"rotary_pct": 0.25})
+    sizes: dict[str, Any] = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    return transformers.GPTNeoXConfig(**sizes | {"rotary_pct": 0.25})
 
 
 def _gemma2() -> Any:
