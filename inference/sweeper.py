@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 MAX_HISTORY = 1_000_000
 """Entries that the history stream keeps at most while the database is away."""
 
-SLOT_GRACE_S = 60.0
-"""A slot this old without a request in a queue was lost."""
+SLOT_GRACE_S = 15.0
+"""A slot this young may belong to a request on its way into the queue, or to one whose end is being settled."""
 
 
 class Sweeper:
@@ -51,19 +51,21 @@ class Sweeper:
 
         They leak where a process died between charging a request and enqueueing it, or Redis came back with older data.
         """
-        num_freed = 0
+        num_freed, before_s = 0, self._clock() - SLOT_GRACE_S
         for tenant in tenants:
-            for request_id in execute(self._client, self._limits.slots(tenant, self._clock() - SLOT_GRACE_S)):
-                if not self._lives(request_id):
+            for request_id in execute(self._client, self._limits.slots(tenant, before_s)):
+                if self._is_over(request_id, before_s):
                     execute(self._client, self._limits.settle(tenant, request_id, refund_tokens=0))
                     num_freed += 1
         if num_freed:
             logger.warning("%d concurrency slots of lost requests are free again.", num_freed)
         return num_freed
 
-    def _lives(self, request_id: str) -> bool:
-        states = [self._client.hget(self._keys.request(model, request_id), "state") for model in self._models]
-        return any(state in (b"queued", b"running") for state in states)
+    def _is_over(self, request_id: str, before_s: float) -> bool:
+        """Whether the request ended before then, or no queue knows it."""
+        queues = [FleetQueue(self._keys, model) for model in self._models]
+        ends = [execute(self._client, queue.ended_s(request_id)) for queue in queues]
+        return all(end_s is not None and end_s < before_s for end_s in ends)
 
     def _sweep_web(self, web: str, queues: list[FleetQueue]) -> None:
         """Cancel what the web process had asked for; forget it once nothing of it is left."""
