@@ -8,6 +8,7 @@ from typing import Any
 
 from celery import current_app
 from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def send_control(
     names = None if replicas is None else sorted(set(replicas))
     try:
         acks = _broadcast(names, {"command": command, "arguments": arguments}, timeout_s)
-    except (OperationalError, OSError) as error:
+    except (OperationalError, RedisError, OSError) as error:
         logger.warning("No command can be sent: %s", error)
         return {name: _failed("The message broker does not answer.") for name in names or []}
     for name in names or []:
