@@ -108,7 +108,7 @@ def record_run(requests: list[TraceRequest], cost: StepCost) -> None:
         if not replica.begin_step(clock, 0.0):
             clock = start_s + pending[0].request.arrival_s
             continue
-        features = measure_parts(replica._parts)
+        features, num_parts = measure_parts(replica._parts), len(replica._parts)
         step_s = cost.price(features) * draw.uniform(0.95, 1.05)
         clock += step_s + 0.0005
         outputs = replica.end_step()
@@ -116,7 +116,7 @@ def record_run(requests: list[TraceRequest], cost: StepCost) -> None:
             outcome = output.sequence.outcome  # type: ignore[attr-defined]
             outcome.first_token_s = outcome.first_token_s or clock
             outcome.finished_s = clock
-        seconds[int(clock)].append((step_s, features.decode_sequences + 1, features.prefill_tokens, len(outputs)))
+        seconds[int(clock)].append((step_s, num_parts, features.prefill_tokens, len(outputs)))
     _write(seconds, outcomes, start_s)
 
 
