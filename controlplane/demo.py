@@ -11,6 +11,7 @@ from django.contrib.auth.models import Group, User
 from django.db import transaction
 
 from controlplane.config import ROOT, Config
+from inference.demo.stamp import is_trained
 from inference.models import ModelDeployment
 from inference.services import register_deployment
 from scheduling.core.request import Priority
@@ -124,8 +125,8 @@ def train_model(config: Config) -> None:
     """Train the demo model, unless it is there or other models take its place. Raises CalledProcessError."""
     folder = model_folder(config)
     paths = set(ModelDeployment.objects.values_list("path", flat=True))
-    if not paths or str(folder) in paths:
-        # Its own process, so that the supervisor never loads torch; it leaves at once where the model is there.
+    if (not paths or str(folder) in paths) and not is_trained(folder):
+        # Its own process, so that the supervisor never loads torch.
         # Threads that wait must not spin: on a machine that is busy they would take the time of those that work.
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         command = [sys.executable, "-m", "inference.demo.train", str(folder)]

@@ -1,7 +1,6 @@
 """Train the demo model, a small Llama, in under a minute on two cores: `python -m inference.demo.train FOLDER`."""
 
 import argparse
-import hashlib
 import math
 import os
 import shutil
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from inference.demo.corpus import conversation, plain_text
+from inference.demo.stamp import STAMP, is_trained, source_hash
 from inference.demo.tokenizer import train_tokenizer
 
 SEED = 20260101
@@ -26,21 +26,6 @@ LONG_EVERY = 10
 SHORT = 256
 QUESTION_WEIGHT = 0.1
 MATRIX_RATE, EMBEDDING_RATE = 0.02, 0.006
-STAMP = "demo.json"
-
-
-def source_hash() -> str:
-    """Identifies what a trained model was made from: the files of this package."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def is_trained(folder: Path) -> bool:
-    """Whether `folder` holds the model that this source would train."""
-    stamp = folder / STAMP
-    return stamp.is_file() and stamp.read_text() == source_hash()
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from inference.demo.stamp import is_trained
 from tests.acceptance.whole_system import ROOT, WholeSystem
 
 
@@ -16,6 +17,8 @@ from tests.acceptance.whole_system import ROOT, WholeSystem
 def demo_model() -> Path:
     """The folder that `make up` uses, so that the model is trained at most once."""
     folder = ROOT / "var" / "models" / "demo"
+    if is_trained(folder):
+        return folder
     command = [sys.executable, "-m", "inference.demo.train", "--quiet", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}, timeout=600)
     return folder
