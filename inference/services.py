@@ -103,7 +103,7 @@ def announce_policy(revision: PolicyRevision, send: SendControl) -> dict[str, An
     """Tell the live replicas of a revision's model about it; their acknowledgements."""
     statuses = read_replicas(live_redis(), live_keys())
     names = [s.replica for s in statuses if s.model == revision.model]
-    return dict(send(names, "policy", revision=revision.revision)) if names else {}
+    return dict(send(names, "policy", revision=revision.revision, name=revision.name)) if names else {}
 
 
 def read_replicas(client: redis.Redis, keys: Keys) -> list[ReplicaStatus]:

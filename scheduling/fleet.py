@@ -118,10 +118,13 @@ class FleetQueue:
         """Move the lease's end to `lease_s` from now. False: it had been lost (or `owner` has not claimed yet)."""
         return self.script("renew", bool, owner, repr(lease_s), _time(now))
 
-    def release(self, owner: str, request_ids: Iterable[str] | None = None) -> Command[int]:
-        """Put requests (None: all that `owner` holds) back at their old rank. Answers how many."""
+    def release(self, owner: str, request_ids: Iterable[str] | None = None, *, failed: bool = False) -> Command[int]:
+        """Put requests (None: all that `owner` holds) back at their old rank. Answers how many.
+
+        `failed` counts it as a failure of each, as the end of a lease does.
+        """
         ids = () if request_ids is None else tuple(request_ids)
-        return self.script("release", int, owner, "all" if request_ids is None else "some", *ids)
+        return self.script("release", int, owner, "all" if request_ids is None else "some", int(failed), *ids)
 
     def expire(self, now: float | None = None) -> Command[list[tuple[str, int]]]:
         """Put back the requests of owners whose lease ended: (owner, how many).
@@ -226,7 +229,7 @@ def _read_enqueued(reply: list[Any]) -> Enqueued:
 
 def _read_claimed(reply: list[Any]) -> Claimed:
     revision, policy, depth, rows = reply
-    requests = [ClaimedRequest(id_.decode(), body, attempt, read_tokens(tok)) for id_, body, attempt, tok in rows]
+    requests = [ClaimedRequest(row[0].decode(), row[1], row[2], read_tokens(row[3]), row[4]) for row in rows]
     return Claimed(revision, policy.decode(), requests, depth)
 
 

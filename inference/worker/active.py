@@ -10,8 +10,8 @@ from scheduling.core.answers import ClaimedRequest
 from scheduling.core.request import Priority
 from scheduling.core.sequence import SamplingParams, Sequence
 
-MAX_ATTEMPTS = 3
-"""A request claimed more often than this has probably ended the workers before."""
+MAX_FAILURES = 3
+"""A request that so many engine processes ended over, other than in good order, has probably ended them."""
 STATES: dict[FinishReason, State] = {
     "stop": "finished",
     "length": "finished",
@@ -40,6 +40,7 @@ class ActiveRequest:
         self.request = request
         self.owner = owner
         self.attempt = claimed.attempt
+        self.failures = claimed.failures
         self.stream = stream
         self.claimed_s = now_s
         self.first_token_s: float | None = None
@@ -163,10 +164,10 @@ def check_request(active: ActiveRequest, *, vocab_size: int) -> None:
     request = active.request
     if not request.tenant:
         raise RequestRefusedError("bad_request", "The stored request cannot be read by this version of the engine.")
-    if active.attempt > MAX_ATTEMPTS:
+    if active.failures >= MAX_FAILURES:
         raise RequestRefusedError(
             "too_many_attempts",
-            f"The request was given up after {MAX_ATTEMPTS} engine processes ended while they ran it.",
+            f"The request was given up after {MAX_FAILURES} engine processes ended while they ran it.",
         )
     if not request.prompt_token_ids or request.max_tokens < 1:
         raise RequestRefusedError("bad_request", "A prompt and max_tokens of at least one token are needed.")

@@ -94,18 +94,20 @@ class Engine:
         threads = (self._intake, self._outbox, self._heartbeat)
         for thread in threads:
             thread.start()
+        failed = True
         try:
             self.loop.run()
+            failed = False
         finally:
             self._outbox.close(FAREWELL_S)
-            self._release()
+            self._release(failed)
             self._heartbeat.close()
 
-    def _release(self) -> None:
+    def _release(self, failed: bool) -> None:
         """Give everything back: what was claimed and not begun, and what an unfinished drain left."""
         self._intake.close()
         try:
-            num_released = store.execute(self._client, self._queue.release(self._lease.owner))
+            num_released = store.execute(self._client, self._queue.release(self._lease.owner, failed=failed))
         except redis.RedisError as error:
             logger.warning("Requests could not be given back, their lease will run out: %s", error)
             return

@@ -27,6 +27,8 @@ class ClaimedRequest:
     body: bytes
     attempt: int
     tokens: list[int]
+    failures: int = 0
+    """How often an engine process ended, other than in good order, while it held this."""
 
 
 @dataclass(frozen=True, slots=True)

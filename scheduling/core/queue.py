@@ -1,11 +1,12 @@
 """The queue in memory: the operations and answers of the one in Redis, for simulation and as its reference in tests."""
 
+import math
 import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from scheduling.core.answers import (
     ActivePolicy,
@@ -18,8 +19,9 @@ from scheduling.core.answers import (
     RequestRecordView,
 )
 from scheduling.core.flows import Flows
-from scheduling.core.policies import Policy
+from scheduling.core.policies import Policy, build_policy
 from scheduling.core.request import Placement, QueueEntry
+from scheduling.core.rules import LATE, MAX_DEMOTIONS, PLAIN, QueueRules
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class _Record:
     keep_s: int
     state: str = "queued"
     attempt: int = 0
+    failures: int = 0
     output: str = ""
     finish: bytes | None = None
     journal: bytearray = field(default_factory=bytearray)
@@ -65,6 +68,9 @@ class FlowQueue:
         self._flows = Flows()
         self._epoch = 0
         self._policy: ActivePolicy | None = None
+        self._rules: QueueRules = PLAIN
+        self._arrivals: list[tuple[float, str]] = []
+        """A heap of (arrival, id) of what waits, kept while the rules promote; those gone are dropped when they come up."""
         self._records: dict[str, _Record] = {}
         self._waiting: dict[str, _Record] = {}
         self._unplaced: dict[str, _Record] = {}
@@ -118,11 +124,11 @@ class FlowQueue:
         if number is not None and state.number == number:
             rows = [(id_, attempt) for id_, attempt in state.given if self._holds(owner, id_, attempt)]
         else:
-            rows = self._serve(owner, state, max_requests, max_tokens)
+            rows = self._serve(owner, state, max_requests, max_tokens, self._now(now))
             if number is not None:
                 state.number, state.given = number, rows
         requests = [
-            ClaimedRequest(id_, (record := self._records[id_]).body, attempt, _tokens(record.journal))
+            ClaimedRequest(id_, (record := self._records[id_]).body, attempt, _tokens(record.journal), record.failures)
             for id_, attempt in rows
         ]
         active = self.active_policy()
@@ -150,7 +156,9 @@ class FlowQueue:
         record = self._records[request_id]
         lease = self._stop_running(record)
         if lease.epoch == self._epoch:
-            self._flows.correct(lease.flow, (used_tokens - record.entry.cost_tokens) / lease.weight)
+            entry, rules = record.entry, self._rules
+            real = rules.charge_used(entry.prompt_tokens, used_tokens)
+            self._flows.correct(lease.flow, (real - self._charge(entry)) / lease.weight)
         record.state, record.finish, record.output, record.cancelled = state, finish, output, False
         self._totals["finished"] += 1
         self._totals["finished_tokens"] += used_tokens
@@ -181,18 +189,19 @@ class FlowQueue:
             state.expires_s = self._now(now) + lease_s
         return state is not None
 
-    def release(self, owner: str, request_ids: Iterable[str] | None = None) -> int:
+    def release(self, owner: str, request_ids: Iterable[str] | None = None, *, failed: bool = False) -> int:
         held = self._owners[owner].held if owner in self._owners else {}
         ids = sorted(held) if request_ids is None else list(request_ids)
         records = [held[id_] for id_ in dict.fromkeys(ids) if id_ in held]
         for record in records:
+            record.failures += failed
             self._requeue(record)
         return len(records)
 
     def expire(self, now: float | None = None) -> list[tuple[str, int]]:
         time_s = self._now(now)
         expired = sorted((state.expires_s, name) for name, state in self._owners.items() if state.expires_s <= time_s)
-        answer = [(name, self.release(name)) for _, name in expired]
+        answer = [(name, self.release(name, failed=True)) for _, name in expired]
         for _, name in expired:
             del self._owners[name]
         return answer
@@ -240,6 +249,7 @@ class FlowQueue:
         if self._policy is not None or self._waiting:
             return False
         self._policy = ActivePolicy(revision, name, dict(params))
+        self._rules = build_policy(name, params).rules
         return True
 
     def set_weight(self, flow: str, weight: float) -> bool:
@@ -257,7 +267,11 @@ class FlowQueue:
         self._unplaced.clear()
         for record in sorted(self._waiting.values(), key=lambda record: record.number):
             self._flows.place(record.entry.id, record.number, policy.place(record.entry))
-        self._policy = ActivePolicy(revision, policy.name, dict(policy.params))
+        self._policy, self._rules = ActivePolicy(revision, policy.name, dict(policy.params)), policy.rules
+        self._arrivals.clear()
+        if self._rules.promote_after_s is not None:
+            self._arrivals.extend((record.entry.arrival_s, id_) for id_, record in self._waiting.items())
+            heapify(self._arrivals)
         return len(self._waiting)
 
     def unplaced(self, limit: int = 500) -> tuple[ActivePolicy, list[QueueEntry]]:
@@ -273,18 +287,25 @@ class FlowQueue:
                 num_placed += 1
         return num_placed
 
-    def _serve(self, owner: str, state: _Owner, max_requests: int, max_tokens: int) -> list[tuple[str, int]]:
-        flows = self._flows
+    def _serve(
+        self, owner: str, state: _Owner, max_requests: int, max_tokens: int, now: float
+    ) -> list[tuple[str, int]]:
+        flows, rules = self._flows, self._rules
+        turn = None if rules is PLAIN else _Turn(self, now)
         rows: list[tuple[str, int]] = []
-        while len(rows) < max_requests and (head := flows.head()) is not None:
+        while len(rows) < max_requests and (head := flows.head() if turn is None else turn.next()) is not None:
             id_, rank, weight, flow = head
             record = self._waiting[id_]
-            tokens = record.entry.prompt_tokens + len(record.journal) // 4
+            entry = record.entry
+            tokens = entry.prompt_tokens + len(record.journal) // 4
             if tokens > max_tokens:
                 break
             max_tokens -= tokens
-            cost = record.entry.cost_tokens
-            flows.take(cost)
+            cost = entry.cost_tokens
+            if turn is None:
+                flows.take(cost)
+            else:
+                turn.take(self._charge(entry))
             self._stop_waiting(record)
             record.attempt += 1
             record.state = "running"
@@ -299,6 +320,20 @@ class FlowQueue:
             flows.settle()
         return rows
 
+    def _promoted(self, now: float) -> tuple[str, float, float, str] | None:
+        """Who has waited for so long that it is next."""
+        after_s, arrivals = self._rules.promote_after_s, self._arrivals
+        while after_s is not None and arrivals:
+            arrival_s, id_ = arrivals[0]
+            record = self._waiting.get(id_)
+            if record is not None and record.entry.arrival_s == arrival_s:
+                return self._flows.find(id_) if now - arrival_s >= after_s else None
+            heappop(arrivals)
+        return None
+
+    def _charge(self, entry: QueueEntry) -> float:
+        return self._rules.charge(entry.prompt_tokens, entry.max_tokens)
+
     def _holds(self, owner: str, request_id: str, attempt: int) -> bool:
         record = self._records.get(request_id)
         return bool(record and record.lease and record.lease.owner == owner and record.attempt == attempt)
@@ -308,7 +343,7 @@ class FlowQueue:
         record.state = "queued"
         self._start_waiting(record)
         if lease.epoch == self._epoch:
-            self._flows.correct(lease.flow, -record.entry.cost_tokens / lease.weight)
+            self._flows.correct(lease.flow, -self._charge(record.entry) / lease.weight)
             self._flows.place(id_, record.number, Placement(flow=lease.flow, weight=lease.weight, rank=lease.rank))
         else:
             self._unplaced[id_] = record
@@ -317,6 +352,8 @@ class FlowQueue:
     def _start_waiting(self, record: _Record) -> None:
         entry = record.entry
         self._waiting[entry.id] = record
+        if self._rules.promote_after_s is not None:
+            heappush(self._arrivals, (entry.arrival_s, entry.id))
         self._by_priority[entry.priority] += 1
         self._by_tenant[entry.tenant] += 1
         self._waiting_tokens += entry.cost_tokens
@@ -350,6 +387,45 @@ class FlowQueue:
 
     def _now(self, now: float | None) -> float:
         return self._clock() if now is None else now
+
+
+class _Turn:
+    """Whose turn it is within one claim, under rules: the promoted, then a run that has begun, then the flows."""
+
+    def __init__(self, queue: FlowQueue, now: float) -> None:
+        self._queue, self._flows, self._rules, self._now = queue, queue._flows, queue._rules, now
+        slack_s = self._rules.late_slack_s
+        self._late_before = -math.inf if slack_s is None else now + slack_s
+        self._demotions_left = MAX_DEMOTIONS
+        self._run, self._run_left = "", 0
+        self._next: tuple[str, bool] = ("", False)
+        """Who was named last, and whether it was promoted."""
+
+    def next(self) -> tuple[str, float, float, str] | None:
+        head = self._queue._promoted(self._now)
+        self._next = ("" if head is None else head[0], head is not None)
+        return self._by_turn() if head is None else head
+
+    def take(self, charge: float) -> None:
+        id_, promoted = self._next
+        self._flows.take_out_of_turn(id_, charge)
+        if not promoted:
+            self._run_left -= 1
+
+    def _by_turn(self) -> tuple[str, float, float, str] | None:
+        while True:
+            head = self._flows.head_of(self._run) if self._run_left else None
+            if head is None:
+                if (head := self._flows.head()) is None:
+                    return None
+                self._run, self._run_left = head[3], self._rules.run
+            if head[1] >= self._late_before:
+                self._next = (head[0], False)
+                return head
+            if not self._demotions_left:
+                return None
+            self._demotions_left -= 1
+            self._flows.demote(head[0], LATE)
 
 
 _DEFAULT = ActivePolicy(0, "fifo", {})

@@ -1,5 +1,5 @@
 -- owner, max requests, max tokens, lease seconds, now, claim number
---   -> {revision, policy, depth, {{id, body, attempt, journal}}}
+--   -> {revision, policy, depth, {{id, body, attempt, journal, failures}}}
 local owner, lease_s = ARGV[1], tonumber(ARGV[4])
 local room_requests, room_tokens = tonumber(ARGV[2]), tonumber(ARGV[3])
 local own, last = Q .. ':own:' .. owner, Q .. ':last:' .. owner
@@ -15,7 +15,8 @@ local function repeated()
   for _, given in ipairs(claim[2]) do
     local id, attempt = given[1], given[2]
     if held(owner, id) == attempt then
-      rows[#rows + 1] = { id, call('HGET', Q .. ':req:' .. id, 'body'), attempt, call('GET', Q .. ':tok:' .. id) or '' }
+      local r = call('HMGET', Q .. ':req:' .. id, 'body', 'failures')
+      rows[#rows + 1] = { id, r[1], attempt, call('GET', Q .. ':tok:' .. id) or '', tonumber(r[2] or 0) }
     end
   end
   return true
@@ -35,7 +36,7 @@ local function serve(flow, vt)
   local head = call('ZPOPMIN', list)
   local id = string.sub(head[1] or '', 18)
   local record = Q .. ':req:' .. id
-  local r = call('HMGET', record, 'entry', 'body', 'attempt', 'cancel')
+  local r = call('HMGET', record, 'entry', 'body', 'attempt', 'cancel', 'failures')
   if not r[1] then
     -- Evicted or deleted by hand: a request without a record is gone, the others must not wait behind it.
     if call('ZREM', ARRIVALS, id) == 1 then add(queue, 'depth', -1) end
@@ -64,7 +65,7 @@ local function serve(flow, vt)
   add(queue, 'claimed', 1)
   add(queue, 'claimed_tokens', entry[PROMPT] + entry[MAXIMUM])
   touch(queue, id)
-  rows[#rows + 1] = { id, r[2], attempt, journal }
+  rows[#rows + 1] = { id, r[2], attempt, journal, tonumber(r[5] or 0) }
   return true
 end
 

@@ -8,7 +8,7 @@ for _, owner in ipairs(owners) do
   table.sort(ids)
   for _, id in ipairs(ids) do
     local _, lease = held(owner, id)
-    requeue(queue, owner, id, lease)
+    requeue(queue, owner, id, lease, true)
   end
   call('ZREM', Q .. ':owners', owner)
   call('DEL', Q .. ':own:' .. owner, Q .. ':last:' .. owner, Q .. ':cancels:' .. owner)

@@ -191,11 +191,12 @@ end
 
 -- Back into the queue at its old rank, its charge returned. After a switch its placement is the old policy's: then it
 -- waits unplaced until somebody who can run the new policy places it.
-local function requeue(queue, owner, id, lease)
+local function requeue(queue, owner, id, lease, failed)
   local entry = cmsgpack.unpack(lease[ENTRY])
   stop_running(queue, owner, id)
   call('LREM', Q .. ':cancels:' .. owner, 0, id)
   call('HSET', Q .. ':req:' .. id, 'state', 'queued', 'owner', '')
+  if failed then call('HINCRBY', Q .. ':req:' .. id, 'failures', 1) end
   call('ZADD', ARRIVALS, entry[ARRIVAL], id)
   count_waiting(queue, entry, 1)
   if lease[EPOCH] == queue.epoch then

@@ -202,12 +202,24 @@ def test_a_request_that_has_ended_several_workers_is_given_up(
     for i in range(3):
         claimed = execute(store, fleet.queue.claim(f"dead-{i}", max_requests=1, max_tokens=99, lease_s=60))
         assert claimed.requests
-        execute(store, fleet.queue.release(f"dead-{i}"))
+        execute(store, fleet.queue.release(f"dead-{i}", failed=True))
     engines.start()
     fleet.until_finished()
     finish = fleet.answers["poison"].finish
     assert finish is not None
     assert (finish.reason, finish.error_code) == ("error", "too_many_attempts")
+
+
+def test_workers_that_end_in_good_order_do_not_count_against_a_request(
+    engines: Engines, fleet: FleetClient, store: redis.Redis
+) -> None:
+    fleet.submit("patient", [5, 6], 20)
+    for i in range(5):
+        assert execute(store, fleet.queue.claim(f"calm-{i}", max_requests=1, max_tokens=99, lease_s=60)).requests
+        execute(store, fleet.queue.release(f"calm-{i}"))
+    engines.start()
+    fleet.until_finished()
+    assert len(fleet.answers["patient"].token_ids) == 20
 
 
 def test_stop_strings_end_a_request_and_do_not_appear(engines: Engines, fleet: FleetClient) -> None:

@@ -63,8 +63,8 @@ def test_only_replicas_of_the_model_are_told_of_its_policy(store: redis.Redis, k
     report(store, keys, "gpu-0")
     report(store, keys, "gpu-1", model="other")
     send = Recorder()
-    acks = announce_policy(PolicyRevision(model="demo", revision=4), send)
-    assert send.sent == [(["gpu-0"], "policy", {"revision": 4})]
+    acks = announce_policy(PolicyRevision(model="demo", revision=4, name="fair"), send)
+    assert send.sent == [(["gpu-0"], "policy", {"revision": 4, "name": "fair"})]
     assert acks == {"gpu-0": {"ok": True, "applied_ms": 1.0}}
 
 
