@@ -97,7 +97,7 @@ def learn_cost(requests: Sequence[RequestRecord], batches: Sequence[BatchRecord]
         features = StepFeatures(batch.steps, batch.prompt_tokens, decodes, round(did.context), round(did.pairs))
         model.observe(features, batch.steps * batch.step_ms_mean / 1000)
     try:
-        cost = model.cost
+        cost = model.mean_cost
     except ValueError as error:
         raise HistoryError("The recorded steps took no time; no cost can be learned from them.") from error
     return replace(cost, step_s=cost.step_s + _overhead_s(batches, seconds)), model.typical_error_s

@@ -149,17 +149,20 @@ class StepTimeModel:
                 initial.attention_pair_s,
             )
         self._fit = RecursiveLeastSquares(SCALES, initial=start, forgetting=forgetting, confidence=confidence)
+        self._keep = forgetting
+        self._taken_s = self._expected_s = 0.0
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         """Learn from steps that took `seconds` together. Raises ValueError for a time that is none."""
         if not 0 <= seconds < math.inf:
             raise ValueError(f"A step takes a finite number of seconds, not {seconds!r}.")
-        if features.steps == 1:
-            self._fit.observe(features, seconds)
-        elif features.steps > 1:
-            # The mean step stands for them, or a summary of a second would outweigh a hundred single steps.
-            steps = features.steps
-            self._fit.observe([value / steps for value in features], seconds / steps)
+        if features.steps < 1:
+            return
+        # The mean step stands for them, or a summary of a second would outweigh a hundred single steps.
+        mean = [value / features.steps for value in features]
+        self._fit.observe(mean, seconds / features.steps)
+        self._taken_s = self._keep * self._taken_s + seconds
+        self._expected_s = self._keep * self._expected_s + features.steps * self._fit.predict(mean)
 
     @property
     def num_observations(self) -> int:
@@ -181,6 +184,18 @@ class StepTimeModel:
             context_token_s=context,
             attention_pair_s=pair,
         )
+
+    @property
+    def mean_cost(self) -> StepCost:
+        """The cost with its share of all hiccups, so that it adds up to the time that steps really took.
+
+        `cost` says how long the next step will probably take; this one how long many steps take together.
+        """
+        cost = self.cost
+        if self._expected_s <= 0:
+            return cost
+        factor = self._taken_s / self._expected_s
+        return StepCost(**{field.name: factor * getattr(cost, field.name) for field in fields(cost)})
 
     def predict(self, parts: Iterable[StepPart]) -> float:
         """Seconds that a step of these parts will take."""

@@ -50,6 +50,10 @@ def assert_close(cost: StepCost, expected: StepCost, tolerance: float, seed: int
         assert cost.price(step) == pytest.approx(expected.price(step), rel=tolerance)
 
 
+def scaled(cost: StepCost, factor: float) -> StepCost:
+    return StepCost(**{name: factor * getattr(cost, name) for name in cost.__dataclass_fields__})
+
+
 def test_parts_are_measured_as_decodes_and_prefill_chunks() -> None:
     parts = [
         StepPart(sequence_at(11, 10, 8), 1, samples=True),
@@ -72,13 +76,15 @@ def test_the_true_cost_is_found_from_noisy_steps() -> None:
     assert 0 < model.typical_error_s < 0.003
 
 
-def test_hiccups_move_the_model_little() -> None:
+def test_hiccups_move_the_model_little_and_its_mean_cost_by_what_they_took() -> None:
     random, model = Random(2), StepTimeModel()
     for number in range(2000):
         step = draw_step(random)
         seconds = DEFAULT_COST.price(step) * random.uniform(0.98, 1.02)
         model.observe(step, seconds + (2.0 if number % 50 == 49 else 0.0))
     assert_close(model.cost, DEFAULT_COST, 0.1)
+    mean_s = sum(DEFAULT_COST.price(draw_step(random)) for _ in range(500)) / 500
+    assert_close(model.mean_cost, scaled(DEFAULT_COST, 1 + 2.0 / 50 / mean_s), 0.2)
 
 
 def test_a_change_of_the_engine_is_followed() -> None:
