@@ -16,24 +16,48 @@ class Config(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="PENSTOCK_", frozen=True, extra="forbid")
 
-    database_url: str = Field("", alias="DATABASE_URL", description="PostgreSQL, as `postgres://user:password@host/name`; empty: SQLite under `var/`.")
-    redis_url: str = Field("", alias="REDIS_URL", description="Redis or Valkey, 6.2 or later; empty: the embedded server.")
+    database_url: str = Field(
+        "",
+        alias="DATABASE_URL",
+        description="PostgreSQL, as `postgres://user:password@host/name`; empty: SQLite under `var/`.",
+    )
+    redis_url: str = Field(
+        "", alias="REDIS_URL", description="Redis or Valkey, 6.2 or later; empty: the embedded server."
+    )
     var: Path = Field(ROOT / "var", description="Where data, sockets, the demo model and generated secrets live.")
     secret_key: str = Field("", description="Django's secret key; empty: generated once under `var/`.")
     debug: bool = Field(False, description="Django's debug pages. Never on a reachable host.")
-    allowed_hosts: list[str] = Field(["127.0.0.1", "localhost", "[::1]"], description="Host names the web process answers to (JSON list).")
-    trusted_origins: list[str] = Field([], description="Origins that a proxy in front gives the dashboard, such as `https://penstock.example.org` (JSON list).")
+    allowed_hosts: list[str] = Field(
+        ["127.0.0.1", "localhost", "[::1]"], description="Host names the web process answers to (JSON list)."
+    )
+    trusted_origins: list[str] = Field(
+        [],
+        description="Origins that a proxy in front gives the dashboard, such as `https://penstock.example.org` (JSON list).",
+    )
     host: str = Field("127.0.0.1", description="Address the web process binds.")
     port: int = Field(8000, ge=1, le=65535, description="Port the web process binds.")
     web_processes: int = Field(1, ge=1, le=64, description="Web processes that `make up` starts.")
     gpu_workers: int = Field(1, ge=0, le=64, description="GPU workers that `make up` starts.")
     model: str = Field("", description="Model a gpu worker serves; empty: the newest deployment.")
-    replica: str = Field("gpu-0", pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="Name of a gpu worker; each needs its own.")
-    drain_s: float = Field(5.0, ge=0, le=3600, description="How long a gpu worker that is told to stop finishes what it runs; the rest goes back to the queue.")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Device of a gpu worker: `auto`, `cpu`, `cuda`, `cuda:N`.")
+    replica: str = Field(
+        "gpu-0", pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="Name of a gpu worker; each needs its own."
+    )
+    drain_s: float = Field(
+        5.0,
+        ge=0,
+        le=3600,
+        description="How long a gpu worker that is told to stop finishes what it runs; the rest goes back to the queue.",
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="Device of a gpu worker: `auto`, `cpu`, `cuda`, `cuda:N`.",
+    )
     key_prefix: str = Field("penstock", pattern=r"^[a-z0-9_-]{1,32}$", description="Prefix of all Redis keys.")
     queue_limit: int = Field(20_000, ge=1, description="Waiting requests per model before new ones are refused.")
-    lease_s: float = Field(5.0, ge=0.5, le=120, description="A worker silent for this long loses its requests to others.")
+    lease_s: float = Field(
+        5.0, ge=0.5, le=120, description="A worker silent for this long loses its requests to others."
+    )
     max_body_bytes: int = Field(2 * 2**20, ge=1024, description="Largest request body.")
     history_days: int = Field(30, ge=1, le=3650, description="How long request and batch records are kept.")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Log level.")
