@@ -23,7 +23,9 @@ from scheduling.core.answers import (
     QueueSnapshot,
     RequestRecordView,
 )
+from scheduling.core.policies import build_policy
 from scheduling.core.request import Placement, QueueEntry
+from scheduling.core.rules import PLAIN, QueueRules
 from scheduling.keys import Keys
 from scheduling.store import Command, load_script
 
@@ -162,9 +164,10 @@ class FleetQueue:
         """The policy in force; fifo at revision 0 in a queue where none was set."""
         return Command(("HMGET", f"{self.base}:meta", "revision", "policy", "params"), _read_policy)
 
-    def init_policy(self, name: str, params: Mapping[str, float], revision: int) -> Command[bool]:
+    def init_policy(self, name: str, params: Mapping[str, Any], revision: int) -> Command[bool]:
         """Make a policy active in a queue that has none and where nothing waits; False elsewhere (then switch)."""
-        return self.script("init_policy", bool, name, json.dumps(dict(params), sort_keys=True), revision)
+        rules = pack_rules(build_policy(name, params).rules)
+        return self.script("init_policy", bool, name, json.dumps(dict(params), sort_keys=True), revision, rules)
 
     def set_weight(self, flow: str, weight: float) -> Command[bool]:
         """Change the weight of a flow with waiting requests; False without any (the next enqueue brings its own)."""
@@ -186,6 +189,14 @@ class FleetQueue:
         """Put unplaced requests into their flows; how many were. None are where another revision is active by now."""
         rows = [(id_, place.flow, place.weight, place.rank) for id_, place in placed]
         return self.script("place", int, revision, _pack(rows))
+
+
+def pack_rules(rules: QueueRules) -> bytes:
+    """Rules as scripts store them; nothing where they are plain."""
+    if rules == PLAIN:
+        return b""
+    limits = [False if limit is None else limit for limit in (rules.promote_after_s, rules.late_slack_s)]
+    return _pack((*limits, rules.request_price, rules.prompt_price, rules.output_price, rules.run))
 
 
 def pack_entry(entry: QueueEntry, reply_to: str, keep_s: int) -> tuple[Any, ...]:

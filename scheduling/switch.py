@@ -17,7 +17,7 @@ import msgspec
 import redis
 
 from scheduling.core.policies import Policy, build_policy
-from scheduling.fleet import FleetQueue, unpack_entry
+from scheduling.fleet import FleetQueue, pack_rules, unpack_entry
 from scheduling.store import Command, execute
 
 LOCK_MS = 5_000
@@ -121,7 +121,7 @@ class _Build:
         params = json.dumps(dict(self.policy.params), sort_keys=True)
         while True:
             self._catch_up()
-            args = (self.epoch, revision, self.policy.name, params, self.read, REST)
+            args = (self.epoch, revision, self.policy.name, params, self.read, REST, pack_rules(self.policy.rules))
             reply = execute(self.client, self._script("switch_flip", *args))
             if reply[0] == 0:
                 raise SwitchLost(SwitchLost.__doc__)

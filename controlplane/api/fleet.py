@@ -144,7 +144,13 @@ def _policy_kinds() -> list[PolicyKindView]:
             guarantee=kind.guarantee,
             source=kind.source,
             parameters={
-                name: ParameterView(default=p.default, minimum=p.minimum, maximum=p.maximum, description=p.description)
+                name: ParameterView(
+                    default=p.default,
+                    minimum=p.minimum,
+                    maximum=p.maximum,
+                    description=p.description,
+                    choices=list(p.choices),
+                )
                 for name, p in kind.parameters.items()
             },
         )

@@ -62,7 +62,7 @@ class QueueView(Schema):
     backpressure: str
     backpressure_reason: str
     policy: str
-    policy_params: dict[str, float]
+    policy_params: dict[str, float | str]
     policy_revision: int
 
 
@@ -86,12 +86,13 @@ class ReplicaView(Schema):
 
 
 class ParameterView(Schema):
-    """A policy's parameter."""
+    """A policy's parameter: a number within bounds, or one of `choices` where there are any."""
 
-    default: float
+    default: float | str
     minimum: float
     maximum: float
     description: str
+    choices: list[str] = []
 
 
 class PolicyKindView(Schema):
@@ -109,7 +110,7 @@ class ActivePolicyView(Schema):
 
     model: str
     name: str
-    params: dict[str, float]
+    params: dict[str, float | str]
     revision: int
 
 
@@ -124,7 +125,7 @@ class SwitchBody(Schema, extra="forbid"):
     """A switch of policy."""
 
     name: str = Field(max_length=64)
-    params: dict[str, float] = {}
+    params: dict[str, float | str] = {}
     reason: str = Field(min_length=1, max_length=500, description="Why; kept with the revision.")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class ActivePolicy:
 
     revision: int
     name: str
-    params: Mapping[str, float]
+    params: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class QueueSnapshot:
     requeued_total: int = 0
     revision: int = 0
     policy: str = "fifo"
-    params: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

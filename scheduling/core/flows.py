@@ -1,7 +1,7 @@
 """Flows: push-in-first-out lists served by virtual time, the order behind every policy."""
 
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 
 from scheduling.core.request import Placement
 
@@ -31,8 +31,8 @@ class Flows:
         """Drained flows that are ahead of the system."""
         self._order: list[tuple[float, str]] = []
         """A heap of (virtual time, flow); out-of-date pairs are dropped when they come up."""
-        self._at: dict[str, tuple[str, int, float]] = {}
-        """id -> flow, arrival number, rank."""
+        self._at: dict[str, tuple[str, tuple[float, int, str]]] = {}
+        """id -> flow and the member that counts: one that came back has left another of its kind in the heap."""
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._at
@@ -46,8 +46,9 @@ class Flows:
             heappush(self._order, (flow.vt, name))
         flow.weight = placement.weight
         flow.num_live += 1
-        heappush(flow.members, (placement.rank, number, request_id))
-        self._at[request_id] = (name, number, placement.rank)
+        member = (placement.rank, number, request_id)
+        heappush(flow.members, member)
+        self._at[request_id] = (name, member)
 
     def head(self) -> tuple[str, float, float, str] | None:
         """Who is served next: id, rank, and its flow's weight and name."""
@@ -57,11 +58,32 @@ class Flows:
             flow = flows.get(name)
             if flow is not None and flow.vt == vt:
                 members = flow.members
-                while not self._is_live(name, members[0]):
+                while not self._is_live(members[0]):
                     heappop(members)
                 return members[0][2], members[0][0], flow.weight, name
             heappop(order)
         return None
+
+    def head_of(self, name: str) -> tuple[str, float, float, str] | None:
+        """`head` of one flow, whoever's turn it is."""
+        flow = self._flows.get(name)
+        if flow is None:
+            return None
+        while not self._is_live(flow.members[0]):
+            heappop(flow.members)
+        return flow.members[0][2], flow.members[0][0], flow.weight, name
+
+    def find(self, request_id: str) -> tuple[str, float, float, str] | None:
+        """What `head` would say of this request if it were next; None where it is in no flow."""
+        placed = self._at.get(request_id)
+        return None if placed is None else (request_id, placed[1][0], self._flows[placed[0]].weight, placed[0])
+
+    def demote(self, request_id: str, by: float) -> None:
+        """Give a flow's head a rank that is larger by `by`."""
+        name, (rank, number, _) = self._at[request_id]
+        member = (rank + by, number, request_id)
+        self._at[request_id] = (name, member)
+        heapreplace(self._flows[name].members, member)
 
     def take(self, cost_tokens: float) -> None:
         """Serve the request that `head` just named and charge its flow."""
@@ -71,6 +93,19 @@ class Flows:
         del self._at[heappop(flow.members)[2]]
         flow.num_live -= 1
         charged = vt + cost_tokens / flow.weight
+        if flow.num_live:
+            self._move(flow, name, charged)
+        else:
+            self._drain(name, charged)
+
+    def take_out_of_turn(self, request_id: str, cost_tokens: float) -> None:
+        """Serve any request and charge its flow; the system's virtual time follows the flow whose turn it was."""
+        self.head()
+        self.vt = max(self.vt, self._order[0][0])
+        name = self._at.pop(request_id)[0]
+        flow = self._flows[name]
+        flow.num_live -= 1
+        charged = flow.vt + cost_tokens / flow.weight
         if flow.num_live:
             self._move(flow, name, charged)
         else:
@@ -114,9 +149,9 @@ class Flows:
         placed = self._at.get(request_id)
         if placed is None:
             return None
-        name, number, rank = placed
+        name, at = placed
         own = self._flows[name]
-        ahead = sum(self._is_live(name, member) and member < (rank, number, "") for member in own.members)
+        ahead = sum(self._is_live(member) and member < at for member in own.members)
         due = own.vt + ahead * mean_cost / own.weight
         before = ahead
         for other, flow in self._flows.items():
@@ -124,9 +159,9 @@ class Flows:
                 before += min(flow.num_live, int((due - flow.vt) * flow.weight / mean_cost) + 1)
         return name, ahead, before
 
-    def _is_live(self, name: str, member: tuple[float, int, str]) -> bool:
+    def _is_live(self, member: tuple[float, int, str]) -> bool:
         placed = self._at.get(member[2])
-        return placed is not None and placed[1] == member[1] and placed[0] == name
+        return placed is not None and placed[1] is member
 
     def _move(self, flow: _Flow, name: str, vt: float) -> None:
         flow.vt = vt

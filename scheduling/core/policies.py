@@ -1,18 +1,35 @@
-"""Policies: three small pure functions each (flow, weight, rank) that say where a request stands in the queue."""
+"""The policies by name: where each places a request, what it guarantees, where it comes from (docs/policies.md)."""
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+from scheduling.core.policy import (
+    InvalidPolicyParameter,
+    Parameter,
+    Params,
+    Policy,
+    PolicyError,
+    PolicyKind,
+)
 from scheduling.core.request import Placement, Priority, QueueEntry
+from scheduling.core.rules import QueueRules
+
+__all__ = [
+    "POLICIES",
+    "InvalidPolicyParameter",
+    "Parameter",
+    "Policy",
+    "PolicyError",
+    "PolicyKind",
+    "UnknownPolicy",
+    "build_policy",
+]
 
 MIN_SHARE = 0.001
-
-
-class PolicyError(Exception):
-    """The policy cannot be used."""
+CLASSES = ("high", "medium", "low")
+"""Of `wrr`: two priority levels each."""
 
 
 class UnknownPolicy(PolicyError):  # noqa: N818
@@ -22,104 +39,224 @@ class UnknownPolicy(PolicyError):  # noqa: N818
         super().__init__(f"There is no policy {name!r}; there are {', '.join(sorted(POLICIES))}.")
 
 
-class InvalidPolicyParameter(PolicyError):  # noqa: N818
-    """A parameter is unknown or out of range; the message says which and what is allowed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """A policy with its parameters. `place` is pure: an entry gets the same placement at any time, on any host."""
-
-    name: str
-    params: Mapping[str, float]
-    placing: Callable[[QueueEntry, Mapping[str, float]], Placement] = field(repr=False)
-
-    def place(self, entry: QueueEntry) -> Placement:
-        """Where `entry` stands: its flow, the flow's weight, its rank in it (the least goes first)."""
-        return self.placing(entry, self.params)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parameter:
-    """A policy's parameter: default and inclusive bounds."""
-
-    default: float
-    minimum: float
-    maximum: float
-    description: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyKind:
-    """What an operator chooses from: a policy before its parameters are set."""
-
-    name: str
-    description: str
-    guarantee: str
-    source: str
-    placing: Callable[[QueueEntry, Mapping[str, float]], Placement]
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
-
-    @property
-    def params(self) -> dict[str, float]:
-        """The parameters' defaults."""
-        return {name: parameter.default for name, parameter in self.parameters.items()}
-
-
-def _place_fifo(entry: QueueEntry, params: Mapping[str, float]) -> Placement:
+def _place_fifo(entry: QueueEntry, params: Params) -> Placement:
     return Placement(flow="all", weight=1.0, rank=entry.arrival_s)
 
 
-def _place_priority(entry: QueueEntry, params: Mapping[str, float]) -> Placement:
-    return Placement(flow="all", weight=1.0, rank=_aged_rank(entry, params["level_s"]))
+def _place_priority(entry: QueueEntry, params: Params) -> Placement:
+    return Placement(flow="all", weight=1.0, rank=_aged_rank(entry, params))
 
 
-def _place_fair(entry: QueueEntry, params: Mapping[str, float]) -> Placement:
-    return Placement(flow=entry.tenant, weight=max(entry.share, MIN_SHARE), rank=_aged_rank(entry, params["level_s"]))
+def _place_edf(entry: QueueEntry, params: Params) -> Placement:
+    return Placement(flow="all", weight=1.0, rank=_deadline(entry, params))
 
 
-def _aged_rank(entry: QueueEntry, level_s: float) -> float:
+def _place_size(entry: QueueEntry, params: Params) -> Placement:
+    edge, last = params["first_edge"], int(params["buckets"]) - 1
+    bucket = 0
+    while entry.cost_tokens > edge and bucket < last:
+        edge, bucket = 2 * edge, bucket + 1
+    return Placement(flow=f"{bucket:02d}", weight=1.0, rank=entry.arrival_s)
+
+
+def _place_wrr(entry: QueueEntry, params: Params) -> Placement:
+    name = CLASSES[entry.priority // 2]
+    return Placement(flow=name, weight=params[name], rank=entry.arrival_s)
+
+
+def _place_fair(entry: QueueEntry, params: Params) -> Placement:
+    return Placement(flow=entry.tenant, weight=max(entry.share, MIN_SHARE), rank=_aged_rank(entry, params))
+
+
+def _place_hierarchical(entry: QueueEntry, params: Params) -> Placement:
+    rank = _RANKS[params["within"]](entry, params)
+    return Placement(flow=entry.tenant, weight=max(entry.share, MIN_SHARE), rank=rank)
+
+
+def _place_adaptive(entry: QueueEntry, params: Params) -> Placement:
+    return _with_defaults(params["current"]).place(entry)
+
+
+def _aged_rank(entry: QueueEntry, params: Params) -> float:
     # Ordering by arrival minus a credit is linear aging without touching what waits: all age at the same speed, so the
     # difference of two requests never changes.
-    return entry.arrival_s - (Priority.BULK - entry.priority) * level_s
+    credit: float = (Priority.BULK - entry.priority) * params["level_s"]
+    return entry.arrival_s - credit
 
 
-_LEVEL = Parameter(
-    default=30.0, minimum=0.0, maximum=86_400.0, description="Seconds of waiting that one priority level is worth."
+def _deadline(entry: QueueEntry, params: Params) -> float:
+    if entry.deadline_s is not None:
+        return entry.deadline_s
+    target_s: float = params[_TARGETS[entry.priority]]
+    return entry.arrival_s + target_s
+
+
+def _arrival(entry: QueueEntry, params: Params) -> float:
+    return entry.arrival_s
+
+
+def _edf_rules(params: Params) -> QueueRules:
+    return QueueRules(late_slack_s=params["slack_s"], promote_after_s=params["promote_after_s"] or None)
+
+
+def _size_rules(params: Params) -> QueueRules:
+    return QueueRules(run=int(params["run"]))
+
+
+def _wrr_rules(params: Params) -> QueueRules:
+    prices = {"requests": (1.0, 0.0, 0.0), "tokens": (0.0, 1.0, 1.0)}[params["share_of"]]
+    return QueueRules(
+        promote_after_s=params["promote_after_s"],
+        request_price=prices[0],
+        prompt_price=prices[1],
+        output_price=prices[2],
+    )
+
+
+def _fair_rules(params: Params) -> QueueRules:
+    return QueueRules(prompt_price=params["prompt_price"], output_price=params["output_price"])
+
+
+def _hierarchical_rules(params: Params) -> QueueRules:
+    return QueueRules(
+        late_slack_s=params["slack_s"] if params["within"] == "edf" else None,
+        prompt_price=params["prompt_price"],
+        output_price=params["output_price"],
+    )
+
+
+def _adaptive_rules(params: Params) -> QueueRules:
+    return _with_defaults(params["current"]).rules
+
+
+def _seconds(default: float, description: str, minimum: float = 0.0) -> Parameter:
+    return Parameter(default=default, minimum=minimum, maximum=86_400.0, description=description)
+
+
+def _price(default: float, of: str) -> Parameter:
+    return Parameter(default=default, minimum=0.01, maximum=100.0, description=f"What a tenant is charged per {of}.")
+
+
+_RANKS = {"fifo": _arrival, "priority": _aged_rank, "edf": _deadline}
+_TARGETS = tuple(f"{level.name.lower()}_s" for level in Priority)
+
+_LEVEL = _seconds(30.0, "Seconds of waiting that one priority level is worth.")
+_DEADLINES = {
+    **{
+        name: _seconds(target_s, f"Seconds from arrival to the deadline of a {level.name.lower()} request without one.")
+        for name, level, target_s in zip(_TARGETS, Priority, (2.0, 5.0, 10.0, 30.0, 120.0, 600.0), strict=True)
+    },
+    "slack_s": _seconds(0.0, "A request whose deadline is nearer than this is hopeless: it goes after the rest."),
+}
+_PRICES = {"prompt_price": _price(1.0, "prompt token"), "output_price": _price(2.0, "output token")}
+_VTC = "Virtual token counter: Sheng et al., Fairness in Serving Large Language Models (OSDI 2024), section 4"
+_CHOSEN = ("fifo", "priority", "edf", "size", "wrr", "fair", "hierarchical")
+
+_KINDS = (
+    PolicyKind(
+        name="fifo",
+        description="First come, first served, whoever asks.",
+        guarantee="Nobody is overtaken.",
+        source="Order of arrival.",
+        placing=_place_fifo,
+    ),
+    PolicyKind(
+        name="priority",
+        description="Higher priority first; waiting counts towards priority, so nothing starves.",
+        guarantee="Overtaken only by requests that arrive within level_s times the levels between.",
+        source="Linear aging: Kleinrock, A delay dependent queue discipline (1964).",
+        placing=_place_priority,
+        parameters={"level_s": _LEVEL},
+    ),
+    PolicyKind(
+        name="edf",
+        description="Earliest deadline first: the request's own, or its arrival and the target of its priority. "
+        "Hopeless ones go after the rest.",
+        guarantee="Nobody whose deadline can be met waits for a later deadline or for a hopeless request; "
+        "with promote_after_s, whoever waited so long is next.",
+        source="Liu and Layland, Scheduling algorithms for multiprogramming in a hard-real-time environment (1973).",
+        placing=_place_edf,
+        parameters={
+            **_DEADLINES,
+            "promote_after_s": _seconds(0.0, "Whoever waited this long is next; 0: hopeless requests may starve."),
+        },
+        ruling=_edf_rules,
+    ),
+    PolicyKind(
+        name="size",
+        description="Similar lengths together: buckets by prompt plus max_tokens, taken in runs, tokens shared evenly.",
+        guarantee="A run's requests differ in length by less than two times; while a bucket waits, no other gets more "
+        "tokens than it, but for one run each.",
+        source="Bucketing by sequence length; between buckets start-time fair queueing: Goyal et al. (SIGCOMM 1996).",
+        placing=_place_size,
+        parameters={
+            "first_edge": Parameter(
+                default=256.0,
+                minimum=1.0,
+                maximum=1_000_000.0,
+                description="Tokens of the first bucket's longest request; each further bucket reaches twice as far.",
+            ),
+            "buckets": Parameter(
+                default=12.0, minimum=1.0, maximum=24.0, description="Number of buckets; the last has no end."
+            ),
+            "run": Parameter(
+                default=8.0,
+                minimum=1.0,
+                maximum=256.0,
+                description="Requests that one claim takes from a bucket before another bucket's turn.",
+            ),
+        },
+        ruling=_size_rules,
+    ),
+    PolicyKind(
+        name="wrr",
+        description="Three classes share by weight: high (critical, realtime), medium (high, normal), low (low, bulk).",
+        guarantee="Waiting classes are served in proportion to their weights, up to one request each way; "
+        "whoever waited promote_after_s is next, the oldest first.",
+        source="Weighted round robin: Katevenis et al. (1991), made exact by start-time fair queueing: "
+        "Goyal et al. (SIGCOMM 1996).",
+        placing=_place_wrr,
+        parameters={
+            **{
+                name: Parameter(
+                    default=weight, minimum=0.01, maximum=1_000.0, description=f"Weight of the {name} class."
+                )
+                for name, weight in zip(CLASSES, (70.0, 20.0, 10.0), strict=True)
+            },
+            "promote_after_s": _seconds(30.0, "Whoever waited this long is next, whatever its class."),
+            "share_of": Parameter(
+                default="tokens", choices=("tokens", "requests"), description="What the classes share by weight."
+            ),
+        },
+        ruling=_wrr_rules,
+    ),
+    PolicyKind(
+        name="fair",
+        description="Tenants share the fleet's tokens by weight; within a tenant, priority with aging.",
+        guarantee="Backlogged tenants get tokens at their prices in proportion to their weights, up to one request "
+        "each way; who was idle saves no credit.",
+        source=f"{_VTC}; push-in-first-out: Sivaraman et al. (SIGCOMM 2016).",
+        placing=_place_fair,
+        parameters={"level_s": _LEVEL, **_PRICES},
+        ruling=_fair_rules,
+    ),
+    PolicyKind(
+        name="hierarchical",
+        description="Tenants share the fleet's tokens by weight; within a tenant, the order you choose.",
+        guarantee="Between tenants that of fair; within one that of the order chosen.",
+        source=f"{_VTC}; two levels: Bennett and Zhang, Hierarchical packet fair queueing (SIGCOMM 1996).",
+        placing=_place_hierarchical,
+        parameters={
+            "within": Parameter(default="priority", choices=tuple(_RANKS), description="The order within a tenant."),
+            "level_s": _LEVEL,
+            **_DEADLINES,
+            **_PRICES,
+        },
+        ruling=_hierarchical_rules,
+    ),
 )
 
-POLICIES: Mapping[str, PolicyKind] = MappingProxyType(
-    {
-        kind.name: kind
-        for kind in (
-            PolicyKind(
-                name="fifo",
-                description="First come, first served, whoever asks.",
-                guarantee="Nobody is overtaken.",
-                source="Order of arrival.",
-                placing=_place_fifo,
-            ),
-            PolicyKind(
-                name="priority",
-                description="Higher priority first; waiting counts towards priority, so nothing starves.",
-                guarantee="Overtaken only by requests that arrive within level_s times the levels between.",
-                source="Linear aging: Kleinrock, A delay dependent queue discipline (1964).",
-                placing=_place_priority,
-                parameters={"level_s": _LEVEL},
-            ),
-            PolicyKind(
-                name="fair",
-                description="Tenants share the fleet's tokens by weight; within a tenant, priority with aging.",
-                guarantee="Backlogged tenants get tokens in proportion to their weights, up to one request each way; "
-                "who was idle saves no credit.",
-                source="Virtual token counter: Sheng et al., Fairness in Serving Large Language Models (OSDI 2024), "
-                "section 4; push-in-first-out: Sivaraman et al. (SIGCOMM 2016).",
-                placing=_place_fair,
-                parameters={"level_s": _LEVEL},
-            ),
-        )
-    }
-)
+POLICIES: Mapping[str, PolicyKind] = MappingProxyType({kind.name: kind for kind in _KINDS})
 
 
 def build_policy(name: str, params: Mapping[str, Any] | None = None) -> Policy:
@@ -130,18 +267,9 @@ def build_policy(name: str, params: Mapping[str, Any] | None = None) -> Policy:
     kind = POLICIES.get(name)
     if kind is None:
         raise UnknownPolicy(name)
-    given = dict(params or {})
-    if unknown := sorted(given.keys() - kind.parameters.keys()):
-        known = ", ".join(kind.parameters) or "none"
-        raise InvalidPolicyParameter(f"Policy {name} has no parameter {unknown[0]!r}; it has: {known}.")
-    values = {key: _checked(name, key, given.get(key, spec.default), spec) for key, spec in kind.parameters.items()}
-    return Policy(name=name, params=MappingProxyType(values), placing=kind.placing)
+    return kind.build(params or {})
 
 
-def _checked(policy: str, key: str, value: Any, spec: Parameter) -> float:
-    number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-    if not number or not spec.minimum <= value <= spec.maximum:
-        raise InvalidPolicyParameter(
-            f"Policy {policy}: {key} must be a number from {spec.minimum:g} to {spec.maximum:g}, not {value!r}."
-        )
-    return float(value)
+@cache
+def _with_defaults(name: str) -> Policy:
+    return build_policy(name)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from typing import Any
 
 from scheduling.core.answers import (
     ActivePolicy,
@@ -70,7 +71,7 @@ class FlowQueue:
         self._policy: ActivePolicy | None = None
         self._rules: QueueRules = PLAIN
         self._arrivals: list[tuple[float, str]] = []
-        """A heap of (arrival, id) of what waits, kept while the rules promote; those gone are dropped when they come up."""
+        """A heap of (arrival, id), kept while the rules promote; who waits no more is dropped when it comes up."""
         self._records: dict[str, _Record] = {}
         self._waiting: dict[str, _Record] = {}
         self._unplaced: dict[str, _Record] = {}
@@ -245,7 +246,7 @@ class FlowQueue:
     def active_policy(self) -> ActivePolicy:
         return self._policy or _DEFAULT
 
-    def init_policy(self, name: str, params: Mapping[str, float], revision: int) -> bool:
+    def init_policy(self, name: str, params: Mapping[str, Any], revision: int) -> bool:
         if self._policy is not None or self._waiting:
             return False
         self._policy = ActivePolicy(revision, name, dict(params))

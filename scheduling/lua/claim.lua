@@ -30,10 +30,25 @@ local function move(flow, list, vt)
   end
 end
 
--- Serve the head of `flow`, whose virtual time is `vt`; false where it does not fit.
-local function serve(flow, vt)
+-- Take the head out of a flow's list; late ones that come up go behind the others. Nil after too many of those.
+local demotions_left = MAX_DEMOTIONS
+local function pop(list, late_before)
+  while true do
+    local head = call('ZPOPMIN', list)
+    if not head[1] or not late_before or tonumber(head[2]) >= late_before then return head end
+    if demotions_left == 0 then
+      call('ZADD', list, head[2], head[1])
+      return nil
+    end
+    demotions_left = demotions_left - 1
+    call('ZADD', list, tonumber(head[2]) + LATE, head[1])
+  end
+end
+
+-- Serve {member, rank}, which was taken out of `flow`, whose virtual time is `vt`, while the system's becomes `system_vt`;
+-- false where it does not fit.
+local function serve(flow, vt, head, system_vt)
   local list = queue.at .. ':f:' .. flow
-  local head = call('ZPOPMIN', list)
   local id = string.sub(head[1] or '', 18)
   local record = Q .. ':req:' .. id
   local r = call('HMGET', record, 'entry', 'body', 'attempt', 'cancel', 'failures')
@@ -52,8 +67,8 @@ local function serve(flow, vt)
   room_tokens = room_tokens - tokens
 
   local weight, attempt = weight_of(queue, flow), r[3] + 1
-  queue.vt = math.max(queue.vt, vt)
-  move(flow, list, vt + (entry[PROMPT] + entry[MAXIMUM]) / weight)
+  queue.vt = math.max(queue.vt, system_vt)
+  move(flow, list, vt + charge(queue, entry[PROMPT], entry[MAXIMUM]) / weight)
   call('ZREM', ARRIVALS, id)
   call('HDEL', queue.at .. ':at', id)
   call('HSET', record, 'state', 'running', 'attempt', attempt, 'owner', owner)
@@ -69,12 +84,57 @@ local function serve(flow, vt)
   return true
 end
 
-call('ZADD', Q .. ':owners', clock(ARGV[5]) + lease_s, owner)
-if not repeated() then
-  while #rows < room_requests do
-    local first = call('ZRANGE', queue.at .. ':flows', 0, 0, 'WITHSCORES')
-    if not first[1] or not serve(first[1], tonumber(first[2])) then break end
+-- Who has waited for so long that it is next: its flow, {member, rank}; nil where nobody has.
+local function take_promoted(now)
+  while true do
+    local oldest = call('ZRANGE', ARRIVALS, 0, 0, 'WITHSCORES')
+    local id = oldest[1]
+    if not id or now - tonumber(oldest[2]) < queue.rules[PROMOTE] then return nil end
+    local flow, member = locate(queue, id)
+    if flow then
+      local list = queue.at .. ':f:' .. flow
+      local rank = call('ZSCORE', list, member)
+      call('ZREM', list, member)
+      return flow, { member, rank }
+    end
+    -- Unplaced: its turn comes when it has been placed.
+    if call('EXISTS', Q .. ':req:' .. id) == 1 then return nil end
+    call('ZREM', ARRIVALS, id)
+    add(queue, 'depth', -1)
   end
+end
+
+local run, run_left = nil, 0
+-- Serve whoever is next: the promoted, a run that has begun, or the flow of least virtual time. False: nobody is, or it
+-- does not fit.
+local function serve_next(now, late_before)
+  local first = call('ZRANGE', queue.at .. ':flows', 0, 0, 'WITHSCORES')
+  if not first[1] then return false end
+  local flow, first_vt = first[1], tonumber(first[2])
+  if queue.rules[PROMOTE] then
+    local old, head = take_promoted(now)
+    if old then return serve(old, tonumber(call('ZSCORE', queue.at .. ':flows', old)), head, first_vt) end
+  end
+  local vt = first_vt
+  if run_left > 0 and run ~= flow then
+    local score = call('ZSCORE', queue.at .. ':flows', run)
+    if score then flow, vt = run, tonumber(score) else run_left = 0 end
+  end
+  if run_left == 0 then run, run_left = flow, queue.rules[RUN] end
+  run_left = run_left - 1
+  local head = pop(queue.at .. ':f:' .. flow, late_before)
+  if not head then
+    ring()
+    return false
+  end
+  return serve(flow, vt, head, first_vt)
+end
+
+local now = clock(ARGV[5])
+local late_before = queue.rules[SLACK] and now + queue.rules[SLACK]
+call('ZADD', Q .. ':owners', now + lease_s, owner)
+if not repeated() then
+  while #rows < room_requests and serve_next(now, late_before) do end
   if #rows > 0 then
     queue.depth = queue.depth - #rows
     queue.sets.vt = queue.vt

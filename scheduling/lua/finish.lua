@@ -6,7 +6,9 @@ local queue = load_queue()
 local entry = cmsgpack.unpack(lease[ENTRY])
 stop_running(queue, owner, id)
 if lease[EPOCH] == queue.epoch then
-  correct(queue, lease[FLOW], (used - entry[PROMPT] - entry[MAXIMUM]) / lease[WEIGHT])
+  local prompt = entry[PROMPT]
+  local real = charge(queue, math.min(used, prompt), math.max(0, used - prompt))
+  correct(queue, lease[FLOW], (real - charge(queue, prompt, entry[MAXIMUM])) / lease[WEIGHT])
 end
 local record = Q .. ':req:' .. id
 if call('HDEL', record, 'cancel') == 1 then call('LREM', Q .. ':cancels:' .. owner, 0, id) end

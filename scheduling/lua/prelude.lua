@@ -2,7 +2,7 @@
 -- and so share its hash tag. Numbers go to redis.call as numbers: Redis then writes them with 17 digits, where Lua's own
 -- conversion to a string would keep 14. A call costs more than what it does, so counters are gathered and written at once.
 --
---   :meta          revision, policy, params, epoch, vt (system virtual time), building (epoch of a switch), last_epoch,
+--   :meta          revision, policy, params, rules (packed, absent for plain ones), epoch, vt (system virtual time), building (epoch of a switch), last_epoch,
 --                  totals and counts, t:TENANT and p:PRIORITY waiting requests, w:EPOCH:FLOW weights of backlogged flows
 --   :arrivals      waiting ids by arrival        :unplaced   waiting ids in no flow
 --   :eN:flows      backlogged flows by virtual time          :eN:idle   drained flows that are ahead of the system
@@ -23,6 +23,10 @@ local ID, TENANT, PRIORITY, ARRIVAL, PROMPT, MAXIMUM, DEADLINE, SHARE, REPLY_TO,
   1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
 local FLOW, RANK, WEIGHT, EPOCH, ENTRY = 1, 2, 3, 4, 5
 
+-- Rules of the active policy, see core/rules.py.
+local PROMOTE, SLACK, PER_REQUEST, PER_PROMPT, PER_OUTPUT, RUN = 1, 2, 3, 4, 5, 6
+local PLAIN, LATE, MAX_DEMOTIONS = { false, false, 0, 1, 1, 1 }, 1e10, 1000
+
 local function clock(given)
   if given and given ~= '' then return tonumber(given) end
   local time = call('TIME')
@@ -30,7 +34,7 @@ local function clock(given)
 end
 
 local function load_queue()
-  local m = call('HMGET', META, 'revision', 'policy', 'epoch', 'vt', 'building', 'depth', 'enqueued')
+  local m = call('HMGET', META, 'revision', 'policy', 'epoch', 'vt', 'building', 'depth', 'enqueued', 'rules')
   local building = m[5]
   -- A switch whose lock ran out is dead; nothing is listed for it any more.
   if building and call('EXISTS', Q .. ':switch') == 0 then building = false end
@@ -38,7 +42,7 @@ local function load_queue()
   return {
     revision = tonumber(m[1] or 0), policy = m[2] or 'fifo', epoch = epoch, at = Q .. ':e' .. epoch,
     vt = tonumber(m[4] or 0), building = building, depth = tonumber(m[6] or 0), enqueued = tonumber(m[7] or 0),
-    sums = {}, sets = {}, drops = {},
+    rules = m[8] and cmsgpack.unpack(m[8]) or PLAIN, sums = {}, sets = {}, drops = {},
   }
 end
 
@@ -81,6 +85,16 @@ local function touch(queue, id)
     call('RPUSH', Q .. ':dirty', id)
     call('EXPIRE', Q .. ':dirty', 600)
   end
+end
+
+-- What a flow is charged for a request of so many tokens.
+local function charge(queue, prompt, output)
+  local rules = queue.rules
+  return rules[PER_REQUEST] + rules[PER_PROMPT] * prompt + rules[PER_OUTPUT] * output
+end
+
+local function put_rules(packed)
+  if packed == '' then call('HDEL', META, 'rules') else call('HSET', META, 'rules', packed) end
 end
 
 local function weight_field(queue, flow)
@@ -200,7 +214,7 @@ local function requeue(queue, owner, id, lease, failed)
   call('ZADD', ARRIVALS, entry[ARRIVAL], id)
   count_waiting(queue, entry, 1)
   if lease[EPOCH] == queue.epoch then
-    correct(queue, lease[FLOW], -(entry[PROMPT] + entry[MAXIMUM]) / lease[WEIGHT])
+    correct(queue, lease[FLOW], -charge(queue, entry[PROMPT], entry[MAXIMUM]) / lease[WEIGHT])
     place(queue, id, entry[NUMBER], lease[FLOW], lease[WEIGHT], lease[RANK])
   else
     call('SADD', Q .. ':unplaced', id)

@@ -1,4 +1,4 @@
--- token, epoch, revision, policy, params, offset in the list of changes, how many may be left
+-- token, epoch, revision, policy, params, offset in the list of changes, how many may be left, rules
 --   -> {1, requests waiting in the new epoch}, {2} where more are left, {0} where the lock was lost
 local queue = load_queue()
 if queue.epoch == ARGV[2] then return { 1, queue.depth } end
@@ -17,6 +17,7 @@ for _, id in ipairs(left) do
 end
 save(building)
 call('HSET', META, 'epoch', ARGV[2], 'revision', ARGV[3], 'policy', ARGV[4], 'params', ARGV[5], 'vt', 0)
+put_rules(ARGV[8])
 call('HDEL', META, 'building')
 call('DEL', Q .. ':switch', Q .. ':dirty')
 ring()

@@ -130,7 +130,7 @@ export class SwitchDialog extends ReasonDialog {
     if (this.form.elements.policy.value !== this.policy.name) return false;
     return Object.entries(this.policy.params).every(([key, value]) => {
       const input = this.form.elements[`${this.policy.name}.${key}`];
-      return !input || Number(input.value) === value;
+      return !input || input.value === String(value) || Number(input.value) === value;
     });
   }
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from scheduling.core.policies import Policy, build_policy
+from scheduling.core.policies import POLICIES, Policy, build_policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
 from scheduling.fleet import FleetQueue
@@ -19,7 +19,7 @@ from scheduling.store import Command, execute, execute_many
 from scheduling.switch import switch_policy
 
 OWNERS = st.sampled_from(["gpu-0:1", "gpu-1:1", "gpu-2:1"])
-POLICY = st.sampled_from(["fair", "fair", "priority", "fifo"])
+POLICY = st.sampled_from(["fair", *sorted(POLICIES)])
 TENANTS = st.sampled_from(["ada", "bob", "cleo", "dän"])
 TIMES = st.floats(0, 1000)
 
@@ -56,6 +56,7 @@ class BothQueues(RuleBasedStateMachine):
         stale=st.integers(0, 9),
         depth_limit=st.sampled_from([3, 100, 100, 100]),
         web=st.sampled_from(["", "web-1"]),
+        deadline_s=st.none() | TIMES,
     )
     def enqueue(
         self,
@@ -67,6 +68,7 @@ class BothQueues(RuleBasedStateMachine):
         stale: int,
         depth_limit: int,
         web: str,
+        deadline_s: float | None = None,
     ) -> None:
         id_ = f"r{len(self.ids)}"
         entry = QueueEntry(
@@ -77,6 +79,7 @@ class BothQueues(RuleBasedStateMachine):
             prompt_tokens=tokens[0],
             max_tokens=tokens[1],
             share=share,
+            deadline_s=deadline_s,
         )
         revision = self.revision - (stale == 0)
         args: dict[str, Any] = {
@@ -147,6 +150,10 @@ class BothQueues(RuleBasedStateMachine):
     def expire(self, elapsed_s: float) -> None:
         self.now += elapsed_s
         assert self.run(self.fleet.expire(self.now)) == self.memory.expire(self.now)
+
+    @rule(elapsed_s=st.floats(0, 400))
+    def wait(self, elapsed_s: float) -> None:
+        self.now += elapsed_s
 
     @rule(flow=TENANTS, weight=st.sampled_from([0.5, 1.0, 3.0]))
     def set_weight(self, flow: str, weight: float) -> None:

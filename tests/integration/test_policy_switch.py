@@ -101,7 +101,7 @@ def test_the_policy_comes_back_after_redis_lost_its_data(store: redis.Redis, key
     assert execute(store, queue.active_policy()).name == "fifo"
     assert services.reconcile_policies() == 1
     active = execute(store, queue.active_policy())
-    assert (active.revision, active.name, active.params) == (1, "fair", {"level_s": 5})
+    assert (active.revision, active.name, active.params) == (1, "fair", build_policy("fair", {"level_s": 5}).params)
     assert execute(store, queue.snapshot()).depth == 10
 
 

@@ -1,0 +1,40 @@
+"""What a policy asks of the queue beyond the placement of each request: prices, promotion, lateness, runs."""
+
+from dataclasses import dataclass
+
+LATE = 1e10
+"""Added to the rank of a late request: after every rank that is a time, in the same order among the late."""
+
+MAX_DEMOTIONS = 1000
+"""Late requests that one claim moves; it then gives what it has, so that no claim holds up the others for long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueRules:
+    """Stored with the active policy and applied at claims and ends, in both queues alike."""
+
+    promote_after_s: float | None = None
+    """Whoever arrived this long ago is next, the oldest first, whatever its flow; its flow is charged as ever."""
+
+    late_slack_s: float | None = None
+    """Ranks are deadlines: one that is nearer than this when it comes up goes after all that are not late, once."""
+
+    request_price: float = 0.0
+    prompt_price: float = 1.0
+    """What a flow is charged per request, per prompt token and per output token."""
+    output_price: float = 1.0
+
+    run: int = 1
+    """Requests that one claim takes from a flow in a row before another flow has its turn."""
+
+    def charge(self, prompt_tokens: int, output_tokens: int) -> float:
+        """The price of a request."""
+        return self.request_price + self.prompt_price * prompt_tokens + self.output_price * output_tokens
+
+    def charge_used(self, prompt_tokens: int, used_tokens: int) -> float:
+        """The price of what was used: the prompt as far as it was computed, then output."""
+        return self.charge(min(used_tokens, prompt_tokens), max(0, used_tokens - prompt_tokens))
+
+
+PLAIN = QueueRules()
+"""No rules: a charge is the number of tokens."""
