@@ -1,6 +1,7 @@
 """The simulator against the real engine: the same requests at the same times, served for real and predicted.
 
-    python -m benchmarks.prediction [--size demo] [--learn 30] [--seconds 40] [--loads 0.5,0.8,1.2] [--json FILE]
+    python -m benchmarks.prediction [--size demo] [--learn 30] [--seconds 40] [--loads 0.5,0.8,1.2] [--processor-time]
+        [--json FILE]
 
 A model runner serves seeded random traffic in real time, in one process, through the planner that engine processes
 use; its steps teach the step-time model. Then other traffic is served at several shares of the engine's capacity, and
@@ -51,17 +52,36 @@ def make_trace(rate: float, seconds: float, seed: int) -> list[TraceRequest]:
     return trace
 
 
-def serve(runner: ModelRunner, trace: list[TraceRequest], model: StepTimeModel) -> SimulationResult:
-    """Serve a trace in real time, first come, first served; steps teach the model, with all that lies between them."""
+class Clock:
+    """Seconds since it was made: of real time, or of processor time, which what else runs touches little."""
+
+    def __init__(self, *, counts_processor: bool) -> None:
+        self._read = time.process_time if counts_processor else time.perf_counter
+        self._counts_processor = counts_processor
+        self._start_s = self._read()
+
+    def now(self) -> float:
+        return self._read() - self._start_s
+
+    def wait_until(self, time_s: float) -> None:
+        """Sleep; processor time jumps there instead."""
+        missing_s = max(0.0, time_s - self.now())
+        if self._counts_processor:
+            self._start_s -= missing_s
+        else:
+            time.sleep(missing_s)
+
+
+def serve(runner: ModelRunner, trace: list[TraceRequest], model: StepTimeModel, clock: Clock) -> SimulationResult:
+    """Serve a trace, first come, first served; steps teach the model, with all that lies between them."""
     allocator = BlockAllocator(runner.num_blocks, runner.block_size)
-    planner = StepPlanner("continuous", SLOTS, STEP_TOKENS, allocator, runner.max_model_len, time.perf_counter)
+    planner = StepPlanner("continuous", SLOTS, STEP_TOKENS, allocator, runner.max_model_len, clock.now)
     outcomes = [Outcome(request) for request in trace]
     waiting: deque[int] = deque()
     arrivals = deque(range(len(trace)))
-    started = time.perf_counter()
     steps, busy_s, previous_s = 0, 0.0, None
     while arrivals or waiting or planner.sequences:
-        now_s = time.perf_counter() - started
+        now_s = clock.now()
         while arrivals and trace[arrivals[0]].arrival_s <= now_s:
             waiting.append(arrivals.popleft())
         while waiting and planner.room().requests and planner.room().tokens >= trace[waiting[0]].prompt_tokens:
@@ -71,11 +91,11 @@ def serve(runner: ModelRunner, trace: list[TraceRequest], model: StepTimeModel) 
         parts = planner.plan(now_s)
         if not parts:
             previous_s = None
-            time.sleep(max(0.0, trace[arrivals[0]].arrival_s - (time.perf_counter() - started)))
+            clock.wait_until(trace[arrivals[0]].arrival_s)
             continue
         features = measure_parts(parts)
         results = runner.step(parts)
-        end_s = time.perf_counter() - started
+        end_s = clock.now()
         seconds = end_s - (previous_s if previous_s is not None else now_s)
         previous_s = end_s
         model.observe(features, seconds)
@@ -154,6 +174,7 @@ def main() -> None:
     parser.add_argument("--learn", type=float, default=30.0, help="seconds of traffic that teach the cost")
     parser.add_argument("--seconds", type=float, default=40.0, help="seconds of traffic at each load")
     parser.add_argument("--loads", default="0.5,0.8,1.2", help="shares of the engine's capacity")
+    parser.add_argument("--processor-time", action="store_true", help="run by processor time: for a busy machine")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -176,10 +197,14 @@ def main() -> None:
 
 def measure(runner: ModelRunner, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Learn the cost from traffic of changing load, then serve and predict each load."""
+
+    def run(trace: list[TraceRequest], model: StepTimeModel) -> SimulationResult:
+        return serve(runner, trace, model, Clock(counts_processor=options.processor_time))
+
     model = StepTimeModel(forgetting=0.9999)
-    serve(runner, make_trace(4.0, 5.0, seed=7), StepTimeModel())
+    run(make_trace(4.0, 5.0, seed=7), StepTimeModel())
     for number, rate in enumerate((2.0, 8.0, 20.0)):
-        serve(runner, make_trace(rate, options.learn / 3, seed=number), model)
+        run(make_trace(rate, options.learn / 3, seed=number), model)
     most = capacity(model.mean_cost, runner)
     print(f"Learned from {model.num_observations} steps, typically off by {1000 * model.typical_error_s:.2f} ms:")
     print(f"{model.mean_cost}\nCapacity: {most:.1f} requests/s\n")
@@ -188,7 +213,7 @@ def measure(runner: ModelRunner, options: argparse.Namespace) -> list[dict[str, 
         trace = make_trace(load * most, options.seconds, seed=round(1000 * load))
         before = model.mean_cost
         lately = StepTimeModel(before, forgetting=0.9999, confidence=1.0)
-        real = serve(runner, trace, lately)
+        real = run(trace, lately)
         report = build_report("real", real, targets)
         predicted = build_report("replayed", predict(trace, lately.mean_cost, runner), targets)
         foretold = build_report("foretold", predict(trace, before, runner), targets)
