@@ -52,6 +52,7 @@ class Intake(threading.Thread):
         self._changed = threading.Condition()
         self._room = NO_ROOM
         self._is_idle = False
+        self._is_claiming = False
         self._claimed: deque[ActiveRequest] = deque()
         self._closing = False
         self.policy = ""
@@ -68,7 +69,13 @@ class Intake(threading.Thread):
         with self._changed:
             self._room = room
             self._is_idle = is_idle
-            self._changed.notify()
+            self._changed.notify_all()
+
+    def shut(self, timeout_s: float) -> None:
+        """Offer nothing, and wait for a claim that is on its way, so that whoever hears of it can rely on it."""
+        with self._changed:
+            self._room, self._is_idle = NO_ROOM, False
+            self._changed.wait_for(lambda: not self._is_claiming, timeout_s)
 
     def take(self) -> list[ActiveRequest]:
         """What was claimed since the last call; it has used up its room until the next `offer`."""
@@ -85,11 +92,13 @@ class Intake(threading.Thread):
         while (room := self._await_room()) is not None:
             try:
                 claimed = self._claim(room)
+                self._rest()
                 if not claimed.requests and claimed.depth == 0:
                     self._listen()
                 elif not claimed.requests:
                     self._await_change(room)
             except redis.RedisError as error:
+                self._rest()
                 logger.warning("No requests can be claimed: %s", error)
                 self._await_change(room)
 
@@ -97,13 +106,19 @@ class Intake(threading.Thread):
         """End the thread; what was claimed stays for `take`, or for release."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
         self.join()
 
     def _await_room(self) -> Room | None:
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._left().requests > 0)
+            self._is_claiming = not self._closing
             return None if self._closing else self._left()
+
+    def _rest(self) -> None:
+        with self._changed:
+            self._is_claiming = False
+            self._changed.notify_all()
 
     def _await_change(self, room: Room) -> None:
         """Until the room is another; or a while, since the head of the queue may be another."""

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 OFFER_WAIT_S = 0.02
 """While the outbox is full, commands are obeyed this often."""
+SHUT_WAIT_S = 0.05
+"""How long an acknowledgement waits for a claim on its way; longer only while Redis does not answer."""
 
 
 class Runner(Protocol):
@@ -112,6 +114,8 @@ class EngineLoop:
             self._controls.obey(message)
         except CommandRefusedError as refusal:
             error = str(refusal)
+        if not self._gate.is_open:
+            self._intake.shut(SHUT_WAIT_S)
         if message.id:
             applied_ms = 1000 * (time.monotonic() - told.read_s)
             ack = Ack(id=message.id, ok=not error, error=error, applied_ms=applied_ms, state=self._gate.state)
