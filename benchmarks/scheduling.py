@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 from scheduling.core.backpressure import BackpressureLimits, Level, assess, depth_limit
 from scheduling.core.cost_model import DEFAULT_COST
-from scheduling.core.policies import POLICIES, Policy, build_policy
+from scheduling.core.policies import POLICIES, build_policy
+from scheduling.core.policy import Policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.report import Report, build_report, light_half
 from scheduling.core.request import Priority, QueueEntry

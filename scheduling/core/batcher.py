@@ -16,7 +16,8 @@ from typing import Generic, Self, TypeVar
 from scheduling.core.batcher_errors import BatcherClosedError, BatcherError, BatcherFullError, BatchResultError
 from scheduling.core.batcher_health import BatcherHealth
 from scheduling.core.controller import Observation, Sizing
-from scheduling.core.policies import Policy, build_policy
+from scheduling.core.policies import build_policy
+from scheduling.core.policy import Policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import Priority, QueueEntry
 from scheduling.core.sizing import build_sizing

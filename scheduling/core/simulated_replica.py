@@ -53,8 +53,9 @@ class SimulatedReplica:
     """Runs steps of its planner in virtual time.
 
     `begin_step` plans a step and sets `busy_until_s`; `end_step` applies it then. A run of steps in which the same
-    sequences each decode one token, which nothing from outside can change, is taken as one (`horizon_s` says until
-    when nothing can); every clock reading and every count is the same as if each step were planned.
+    sequences each decode one token, which nothing from outside can change, is taken as one (nothing can before
+    `horizon_s`, and where room opens not before `claimable_s`, when something waits); every clock reading and every
+    count is the same as if each step were planned.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class SimulatedReplica:
         self._parts: list[StepPart] = []
         self._num_swapped = 0
 
-    def begin_step(self, now_s: float, horizon_s: float) -> bool:
+    def begin_step(self, now_s: float, horizon_s: float, claimable_s: float) -> bool:
         """Plan at `now_s` and start to compute; False where there is nothing to run."""
         preemptions = self.planner.num_preemptions
         parts = self._parts = self.planner.plan(now_s)
@@ -89,7 +90,7 @@ class SimulatedReplica:
         num_steps = 1
         self.busy_s += seconds
         if self._fast_forward and features.decode_sequences == self.planner.num_running:
-            num_steps = self._run_ahead(features, horizon_s)
+            num_steps = self._run_ahead(features, horizon_s, claimable_s)
         self.steps += num_steps
         self.batch_sizes[len(parts)] += num_steps
         return True
@@ -101,38 +102,49 @@ class SimulatedReplica:
         self.tokens += len(outputs)
         return outputs
 
-    def _run_ahead(self, features: StepFeatures, horizon_s: float) -> int:
+    def _run_ahead(self, features: StepFeatures, horizon_s: float, claimable_s: float) -> int:
         """Take further steps of the same kind, up to the first that ends at the horizon; how many there were in all.
 
         The last of them is left to `end_step`. Sums are formed in the order in which single steps form them.
         """
         assert self.busy_until_s is not None
-        limit = self._steps_until_change() if self.busy_until_s < horizon_s else 1
+        limit, foreseen = self._steps_until_change() if self.busy_until_s < horizon_s else (1, 1)
         num_steps, end_s, busy_s = 1, self.busy_until_s, self.busy_s
         sequences, context = features.decode_sequences, features.context_tokens
         fixed_s = self._cost.price(features._replace(context_tokens=0))
         context_token_s = self._cost.context_token_s
-        while num_steps < limit and end_s < horizon_s:
-            context += sequences
-            seconds = fixed_s + context * context_token_s
-            end_s += seconds
-            busy_s += seconds
-            num_steps += 1
+        # From where an end is foreseen there is room for a claim.
+        for until, before_s in ((min(limit, foreseen), horizon_s), (limit, min(horizon_s, claimable_s))):
+            while num_steps < until and end_s < before_s:
+                context += sequences
+                seconds = fixed_s + context * context_token_s
+                end_s += seconds
+                busy_s += seconds
+                num_steps += 1
         if num_steps > 1:
             self.busy_until_s, self.busy_s = end_s, busy_s
             self._decode_at_once(num_steps - 1)
         return num_steps
 
-    def _steps_until_change(self) -> int:
-        """Number of steps up to the one in which a sequence ends, as far as there are KV blocks for all."""
+    def _steps_until_change(self) -> tuple[int, int]:
+        """Steps up to the one in which a sequence ends, and up to the one before the planner foresees an end.
+
+        As far as there are KV blocks for all.
+        """
         sequences = [part.sequence for part in self._parts]
-        steps = NO_END
+        steps = foreseen = NO_END
         for sequence in sequences:
             assert isinstance(sequence, SimulatedSequence)
             if sequence.outcome.first_token_s is None:
                 # The last token of a prompt, alone in its chunk, looks like a decode; its time is a first token's.
-                return 1
-            steps = min(steps, sequence.final_tokens - len(sequence.tokens))
+                return 1, 1
+            length = len(sequence.tokens)
+            steps = min(steps, sequence.final_tokens - length)
+            foreseen = min(foreseen, max(1, sequence.num_prompt_tokens + sequence.max_tokens - 1 - length))
+        return self._steps_with_blocks(sequences, steps), foreseen
+
+    def _steps_with_blocks(self, sequences: list[Sequence], steps: int) -> int:
+        """How many of these steps there are KV blocks for."""
         allocator = self.planner.allocator
         room = allocator.num_blocks - allocator.used
 

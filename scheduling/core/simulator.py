@@ -17,7 +17,7 @@ from scheduling.core.controller import Observation, Sizing
 from scheduling.core.cost_model import StepCost
 from scheduling.core.outcome import Outcome, ServiceTargets, SimulationResult, SizeChange
 from scheduling.core.planner import Mode, RequestTooLongError, StepPlanner
-from scheduling.core.policies import Policy
+from scheduling.core.policy import Policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
 from scheduling.core.simulated_replica import EOS, SimulatedReplica, SimulatedSequence, SwapSettings
@@ -27,6 +27,8 @@ NO_LIMIT = 2**62
 REVISION = 1
 PROGRESS_EVERY = 256
 """Arrivals between two reports of progress."""
+RETRY_S = 0.25
+"""An idle engine that was given nothing although requests wait asks again after this, as engine processes do."""
 LATENCY_WINDOW = 256
 """How many of the latest requests of a replica a sizing controller judges by."""
 
@@ -106,6 +108,9 @@ class Simulator:
         self._events: list[tuple[float, int, int]] = []
         self._queue = FlowQueue(clock=lambda: self._now)
         self._queue.init_policy(settings.policy.name, settings.policy.params, REVISION)
+        rules = settings.policy.rules
+        self._is_timed = rules.promote_after_s is not None or rules.late_slack_s is not None
+        """Whether who goes next changes by time alone."""
         self._waiting: dict[str, Outcome] = {}
         """In order of arrival."""
         self._waiting_tokens = self._claimed = self._claimed_tokens = 0
@@ -202,11 +207,14 @@ class Simulator:
         """What an engine does between two steps: claim what there is room for, plan, compute."""
         replica = self._replicas[index]
         self._claim(index)
-        if replica.begin_step(self._now, self._horizon_s(replica)):
+        claimable_s = self._now if self._waiting else self._next_arrival_s
+        if replica.begin_step(self._now, self._horizon_s(replica), claimable_s):
             assert replica.busy_until_s is not None
             heappush(self._events, (replica.busy_until_s, _STEP, index))
             return
         due_s = replica.planner.due_s(self._now)
+        if due_s is None and self._waiting:
+            due_s = RETRY_S
         self._wakes[index] = None
         if due_s is not None:
             # At least the next float, or a wait that rounds to nothing would be waited for ever.
@@ -215,13 +223,15 @@ class Simulator:
             heappush(self._events, (wake_s, _WAKE, index))
 
     def _horizon_s(self, replica: SimulatedReplica) -> float:
-        """Until when nothing can reach this replica: a claim needs room and something to claim."""
+        """Until when nothing can reach this replica: a claim needs room, and something to claim that fits it."""
         horizon_s = self._next_control_s()
-        if replica.planner.room().requests:
-            horizon_s = min(horizon_s, self._next_arrival_s)
-            if self._waiting and self._events:
-                horizon_s = min(horizon_s, self._events[0][0])
-        return horizon_s
+        if not replica.planner.room().requests:
+            return horizon_s
+        if self._waiting and self._is_timed:
+            return self._now
+        if self._waiting and self._events:
+            horizon_s = min(horizon_s, self._events[0][0])
+        return min(horizon_s, self._next_arrival_s)
 
     def _next_control_s(self) -> float:
         if not self._watches and self._settings.admission is None:
@@ -236,10 +246,10 @@ class Simulator:
         if room.requests <= 0:
             return
         queue, lease_s = self._queue, math.inf
-        claimed = queue.claim(owner, max_requests=room.requests, max_tokens=room.tokens, lease_s=lease_s, now=0.0)
+        claimed = queue.claim(owner, max_requests=room.requests, max_tokens=room.tokens, lease_s=lease_s)
         if not claimed.requests and not replica.planner.sequences:
             # A prompt that an empty engine has no room for never fits: it is claimed to be refused, as engines do.
-            claimed = queue.claim(owner, max_requests=1, max_tokens=NO_LIMIT, lease_s=lease_s, now=0.0)
+            claimed = queue.claim(owner, max_requests=1, max_tokens=NO_LIMIT, lease_s=lease_s)
         for request in claimed.requests:
             outcome = self._waiting.pop(request.id)
             cost_tokens = outcome.request.prompt_tokens + outcome.request.max_tokens

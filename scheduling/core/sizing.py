@@ -9,7 +9,7 @@ from typing import Any
 
 from scheduling.core.controller import Controller, Observation
 from scheduling.core.cost_model import StepFeatures
-from scheduling.core.policies import Parameter
+from scheduling.core.policy import Parameter
 from scheduling.core.thompson import Adaptive
 
 SHRINK_ABOVE = 1.2

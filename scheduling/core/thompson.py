@@ -7,6 +7,9 @@ from random import Random
 
 from scheduling.core.controller import Controller, Observation, memory_limit
 
+MIN_SECONDS = 1e-6
+"""A shorter period has no rate."""
+
 
 @dataclass(slots=True)
 class _Arm:
@@ -59,7 +62,7 @@ class Adaptive(Controller):
         return self._choose(limit)
 
     def _learn(self) -> None:
-        if self._mattered and self._seconds > 0:
+        if self._mattered and self._seconds > MIN_SECONDS:
             for arm in self._arms:
                 arm.fade(self.params["discount"])
             self._arm.add(self._good / self._seconds)

@@ -105,7 +105,7 @@ def record_run(requests: list[TraceRequest], cost: StepCost) -> None:
             outcome.claimed_s = clock
             planner.add(SimulatedSequence(str(len(outcomes)), 1, outcome))
             outcomes.append(outcome)
-        if not replica.begin_step(clock, 0.0):
+        if not replica.begin_step(clock, 0.0, 0.0):
             clock = start_s + pending[0].request.arrival_s
             continue
         features, num_parts = measure_parts(replica._parts), len(replica._parts)

@@ -17,7 +17,8 @@ from scheduling.core.controller import Sizing
 from scheduling.core.cost_model import DEFAULT_COST, CostFileError, StepCost
 from scheduling.core.outcome import ServiceTarget, ServiceTargets, SimulationResult
 from scheduling.core.planner import Mode
-from scheduling.core.policies import POLICIES, Policy, PolicyError, build_policy
+from scheduling.core.policies import POLICIES, build_policy
+from scheduling.core.policy import Policy, PolicyError
 from scheduling.core.report import Report, Spread, build_report
 from scheduling.core.simulator import AdmissionSettings, SimulationSettings, simulate
 from scheduling.core.sizing import SIZINGS, SizingError, build_sizing
