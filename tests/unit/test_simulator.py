@@ -1,7 +1,9 @@
 """The simulator: nothing lost, time in order, fast-forward changes nothing, and queueing theory is met."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any, get_args
 
@@ -216,3 +218,10 @@ def test_progress_is_told_up_to_the_end() -> None:
     assert seen == [256, 512, 600]
     with pytest.raises(ValueError, match="at least one replica"):
         fleet(num_replicas=0)
+
+
+def test_the_example_in_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(block, "docs/simulator.md", "exec"), {"__name__": "__main__"})
+    assert "TTFT mean / p99 by tenant" in capsys.readouterr().out
