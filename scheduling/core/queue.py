@@ -292,7 +292,7 @@ class FlowQueue:
         self, owner: str, state: _Owner, max_requests: int, max_tokens: int, now: float
     ) -> list[tuple[str, int]]:
         flows, rules = self._flows, self._rules
-        turn = None if rules is PLAIN else _Turn(self, now)
+        turn = _Turn(self, now) if rules.reorders else None
         rows: list[tuple[str, int]] = []
         while len(rows) < max_requests and (head := flows.head() if turn is None else turn.next()) is not None:
             id_, rank, weight, flow = head
@@ -303,10 +303,11 @@ class FlowQueue:
                 break
             max_tokens -= tokens
             cost = entry.cost_tokens
+            charge = cost if rules is PLAIN else self._charge(entry)
             if turn is None:
-                flows.take(cost)
+                flows.take(charge)
             else:
-                turn.take(self._charge(entry))
+                turn.take(charge)
             self._stop_waiting(record)
             record.attempt += 1
             record.state = "running"

@@ -27,6 +27,11 @@ class QueueRules:
     run: int = 1
     """Requests that one claim takes from a flow in a row before another flow has its turn."""
 
+    @property
+    def reorders(self) -> bool:
+        """Whether anything but the flows and ranks says who is next."""
+        return self.promote_after_s is not None or self.late_slack_s is not None or self.run > 1
+
     def charge(self, prompt_tokens: int, output_tokens: int) -> float:
         """The price of a request."""
         return self.request_price + self.prompt_price * prompt_tokens + self.output_price * output_tokens
