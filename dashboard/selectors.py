@@ -67,12 +67,14 @@ def _action(row: OperatorAction) -> Document:
 
 
 def _answers(after: Mapping[str, Any]) -> str:
-    """What replicas said to a command, such as `gpu-0 confirmed in 12 ms`."""
-    return ", ".join(
+    """What replicas said to a command, such as `mode static, gpu-0 confirmed in 12 ms`."""
+    asked = [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in (after.get("arguments") or {}).items()]
+    said = [
         f"{name} confirmed in {ack.get('applied_ms') or 0:.0f} ms" if ack.get("ok") else f"{name}: {ack.get('error')}"
         for name, ack in (after.get("acknowledgements") or {}).items()
         if isinstance(ack, Mapping)
-    )
+    ]
+    return ", ".join(asked + said)
 
 
 def acknowledged(acknowledgements: Mapping[str, Any]) -> dict[str, bool]:

@@ -11,7 +11,7 @@ from ninja.errors import HttpError
 from ninja.security import APIKeyCookie, HttpBearer
 
 from controlplane.api.caller import Caller, find_caller
-from dashboard.access import SWITCH_POLICY, VIEW
+from dashboard.access import CONTROL_REPLICA, SWITCH_POLICY, VIEW
 from inference.gateway.errors import Forbidden, Unavailable
 from inference.gateway.gateway import Gateway
 
@@ -59,3 +59,9 @@ class OperatorAuth(ViewerAuth):
             return super()._get_key(request)
         except HttpError as error:
             raise Forbidden("The CSRF token is missing or wrong (header X-CSRFToken).", code="csrf_failed") from error
+
+
+class ControlAuth(OperatorAuth):
+    """A signed-in operator who may steer replicas."""
+
+    permission = CONTROL_REPLICA

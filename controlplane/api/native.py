@@ -9,7 +9,7 @@ from ninja import NinjaAPI
 from ninja.errors import AuthenticationError, AuthorizationError, HttpError, ValidationError
 from ninja.openapi.schema import OpenAPISchema
 
-from controlplane.api import fleet, requests
+from controlplane.api import control, fleet, requests
 from controlplane.api.errors import error_body, error_headers, status_of
 from controlplane.api.openai.body import ChatBody, CompletionBody
 from inference.gateway.errors import Forbidden, GatewayError, InvalidKey, InvalidRequest, NotFound
@@ -34,13 +34,14 @@ class NativeAPI(NinjaAPI):
 api = NativeAPI(
     title="Penstock",
     version="1",
-    description="Submit and poll requests, read queues, replicas and policies, switch a policy. "
+    description="Submit and poll requests, read queues, replicas and policies, switch a policy, steer replicas. "
     "OpenAI's dialect is at `/v1`.",
     docs_url="/docs",
     urls_namespace="native",
 )
 api.add_router("/v1", requests.router)
 api.add_router("/v1", fleet.router)
+api.add_router("/v1", control.router)
 
 
 def _respond(request: HttpRequest, error: GatewayError) -> HttpResponse:

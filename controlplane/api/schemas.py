@@ -1,8 +1,10 @@
 """What the native API answers, as pydantic schemas; the API's documentation is made from these."""
 
-from typing import Any
+from typing import Any, Literal
 
 from ninja import Field, Schema
+
+from inference.messages import BatchMode
 
 
 class Usage(Schema):
@@ -140,3 +142,21 @@ class RevisionView(Schema):
     num_moved: int
     seconds: float | None
     acknowledgements: dict[str, Any]
+
+
+class ControlBody(Schema, extra="forbid"):
+    """A command to a replica; `mode` and `max_batch_size` belong to the commands that set them."""
+
+    command: Literal["pause", "resume", "drain", "set_mode", "set_batch_size"]
+    mode: BatchMode | None = None
+    max_batch_size: int | None = Field(default=None, ge=1, le=4096, strict=True, description="Requests in a batch.")
+    reason: str = Field(min_length=1, max_length=500, description="Why; kept in the audit trail.")
+
+
+class AckView(Schema):
+    """A replica's word that it has obeyed."""
+
+    replica: str
+    command: str
+    state: str
+    applied_ms: float = Field(description="From reading the command to having obeyed it.")

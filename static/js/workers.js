@@ -122,6 +122,8 @@ const VERBS = {
   "replica.pause": "paused worker",
   "replica.resume": "resumed worker",
   "replica.drain": "drained worker",
+  "replica.set_mode": "set the batch mode of worker",
+  "replica.set_batch_size": "set the batch size of worker",
   "tenant.create": "created tenant",
   "tenant.update": "changed tenant",
   "tenant.suspend": "suspended tenant",

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -156,6 +157,32 @@ def test_the_policy_is_switched_under_load_and_every_worker_confirms(system: Who
     assert set(answers) == {"length"}
     wait_until(lambda: system.num_records("switched") >= len(answers), 10, "all are recorded")
     assert system.num_records("switched") == len(answers)
+
+
+def test_an_operator_changes_batch_mode_and_size_while_requests_run(system: WholeSystem) -> None:
+    stream = system.client().completions.create(
+        model=MODEL, prompt="Rain", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    with contextlib.closing(system.operator()) as operator:
+
+        def tell(**body: object) -> None:
+            answer = operator.post("/api/v1/replicas/gpu-0/control", json={"reason": "acceptance test", **body})
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["state"] == "ready"
+
+        def replica() -> dict[str, Any]:
+            (view,) = operator.get("/api/v1/replicas").json()
+            return dict(view)
+
+        before = replica()
+        for mode in ("serial", "static", "dynamic", "continuous"):
+            tell(command="set_mode", mode=mode)
+            wait_until(lambda: replica()["mode"] == mode, 3, f"the replica reports {mode}")  # noqa: B023
+        tell(command="set_batch_size", max_batch_size=3)
+        wait_until(lambda: replica()["max_batch_size"] == 3, 3, "the replica reports the size")
+        tell(command="set_batch_size", max_batch_size=before["max_batch_size"])
+    assert sum(1 for _ in stream) >= 1
 
 
 def test_a_kill_9_of_the_supervisor_leaves_no_process(demo_folder: Path, tmp_path: Path) -> None:

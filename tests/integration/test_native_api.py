@@ -145,6 +145,32 @@ def test_an_operator_switches_the_policy_and_a_viewer_may_not(api: Api, stack: S
         assert api.complete().status_code == 200
 
 
+def test_a_command_to_a_replica_is_for_operators_and_whole_or_refused_by_name(stack: Stack) -> None:
+    path, body = "/api/v1/replicas/gpu-9/control", {"command": "set_mode", "mode": "static", "reason": "try it"}
+    with signed_in(stack, "viewer") as viewer:
+        response = viewer.post(path, json=body)
+        assert (response.status_code, code_of(response)) == (403, "permission_denied")
+    with signed_in(stack, "operator") as operator:
+        for fields, param in (
+            ({"mode": "warp"}, "body.mode"),
+            ({"mode": None}, "mode"),
+            ({"max_batch_size": 4}, "max_batch_size"),
+            ({"command": "set_batch_size", "mode": None}, "max_batch_size"),
+            ({"command": "set_batch_size", "mode": None, "max_batch_size": 0}, "body.max_batch_size"),
+            ({"command": "pause"}, "mode"),
+            ({"command": "stop", "mode": None}, "body.command"),
+            ({"reason": ""}, "body.reason"),
+        ):
+            response = operator.post(path, json=body | fields)
+            assert (response.status_code, code_of(response)) == (400, "invalid_value"), fields
+            assert response.json()["error"]["param"].endswith(param)
+        response = operator.post(path, json=body)
+        assert (response.status_code, code_of(response)) == (404, "replica_not_found")
+        del operator.headers["X-CSRFToken"]
+        response = operator.post(path, json=body)
+        assert (response.status_code, code_of(response)) == (403, "csrf_failed")
+
+
 def test_the_documentation_works_without_the_outside_world(api: Api) -> None:
     page = api.call("GET", "/api/docs", None)
     assert page.status_code == 200
