@@ -27,7 +27,7 @@ lint: $(VENV)/installed-tests ## check style, types and import directions
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy manage.py $(SOURCES)
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/djlint templates --check --lint --quiet
+	$(VENV)/bin/djlint templates --check --lint
 
 bench: setup $(VENV)/installed-tests ## measure the four batch modes and the gateway (minutes)
 	$(RUN) -m benchmarks.modes
