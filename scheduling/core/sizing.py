@@ -223,9 +223,9 @@ SIZINGS: Mapping[str, SizingKind] = MappingProxyType(
                 parameters={
                     **_BOUNDS,
                     "discount": _number(
-                        0.97, 0.5, 0.9999, "How much of what was learned a decision later still counts."
+                        0.98, 0.5, 0.9999, "How much of what was learned a decision later still counts."
                     ),
-                    "dwell": _number(4, 1, 1000, "Periods that a size is kept, so that its effect shows."),
+                    "dwell": _number(6, 1, 1000, "Periods that a size is kept, so that its effect shows."),
                     "prior": _number(1, 0.01, 10, "How many decisions the hope for an untried size is worth."),
                 },
             ),

@@ -7,6 +7,12 @@ from random import Random
 
 from scheduling.core.controller import Controller, Observation, memory_limit
 
+LATE_VALUE = 0.1
+"""What any token is worth against one within the SLA: where all are late, the size that works off most is learned."""
+REACH = 2
+"""Sizes on either side of the best one known that are tried."""
+ROAM = 0.1
+"""How often all sizes are drawn from."""
 MIN_SECONDS = 1e-6
 """A shorter period has no rate."""
 
@@ -34,8 +40,10 @@ class _Arm:
 class Adaptive(Controller):
     """Discounted Thompson sampling over sizes (Raj and Kalyani, 2017), with goodput as the reward.
 
-    Old periods count less and less, so that a size that was bad is tried again when the load is another. Only periods
-    in which the size mattered teach anything: those in which work was waiting or somebody missed the SLA.
+    Goodput rises with the size up to a point and then falls, so mostly sizes near the best one known are drawn (unimodal
+    bandits: Combes and Proutiere, ICML 2014): trying far ones costs a queue each time. Old periods count less and
+    less, so that a change is followed. Only periods in which the size mattered teach anything: those in which work was
+    waiting for a slot, or the SLA was missed.
     """
 
     name = "adaptive"
@@ -45,12 +53,12 @@ class Adaptive(Controller):
         self._arms = [_Arm(size) for size in _candidate_sizes(self._smallest, self._largest)]
         self._arm = min(self._arms, key=lambda arm: abs(math.log(arm.size / self._size)))
         self._periods_left = int(params["dwell"])
-        self._good = 0
+        self._reward = 0.0
         self._seconds = 0.0
         self._mattered = False
 
     def propose(self, observation: Observation) -> tuple[int, str]:
-        self._good += observation.good_tokens
+        self._reward += observation.good_tokens + LATE_VALUE * observation.tokens
         self._seconds += observation.seconds
         ratio = observation.latency_ratio
         self._mattered |= self.is_full(observation) or (ratio is not None and ratio > 1)
@@ -65,9 +73,9 @@ class Adaptive(Controller):
         if self._mattered and self._seconds > MIN_SECONDS:
             for arm in self._arms:
                 arm.fade(self.params["discount"])
-            self._arm.add(self._good / self._seconds)
+            self._arm.add(self._reward / self._seconds)
         self._periods_left = int(self.params["dwell"])
-        self._good, self._seconds, self._mattered = 0, 0.0, False
+        self._reward, self._seconds, self._mattered = 0.0, 0.0, False
 
     def _choose(self, limit: int) -> tuple[int, str]:
         allowed = [arm for arm in self._arms if arm.size <= limit]
@@ -75,16 +83,22 @@ class Adaptive(Controller):
             self._arm = self._arms[0]
             return limit, f"memory allows {limit}"
         mean, spread = self._mean_and_spread()
+        if self.random.random() >= ROAM:
+            leader = max(allowed, key=lambda arm: (self._expected(arm, mean), arm.size == self._arm.size))
+            around = allowed.index(leader)
+            allowed = allowed[max(0, around - REACH) : around + REACH + 1]
         draws = [(self._draw(arm, mean, spread), -index, arm) for index, arm in enumerate(allowed)]
         drawn, _, self._arm = max(draws)
         known = self._arm.total / self._arm.weight if self._arm.weight else 0.0
-        return self._arm.size, f"drew {drawn:.0f} good tokens a second, {known:.0f} seen lately"
+        return self._arm.size, f"drew {drawn:.0f} tokens a second of goodput, {known:.0f} seen lately"
 
     def _draw(self, arm: _Arm, mean: float, spread: float) -> float:
         """A reward that this size may have; one not tried lately is taken for an average one, with doubt."""
+        return self.random.gauss(self._expected(arm, mean), spread / math.sqrt(arm.weight + self.params["prior"]))
+
+    def _expected(self, arm: _Arm, mean: float) -> float:
         prior = self.params["prior"]
-        expected = (arm.total + prior * mean) / (arm.weight + prior)
-        return self.random.gauss(expected, spread / math.sqrt(arm.weight + prior))
+        return (arm.total + prior * mean) / (arm.weight + prior)
 
     def _mean_and_spread(self) -> tuple[float, float]:
         """Mean of what was rewarded lately, and the standard deviation of rewards within a size."""

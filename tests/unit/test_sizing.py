@@ -155,7 +155,7 @@ def test_adaptive_finds_the_size_of_most_goodput_and_follows_a_change(seed: int)
     controller = build_sizing("adaptive", {"largest": 128}, random=Random(seed))
     random = Random(100 + seed)
     for best in (66, 16):
-        late = drive(controller, random, best, 1600)[-600:]
+        late = drive(controller, random, best, 2400)[-800:]
         reached = sum(goodput(size, best) for size in late) / len(late)
         assert reached > 0.7 * goodput(best, best)
 
