@@ -40,7 +40,7 @@ class _Arm:
 class Adaptive(Controller):
     """Discounted Thompson sampling over sizes (Raj and Kalyani, 2017), with goodput as the reward.
 
-    Goodput rises with the size up to a point and then falls, so mostly sizes near the best one known are drawn (unimodal
+    Goodput rises with the size up to a point and then falls, so mostly sizes near the best known are drawn (unimodal
     bandits: Combes and Proutiere, ICML 2014): trying far ones costs a queue each time. Old periods count less and
     less, so that a change is followed. Only periods in which the size mattered teach anything: those in which work was
     waiting for a slot, or the SLA was missed.
