@@ -1,5 +1,6 @@
 """What `make up` says once everything runs: where to look, and what to type."""
 
+import shlex
 import shutil
 from typing import TextIO
 
@@ -24,6 +25,12 @@ def curl_line(config: Config, key: str, model: str) -> str:
     )
 
 
+def settings_prefix(config: Config) -> str:
+    """The variables without which a command in another terminal would look for this system elsewhere."""
+    chosen = [name for name in ("var", "host", "port") if name in config.model_fields_set]
+    return "".join(f"PENSTOCK_{name.upper()}={shlex.quote(str(getattr(config, name)))} " for name in chosen)
+
+
 def announce(config: Config, secrets: Secrets | None, model: str, out: TextIO) -> None:
     """Print the block."""
     bold, plain = (BOLD, PLAIN) if out.isatty() else ("", "")
@@ -39,7 +46,7 @@ def announce(config: Config, secrets: Secrets | None, model: str, out: TextIO) -
             "  Try it:",
             f"  {curl_line(config, key, model)}",
             "",
-            "  Send traffic from another terminal:   make load",
+            f"  Send traffic from another terminal:   {settings_prefix(config)}make load",
         ]
     else:
         lines += ["  Make a key:   .venv/bin/python manage.py create_key --tenant NAME"]
