@@ -183,6 +183,7 @@ CELERY_BEAT_SCHEDULE = {
     "sweep": _every(1, "inference.tasks.sweep"),
     "free-slots": _every(30, "inference.tasks.free_slots"),
     "reconcile-policies": _every(2, "inference.tasks.reconcile_policies"),
+    "adapt-policies": _every(2, "inference.tasks.adapt_policies"),
     "publish-deployments": _every(5, "inference.tasks.publish_deployments"),
     "record-replicas": _every(5, "inference.tasks.record_replicas"),
     "prune-history": _every(3600, "inference.tasks.prune_history"),

@@ -13,6 +13,7 @@ from inference.control import send_control
 from inference.historian import Historian
 from inference.sweeper import Sweeper
 from scheduling import policy_switch
+from scheduling.adaptation import Adaptation
 from scheduling.connection import live_keys, live_redis
 from scheduling.models import Tenant
 
@@ -62,6 +63,15 @@ def reconcile_policies() -> None:
 
 
 @shared_task(ignore_result=True)
+def adapt_policies() -> None:
+    """Where `adaptive` is in force, choose what fits what waits."""
+    try:
+        _adaptation().run_once(announce=partial(services.announce_policy, send=send_control))
+    except AWAY as error:
+        logger.warning("Adapting waits: %s", error)
+
+
+@shared_task(ignore_result=True)
 def publish_deployments() -> None:
     """Bring the deployments in Redis up to date, after Redis was away or lost its data."""
     try:
@@ -89,6 +99,12 @@ def prune_history() -> None:
         return
     if num_deleted:
         logger.info("Deleted %d history rows older than %d days.", num_deleted, settings.PENSTOCK.history_days)
+
+
+@cache
+def _adaptation() -> Adaptation:
+    """One for the life of the process: it remembers what the queues showed."""
+    return Adaptation(live_redis(), live_keys())
 
 
 @cache

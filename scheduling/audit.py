@@ -24,11 +24,15 @@ def record_action(
     before: Mapping[str, Any] | None = None,
     after: Mapping[str, Any] | None = None,
     reason: str = "",
+    actor_name: str = "",
 ) -> OperatorAction:
-    """Add a row. Call it in the transaction of the change itself, so that there is never one without the other."""
+    """Add a row; `actor_name` is kept where no user acts.
+
+    Call it in the transaction of the change itself, so that there is never one without the other.
+    """
     return OperatorAction.objects.create(
         actor=actor,
-        actor_name=name_actor(actor),
+        actor_name=actor_name or name_actor(actor),
         action=action,
         target=target,
         before=dict(before or {}),

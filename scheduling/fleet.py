@@ -185,6 +185,10 @@ class FleetQueue:
         """
         return self.script("unplaced", _read_unplaced, limit)
 
+    def sample(self, limit: int) -> Command[list[QueueEntry]]:
+        """Up to `limit` waiting requests, drawn at random."""
+        return self.script("sample", _read_entries, limit)
+
     def place(self, placed: Sequence[tuple[str, Placement]], *, revision: int) -> Command[int]:
         """Put unplaced requests into their flows; how many were. None are where another revision is active by now."""
         rows = [(id_, place.flow, place.weight, place.rank) for id_, place in placed]
@@ -261,8 +265,12 @@ def _read_policy(reply: list[Any]) -> ActivePolicy:
     return ActivePolicy(int(revision or 0), (name or b"fifo").decode(), json.loads(params) if params else {})
 
 
+def _read_entries(reply: list[bytes]) -> list[QueueEntry]:
+    return [unpack_entry(packed)[0] for packed in reply]
+
+
 def _read_unplaced(reply: list[Any]) -> tuple[ActivePolicy, list[QueueEntry]]:
-    return _read_policy(reply[0]), [unpack_entry(packed)[0] for packed in reply[1]]
+    return _read_policy(reply[0]), _read_entries(reply[1])
 
 
 def _read_record(reply: list[Any] | None) -> RequestRecordView | None:

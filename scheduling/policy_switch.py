@@ -21,7 +21,7 @@ from scheduling.fleet import ActivePolicy, FleetQueue
 from scheduling.keys import Keys
 from scheduling.models import ConfigVersion, PolicyRevision
 from scheduling.store import execute
-from scheduling.switch import SwitchError
+from scheduling.switch import StaleRevision, SwitchError
 from scheduling.switch import switch_policy as switch_queue
 
 logger = logging.getLogger(__name__)
@@ -41,22 +41,27 @@ def switch_policy(
     name: str,
     params: Mapping[str, Any] | None = None,
     actor: User | None = None,
+    actor_name: str = "",
     reason: str = "",
     announce: Announce | None = None,
+    after: int | None = None,
     client: redis.Redis | None = None,
     keys: Keys | None = None,
 ) -> PolicyRevision:
     """Order a model's queue by another policy from now on.
 
     The revision's row is committed before Redis is touched. Where Redis fails in between, the row comes back `pending`
-    and the reconciler applies it later; where a later revision overtook it, `superseded`. Raises PolicyError for an
-    unknown policy or parameter.
+    and the reconciler applies it later; where a later revision overtook it, `superseded`. `actor_name` is kept where no
+    user acts. Raises PolicyError for an unknown policy or parameter, StaleRevision where `after` is given and is not
+    the newest revision (any more).
     """
     policy = build_policy(name, params)
     client, keys = client or live_redis(), keys or live_keys()
     queue = FleetQueue(keys, model)
     active = _ask_active(client, queue)
-    revision = _write_revision(model=model, policy=policy, active=active, actor=actor, reason=reason)
+    revision = _write_revision(
+        model=model, policy=policy, active=active, actor=actor, actor_name=actor_name, reason=reason, after=after
+    )
     return apply_revision(revision=revision, announce=announce, client=client, keys=keys)
 
 
@@ -88,7 +93,7 @@ def reconcile_policies(
     """
     client, keys = client or live_redis(), keys or live_keys()
     num_changed = 0
-    for revision in _newest_revisions():
+    for revision in newest_revisions():
         active = execute(client, FleetQueue(keys, revision.model).active_policy())
         in_force = active.revision >= revision.revision
         if in_force and revision.state == State.APPLIED:
@@ -110,13 +115,22 @@ def _ask_active(client: redis.Redis, queue: FleetQueue) -> ActivePolicy | None:
 
 @transaction.atomic
 def _write_revision(
-    *, model: str, policy: Policy, active: ActivePolicy | None, actor: User | None, reason: str
+    *,
+    model: str,
+    policy: Policy,
+    active: ActivePolicy | None,
+    actor: User | None,
+    actor_name: str,
+    reason: str,
+    after: int | None,
 ) -> PolicyRevision:
     """The next revision and its audit row. The lock makes two operators' revisions follow each other."""
     ConfigVersion.objects.get_or_create(id=1)
     ConfigVersion.objects.select_for_update().get(id=1)
     of_model = PolicyRevision.objects.filter(model=model)
     last: int = of_model.aggregate(last=Max("revision"))["last"] or 0
+    if after is not None and last != after:
+        raise StaleRevision(f"Revision {last} of {model} came first.")
     previous = of_model.filter(revision=last).first()
     before: dict[str, Any] = {"policy": "fifo", "params": {}}
     if active is not None:
@@ -132,11 +146,19 @@ def _write_revision(
         previous_name=before["policy"],
         previous_params=before["params"],
         actor=actor,
-        actor_name=name_actor(actor),
+        actor_name=actor_name or name_actor(actor),
         reason=reason,
     )
-    after = {"policy": policy.name, "params": dict(policy.params), "revision": revision.revision}
-    record_action(actor=actor, action="policy.switch", target=model, before=before, after=after, reason=reason)
+    now = {"policy": policy.name, "params": dict(policy.params), "revision": revision.revision}
+    record_action(
+        actor=actor,
+        actor_name=actor_name,
+        action="policy.switch",
+        target=model,
+        before=before,
+        after=now,
+        reason=reason,
+    )
     return revision
 
 
@@ -204,6 +226,7 @@ def _save(row: PolicyRevision, /, **changes: Any) -> PolicyRevision:
     return row
 
 
-def _newest_revisions() -> list[PolicyRevision]:
+def newest_revisions() -> list[PolicyRevision]:
+    """Of each model, the revision its queue should follow."""
     newest = PolicyRevision.objects.values("model").annotate(newest=Max("revision")).values_list("model", "newest")
     return [PolicyRevision.objects.get(model=model, revision=revision) for model, revision in newest]

@@ -5,6 +5,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+from scheduling.core.adaptive import CHOICES
 from scheduling.core.policy import (
     InvalidPolicyParameter,
     Parameter,
@@ -25,6 +26,7 @@ __all__ = [
     "PolicyKind",
     "UnknownPolicy",
     "build_policy",
+    "deadline_of",
 ]
 
 MIN_SHARE = 0.001
@@ -74,7 +76,7 @@ def _place_hierarchical(entry: QueueEntry, params: Params) -> Placement:
 
 
 def _place_adaptive(entry: QueueEntry, params: Params) -> Placement:
-    return _with_defaults(params["current"]).place(entry)
+    return _chosen(params["current"]).place(entry)
 
 
 def _aged_rank(entry: QueueEntry, params: Params) -> float:
@@ -126,7 +128,7 @@ def _hierarchical_rules(params: Params) -> QueueRules:
 
 
 def _adaptive_rules(params: Params) -> QueueRules:
-    return _with_defaults(params["current"]).rules
+    return _chosen(params["current"]).rules
 
 
 def _seconds(default: float, description: str, minimum: float = 0.0) -> Parameter:
@@ -150,7 +152,6 @@ _DEADLINES = {
 }
 _PRICES = {"prompt_price": _price(1.0, "prompt token"), "output_price": _price(2.0, "output token")}
 _VTC = "Virtual token counter: Sheng et al., Fairness in Serving Large Language Models (OSDI 2024), section 4"
-_CHOSEN = ("fifo", "priority", "edf", "size", "wrr", "fair", "hierarchical")
 
 _KINDS = (
     PolicyKind(
@@ -254,6 +255,35 @@ _KINDS = (
         },
         ruling=_hierarchical_rules,
     ),
+    PolicyKind(
+        name="adaptive",
+        description="Chooses among the others by load, missed deadlines, imbalance of tenants, priorities and lengths.",
+        guarantee="That of the policy in `current`; no two switches of its own within dwell_s, none for signs that "
+        "have not lasted hold_s, each with its reason.",
+        source="Thresholds with hysteresis, minimum dwell and a holding time.",
+        placing=_place_adaptive,
+        parameters={
+            "current": Parameter(default="fifo", choices=CHOICES, description="The policy it has chosen."),
+            "dwell_s": _seconds(60.0, "Least time between two switches of its own.", minimum=1.0),
+            "hold_s": _seconds(10.0, "How long another policy has to fit better before it is switched to."),
+            "calm_depth": Parameter(
+                default=8.0, minimum=1.0, maximum=1e6, description="While fewer requests wait, nothing is judged."
+            ),
+            "imbalance": Parameter(
+                default=2.0, minimum=1.0, maximum=1e6, description="Largest over mean of the tenants' waiting tokens."
+            ),
+            "misses": Parameter(
+                default=0.1, minimum=0.001, maximum=1.0, description="Part of what waits that is past its deadline."
+            ),
+            "mixture": Parameter(
+                default=0.2, minimum=0.001, maximum=1.0, description="Part of what waits not of the commonest priority."
+            ),
+            "spread": Parameter(
+                default=4.0, minimum=1.0, maximum=1e6, description="90th percentile over median of the lengths waiting."
+            ),
+        },
+        ruling=_adaptive_rules,
+    ),
 )
 
 POLICIES: Mapping[str, PolicyKind] = MappingProxyType({kind.name: kind for kind in _KINDS})
@@ -270,6 +300,11 @@ def build_policy(name: str, params: Mapping[str, Any] | None = None) -> Policy:
     return kind.build(params or {})
 
 
+def deadline_of(entry: QueueEntry) -> float:
+    """A request's deadline (unix seconds) as `edf` sees it by default."""
+    return _chosen("edf").place(entry).rank
+
+
 @cache
-def _with_defaults(name: str) -> Policy:
-    return build_policy(name)
+def _chosen(name: str) -> Policy:
+    return build_policy(name, {"within": "edf"} if name == "hierarchical" else None)
