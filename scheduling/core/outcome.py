@@ -94,6 +94,14 @@ class SizeChange(NamedTuple):
     reason: str
 
 
+class PolicyChange(NamedTuple):
+    """A switch that the adaptive policy made."""
+
+    time_s: float
+    policy: str
+    reason: str
+
+
 @dataclass(slots=True, kw_only=True)
 class SimulationResult:
     """All that a simulation gave."""
@@ -109,3 +117,4 @@ class SimulationResult:
     """Steps by the number of sequences in them."""
     size_changes: list[SizeChange]
     num_replicas: int
+    policy_changes: list[PolicyChange] = field(default_factory=list)

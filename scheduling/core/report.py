@@ -67,6 +67,8 @@ class Report:
     batch_sizes: dict[int, int]
     """Steps by the number of sequences in them."""
     size_changes: int
+    policy_changes: list[tuple[float, str, str]]
+    """When the adaptive policy switched, to which policy, and why."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -104,6 +106,7 @@ def build_report(label: str, result: SimulationResult, targets: ServiceTargets) 
         max_batch_size=max(result.batch_sizes, default=0),
         batch_sizes=dict(sorted(result.batch_sizes.items())),
         size_changes=len(result.size_changes),
+        policy_changes=[(change.time_s, change.policy, change.reason) for change in result.policy_changes],
     )
 
 

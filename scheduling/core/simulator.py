@@ -20,11 +20,11 @@ from scheduling.core.planner import Mode, RequestTooLongError, StepPlanner
 from scheduling.core.policy import Policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
+from scheduling.core.simulated_policy import SimulatedPolicy
 from scheduling.core.simulated_replica import EOS, SimulatedReplica, SimulatedSequence, SwapSettings
 from scheduling.core.trace import TraceRequest
 
 NO_LIMIT = 2**62
-REVISION = 1
 PROGRESS_EVERY = 256
 """Arrivals between two reports of progress."""
 RETRY_S = 0.25
@@ -32,7 +32,7 @@ RETRY_S = 0.25
 LATENCY_WINDOW = 256
 """How many of the latest requests of a replica a sizing controller judges by."""
 
-_CONTROL, _ASSESS, _STEP, _WAKE = range(4)
+_CONTROL, _ASSESS, _JUDGE, _STEP, _WAKE = range(5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,10 +107,7 @@ class Simulator:
         self._num_arrived = 0
         self._events: list[tuple[float, int, int]] = []
         self._queue = FlowQueue(clock=lambda: self._now)
-        self._queue.init_policy(settings.policy.name, settings.policy.params, REVISION)
-        rules = settings.policy.rules
-        self._is_timed = rules.promote_after_s is not None or rules.late_slack_s is not None
-        """Whether who goes next changes by time alone."""
+        self._policy = SimulatedPolicy(settings.policy, self._queue)
         self._waiting: dict[str, Outcome] = {}
         """In order of arrival."""
         self._waiting_tokens = self._claimed = self._claimed_tokens = 0
@@ -127,6 +124,8 @@ class Simulator:
             heappush(self._events, (settings.control_period_s, _CONTROL, 0))
         if settings.admission is not None:
             heappush(self._events, (settings.admission.period_s, _ASSESS, 0))
+        if self._policy.is_adaptive:
+            heappush(self._events, (self._policy.period_s, _JUDGE, 0))
 
     def run(self, progress: Callable[[int], None] | None = None) -> SimulationResult:
         """Handle events in their order until nothing is left to happen."""
@@ -145,7 +144,7 @@ class Simulator:
         return self._result()
 
     def _happen(self, time_s: float, kind: int, index: int) -> None:
-        if kind in (_CONTROL, _ASSESS) and self._is_over():
+        if kind <= _JUDGE and self._is_over():
             return
         self._now = time_s
         if kind == _STEP:
@@ -155,8 +154,11 @@ class Simulator:
                 self._begin_step(index)
         elif kind == _CONTROL:
             self._control()
-        else:
+        elif kind == _ASSESS:
             self._assess()
+        else:
+            self._policy.judge(time_s)
+            heappush(self._events, (time_s + self._policy.period_s, _JUDGE, 0))
 
     @property
     def _next_arrival_s(self) -> float:
@@ -190,12 +192,13 @@ class Simulator:
         limit = NO_LIMIT
         if (admission := settings.admission) is not None:
             limit = depth_limit(request.priority, admission.queue_limit, self._level, admission.limits)
-        placement = settings.policy.place(entry)
-        answer = self._queue.enqueue(entry, placement, revision=REVISION, depth_limit=limit, keep_s=0)
+        policy, revision = self._policy.policy, self._policy.revision
+        answer = self._queue.enqueue(entry, policy.place(entry), revision=revision, depth_limit=limit, keep_s=0)
         if answer.status != "queued":
             outcome.state, outcome.reason = "refused", "overloaded"
             return
         self._waiting[entry.id] = outcome
+        self._policy.note(entry)
         self._waiting_tokens += entry.cost_tokens
         for index, replica in enumerate(self._replicas):
             if not self._waiting:
@@ -227,16 +230,16 @@ class Simulator:
         horizon_s = self._next_control_s()
         if not replica.planner.room().requests:
             return horizon_s
-        if self._waiting and self._is_timed:
+        if self._waiting and self._policy.is_timed:
             return self._now
         if self._waiting and self._events:
             horizon_s = min(horizon_s, self._events[0][0])
         return min(horizon_s, self._next_arrival_s)
 
     def _next_control_s(self) -> float:
-        if not self._watches and self._settings.admission is None:
+        if not self._watches and self._settings.admission is None and not self._policy.is_adaptive:
             return math.inf
-        return min((time_s for time_s, kind, _ in self._events if kind <= _ASSESS), default=math.inf)
+        return min((time_s for time_s, kind, _ in self._events if kind <= _JUDGE), default=math.inf)
 
     def _claim(self, index: int) -> None:
         if not self._waiting:
@@ -252,6 +255,7 @@ class Simulator:
             claimed = queue.claim(owner, max_requests=1, max_tokens=NO_LIMIT, lease_s=lease_s)
         for request in claimed.requests:
             outcome = self._waiting.pop(request.id)
+            self._policy.forget(request.id)
             cost_tokens = outcome.request.prompt_tokens + outcome.request.max_tokens
             self._waiting_tokens -= cost_tokens
             self._claimed += 1
@@ -378,5 +382,6 @@ class Simulator:
             preemptions=sum(replica.planner.num_preemptions for replica in self._replicas),
             batch_sizes=sizes,
             size_changes=self._size_changes,
+            policy_changes=self._policy.changes,
             num_replicas=len(self._replicas),
         )

@@ -44,6 +44,7 @@ ROWS: Sequence[_Row] = (
     ("Jain's index of service", lambda r: "-" if r.fairness is None else f"{r.fairness:.3f}"),
     ("preemptions", lambda r: f"{r.preemptions:,}"),
     ("batch size mean, largest", lambda r: f"{r.mean_batch_size:.1f}, {r.max_batch_size}"),
+    ("policy switches", lambda r: f"{len(r.policy_changes)}"),
     ("busy", lambda r: _share(r.utilization)),
 )
 

@@ -22,6 +22,7 @@ from scheduling.core.sizing import SIZINGS, build_sizing
 from scheduling.core.trace import TraceRequest
 
 SWAP = SwapSettings(link=SwapLink(bytes_per_s=50e9), kv_bytes_per_token=131_072)
+RESTLESS = build_policy("adaptive", {"calm_depth": 1, "dwell_s": 1, "hold_s": 0, "imbalance": 1.1})
 TARGETS = ServiceTargets(default=ServiceTarget(ttft_s=0.5, e2e_s=2.0))
 
 
@@ -63,7 +64,7 @@ sizings: st.SearchStrategy[Callable[[int], Any] | None] = st.none() | st.sampled
 )
 fleets = st.builds(
     SimulationSettings,
-    policy=st.sampled_from(sorted(POLICIES)).map(build_policy),
+    policy=st.sampled_from(sorted(POLICIES)).map(build_policy) | st.just(RESTLESS),
     num_replicas=st.integers(1, 3),
     mode=st.sampled_from(get_args(Mode)),
     batch_size=st.integers(1, 8),
@@ -87,6 +88,7 @@ def test_fast_forward_gives_exactly_what_single_steps_give(
     assert account(fast) == account(slow)
     assert fast.batch_sizes == slow.batch_sizes
     assert fast.size_changes == slow.size_changes
+    assert fast.policy_changes == slow.policy_changes
     assert (fast.end_s, fast.steps, fast.preemptions) == (slow.end_s, slow.steps, slow.preemptions)
     if fleet.num_replicas == 1:
         assert fast.busy_s == slow.busy_s
@@ -200,6 +202,17 @@ def test_a_sizing_controller_sees_the_engine_and_is_obeyed() -> None:
     assert max(result.batch_sizes) > 10
     assert result.size_changes[0].batch_size == 2
     assert result.size_changes[1].reason.startswith("work waits")
+
+
+def test_the_adaptive_policy_switches_when_one_tenant_floods_and_says_why() -> None:
+    flood = [request(5.0, "heavy", output=60) for _ in range(600)]
+    trace = sorted([*flood, *(request(0.5 * i, tenant, output=30) for i in range(80) for tenant in ("b", "c"))])
+    result = simulate(trace, fleet(policy=build_policy("adaptive", {"dwell_s": 5})), DEFAULT_COST)
+    first = result.policy_changes[0]
+    assert first.policy in ("fair", "hierarchical")
+    assert first.time_s >= 15
+    assert "one tenant has" in first.reason
+    assert all(outcome.state == "finished" for outcome in result.outcomes)
 
 
 def test_dynamic_mode_waits_for_its_batch() -> None:
