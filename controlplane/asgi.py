@@ -19,12 +19,13 @@ from django.conf import settings  # noqa: E402
 
 import controlplane.celery  # noqa: E402, F401  # makes it the current app, by which commands reach gpu workers
 from controlplane.api.openai.app import OpenAIApp  # noqa: E402
-from controlplane.api.openai.exchange import Receive, Scope, Send, request_id  # noqa: E402
+from controlplane.api.openai.exchange import Exchange, Receive, Scope, Send  # noqa: E402
 from controlplane.health import answer_healthz, answer_readyz  # noqa: E402
 from controlplane.lifespan import Lifespan  # noqa: E402
 from controlplane.metrics import answer_metrics  # noqa: E402
 from dashboard.routing import aggregator  # noqa: E402
 from dashboard.routing import application as _sockets  # noqa: E402
+from inference.gateway.errors import GatewayError  # noqa: E402
 
 _openai = OpenAIApp(settings.PENSTOCK.max_body_bytes)
 _lifespan = Lifespan(settings.PENSTOCK, aggregator)
@@ -43,17 +44,30 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
     elif (probe := _probes.get(scope["path"])) is not None:
         await probe(scope, receive, send)
     else:
-        await _django_with_id(scope, receive, send)
+        await _bounded_django(scope, receive, send)
 
 
-async def _django_with_id(scope: Scope, receive: Receive, send: Send) -> None:
-    """Django, with `X-Request-Id` on its response."""
-    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
-    header = (b"x-request-id", request_id(given, uuid.uuid4().hex))
+async def _bounded_django(scope: Scope, receive: Receive, send: Send) -> None:
+    """Django, behind the bound on bodies, and with `X-Request-Id` on its response.
+
+    Django itself takes a body of any size to disk before it asks who sends it.
+    """
+    exchange = Exchange(scope, receive, send, uuid.uuid4().hex)
+    header = (b"x-request-id", exchange.id)
+    try:
+        bodies = [bytes(await exchange.read_body(settings.PENSTOCK.max_body_bytes))]
+    except GatewayError as error:
+        await exchange.refuse(error)
+        return
+
+    async def receive_read() -> MutableMapping[str, Any]:
+        if bodies:
+            return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+        return await receive()
 
     async def send_with_id(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             message = {**message, "headers": [*message.get("headers", []), header]}
         await send(message)
 
-    await _django(scope, receive, send_with_id)
+    await _django(scope, receive_read, send_with_id)

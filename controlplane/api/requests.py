@@ -3,7 +3,6 @@
 import asyncio
 import uuid
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 from django.http import HttpRequest, HttpResponse
@@ -13,7 +12,7 @@ from controlplane.api.access import KeyAuth, find_gateway
 from controlplane.api.caller import Caller
 from controlplane.api.drafting import draft_chat, draft_completion
 from controlplane.api.errors import limit_headers
-from controlplane.api.openai.body import ChatBody, CompletionBody, read_body
+from controlplane.api.openai.body import ChatBody, CompletionBody, read_body, read_fields
 from controlplane.api.schemas import CancelView, Problem, RequestView, Usage
 from inference.gateway.errors import InvalidRequest, NotFound
 from inference.gateway.gateway import Gateway
@@ -51,7 +50,7 @@ async def submit_request(request: HttpRequest, response: HttpResponse) -> tuple[
     """
     gateway, caller = find_gateway(request), _caller(request)
     raw = request.body
-    body = read_body(raw, ChatBody) if _has_messages(raw) else read_body(raw, CompletionBody)
+    body = read_body(raw, ChatBody) if "messages" in read_fields(raw) else read_body(raw, CompletionBody)
     if body.stream:
         raise InvalidRequest("A submitted request cannot stream; use /v1.", param="stream")
     model = gateway.find_model(body.model)
@@ -90,14 +89,6 @@ async def cancel_request(request: HttpRequest, request_id: str) -> CancelView:
 def _caller(request: HttpRequest) -> Caller:
     caller: Caller = request.auth  # type: ignore[attr-defined]
     return caller
-
-
-def _has_messages(raw: bytes) -> bool:
-    try:
-        fields: Any = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, RecursionError):
-        return False
-    return isinstance(fields, dict) and "messages" in fields
 
 
 async def _find(

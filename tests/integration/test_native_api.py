@@ -101,12 +101,25 @@ def test_bad_requests_have_the_same_errors_as_v1(api: Api) -> None:
     assert (response.status_code, code_of(response)) == (400, "invalid_value")
     response = api.call("POST", "/api/v1/requests", None, json={})
     assert (response.status_code, code_of(response)) == (401, "invalid_api_key")
+    response = api.call("POST", "/api/v1/requests", content=b"[]")
+    assert (response.status_code, code_of(response)) == (400, "invalid_type")
+    response = api.call("POST", "/api/v1/requests", content=b'{"model": "\xff"}')
+    assert (response.status_code, code_of(response)) == (400, "invalid_json")
     response = api.call("GET", "/api/v1/nothing")
     assert (response.status_code, code_of(response)) == (404, "unknown_url")
     assert submit(api, "few").status_code == 202
     response = submit(api, "few")
     assert (response.status_code, code_of(response)) == (429, "requests_per_minute_exceeded")
     assert response.headers["retry-after"]
+
+
+@pytest.mark.parametrize("path", ["/api/v1/requests", "/login/", "/admin/login/"])
+def test_a_body_over_the_bound_is_refused_whoever_sends_it(api: Api, path: str) -> None:
+    response = api.call("POST", path, None, content=b"a" * 3_000_000)
+    assert (response.status_code, code_of(response)) == (413, "request_too_large")
+    chunks = (b"a" * 100_000 for _ in range(30))
+    response = api.call("POST", path, None, content=chunks)
+    assert (response.status_code, code_of(response)) == (413, "request_too_large")
 
 
 def test_queues_replicas_and_policies_are_read(api: Api, stack: Stack) -> None:

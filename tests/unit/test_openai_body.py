@@ -118,6 +118,7 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], param: str, code: str) -
         (b"[]", "invalid_type"),
         (b'{"model": "\xff"}', "invalid_json"),
         (b"[" * 100_000, "invalid_json"),
+        (b'{"n": 1, "model": "\xff"}', "invalid_json"),
         (b'{"model": "m"}', "missing_required_parameter"),
     ],
 )

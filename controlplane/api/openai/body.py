@@ -109,6 +109,8 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
 
 T = TypeVar("T", CompletionBody, ChatBody)
 _DECODERS: dict[type, Any] = {kind: msgspec.json.Decoder(kind) for kind in (CompletionBody, ChatBody)}
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What the decoder raises for bytes that are no JSON: malformed, no UTF-8, nested too deep."""
 _WHERE = re.compile(r" - at `\$\.?([^`]*)`")
 
 
@@ -118,19 +120,25 @@ def read_body(raw: bytes | bytearray, kind: type[T]) -> T:
         body: T = _DECODERS[kind].decode(raw)
     except msgspec.ValidationError:
         body = _read_closely(raw, kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
     return body
 
 
-def _read_closely(raw: bytes | bytearray, kind: type[T]) -> T:
-    """Take out options that ask for nothing, and say what is wrong with the rest."""
+def read_fields(raw: bytes | bytearray) -> dict[str, Any]:
+    """A body's fields, not validated. Raises InvalidRequest where it is no JSON object."""
     try:
         fields = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
     if not isinstance(fields, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_type")
+    return fields
+
+
+def _read_closely(raw: bytes | bytearray, kind: type[T]) -> T:
+    """Take out options that ask for nothing, and say what is wrong with the rest."""
+    fields = read_fields(raw)
     known = kind.__struct_fields__
     for name in [name for name in fields if name not in known]:
         if name not in HARMLESS:
