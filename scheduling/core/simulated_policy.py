@@ -1,7 +1,7 @@
 """The policy in force during a simulation; where it is `adaptive`, its switches, as ops makes them in a fleet."""
 
 from scheduling.core.adaptive import AdaptiveState, choose, observe
-from scheduling.core.outcome import PolicyChange
+from scheduling.core.outcome import PolicyChange, ServiceTargets
 from scheduling.core.policies import build_policy, deadline_of
 from scheduling.core.policy import Policy
 from scheduling.core.queue import FlowQueue
@@ -14,15 +14,16 @@ SAMPLE = 200
 class SimulatedPolicy:
     """Knows the policy, its revision, and what waits."""
 
-    period_s = 1.0
+    period_s = 2.0
     """How often the adaptive policy looks."""
 
-    def __init__(self, policy: Policy, queue: FlowQueue) -> None:
+    def __init__(self, policy: Policy, queue: FlowQueue, targets: ServiceTargets) -> None:
         self.policy = policy
         self.revision = 1
         self.changes: list[PolicyChange] = []
         self.is_adaptive = policy.name == "adaptive"
         self._queue = queue
+        self._targets = targets
         self._waiting: dict[str, QueueEntry] = {}
         self._state = AdaptiveState(switched_s=0.0)
         queue.init_policy(policy.name, policy.params, self.revision)
@@ -48,10 +49,15 @@ class SimulatedPolicy:
         waiting = list(self._waiting.values())
         sample = waiting[:: max(1, len(waiting) // SAMPLE)]
         params = self.policy.params
-        conditions = observe(sample, len(waiting), now_s, deadline_of)
+        conditions = observe(sample, len(waiting), now_s, self._deadline)
         self._state, choice = choose(self._state, conditions, current=params["current"], params=params, now=now_s)
         if choice is not None:
             self.revision += 1
             self.policy = build_policy("adaptive", {**params, "current": choice.policy})
             self._queue.switch(self.policy, self.revision)
             self.changes.append(PolicyChange(now_s, choice.policy, choice.reason))
+
+    def _deadline(self, entry: QueueEntry) -> float:
+        """A request's arrival plus its end-to-end target, or the target that `edf` assumes."""
+        e2e_s = self._targets.of(entry.priority).e2e_s
+        return deadline_of(entry) if e2e_s is None else entry.arrival_s + e2e_s

@@ -107,7 +107,7 @@ class Simulator:
         self._num_arrived = 0
         self._events: list[tuple[float, int, int]] = []
         self._queue = FlowQueue(clock=lambda: self._now)
-        self._policy = SimulatedPolicy(settings.policy, self._queue)
+        self._policy = SimulatedPolicy(settings.policy, self._queue, settings.targets)
         self._waiting: dict[str, Outcome] = {}
         """In order of arrival."""
         self._waiting_tokens = self._claimed = self._claimed_tokens = 0
