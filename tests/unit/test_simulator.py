@@ -207,7 +207,8 @@ def test_a_sizing_controller_sees_the_engine_and_is_obeyed() -> None:
 def test_the_adaptive_policy_switches_when_one_tenant_floods_and_says_why() -> None:
     flood = [request(5.0, "heavy", output=60) for _ in range(600)]
     trace = sorted([*flood, *(request(0.5 * i, tenant, output=30) for i in range(80) for tenant in ("b", "c"))])
-    result = simulate(trace, fleet(policy=build_policy("adaptive", {"dwell_s": 5})), DEFAULT_COST)
+    adaptive = fleet(policy=build_policy("adaptive", {"dwell_s": 5}), targets=ServiceTargets())
+    result = simulate(trace, adaptive, DEFAULT_COST)
     first = result.policy_changes[0]
     assert first.policy in ("fair", "hierarchical")
     assert first.time_s >= 15
