@@ -143,6 +143,7 @@ def test_other_addresses_methods_and_sizes_are_refused(api: Api) -> None:
     response = api.call("GET", "/v1/completions")
     assert (response.status_code, code_of(response)) == (405, "method_not_allowed")
     assert response.headers["allow"] == "POST"
+    assert response.json()["error"]["param"] is None
     response = api.complete(prompt="a" * 3_000_000)
     assert (response.status_code, code_of(response)) == (413, "request_too_large")
     chunks = (b"a" * 100_000 for _ in range(30))

@@ -53,7 +53,7 @@ class OpenAIApp:
         try:
             await self._dispatch(exchange)
         except GatewayError as error:
-            await exchange.refuse(error, [(b"allow", str(error.param).encode())] if error.code == NOT_ALLOWED else [])
+            await exchange.refuse(error, [(b"allow", error.allowed.encode())] if isinstance(error, WrongMethod) else [])
         except Exception:
             log.exception("Request %s failed", exchange.id.decode())
             if exchange.started:
@@ -69,7 +69,7 @@ class OpenAIApp:
         if handler is None:
             raise NotFound(f"There is no {path[:200]}.", code="unknown_url")
         if exchange.scope["method"] != method:
-            raise InvalidRequest(f"Use {method} with {path}.", param=method, code=NOT_ALLOWED)
+            raise WrongMethod(method, path)
         await handler(exchange, gateway, find_caller(exchange.authorization, gateway.directory))
 
     async def _list_models(self, exchange: Exchange, gateway: Gateway, caller: Caller) -> None:
@@ -112,7 +112,14 @@ class OpenAIApp:
             reply.abandon()
 
 
-NOT_ALLOWED = "method_not_allowed"
+class WrongMethod(InvalidRequest):
+    """The address takes another method."""
+
+    code = "method_not_allowed"
+
+    def __init__(self, allowed: str, path: str) -> None:
+        super().__init__(f"Use {allowed} with {path}.")
+        self.allowed = allowed
 
 
 async def _abandon_when_gone(exchange: Exchange, reply: Reply) -> None:
