@@ -68,17 +68,17 @@ def test_parts_are_measured_as_decodes_and_prefill_chunks() -> None:
 
 def test_the_true_cost_is_found_from_noisy_steps() -> None:
     random, model = Random(1), StepTimeModel()
-    for _ in range(2000):
+    for _ in range(1000):
         step = draw_step(random)
         model.observe(step, DEFAULT_COST.price(step) * random.uniform(0.95, 1.05))
     assert_close(model.cost, DEFAULT_COST, 0.03)
-    assert model.num_observations == 2000
+    assert model.num_observations == 1000
     assert 0 < model.typical_error_s < 0.003
 
 
 def test_hiccups_move_the_model_little_and_its_mean_cost_by_what_they_took() -> None:
     random, model = Random(2), StepTimeModel()
-    for number in range(2000):
+    for number in range(1500):
         step = draw_step(random)
         seconds = DEFAULT_COST.price(step) * random.uniform(0.98, 1.02)
         model.observe(step, seconds + (2.0 if number % 50 == 49 else 0.0))
@@ -90,9 +90,9 @@ def test_hiccups_move_the_model_little_and_its_mean_cost_by_what_they_took() -> 
 def test_a_change_of_the_engine_is_followed() -> None:
     random, model = Random(3), StepTimeModel(forgetting=0.98)
     slower = StepCost(step_s=0.02, prefill_token_s=90e-6, decode_sequence_s=2e-4, context_token_s=2e-7)
-    for number in range(3000):
+    for number in range(2000):
         step = draw_step(random)
-        model.observe(step, (DEFAULT_COST if number < 1500 else slower).price(step))
+        model.observe(step, (DEFAULT_COST if number < 1000 else slower).price(step))
     assert_close(model.cost, slower, 0.03)
 
 
@@ -102,7 +102,7 @@ def test_what_the_load_says_nothing_about_is_not_forgotten() -> None:
         step = draw_step(random)
         model.observe(step, DEFAULT_COST.price(step))
     decode_only = StepFeatures(1, 0, 16, 16_000, 0)
-    for _ in range(5000):
+    for _ in range(2000):
         model.observe(decode_only, DEFAULT_COST.price(decode_only))
     assert_close(model.cost, DEFAULT_COST, 0.02)
 

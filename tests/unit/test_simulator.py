@@ -158,7 +158,7 @@ def test_waits_meet_queueing_theory(num_replicas: int) -> None:
     """Serial service of constant length with random arrivals: M/D/1 (Pollaczek-Khinchine); for two, M/D/2 halves it."""
     random, clock, load, service_s = Random(3), 0.0, 0.7, 0.1
     trace = []
-    for _ in range(8_000):
+    for _ in range(4_000):
         clock += random.expovariate(load * num_replicas / service_s)
         trace.append(request(clock, prompt=1, output=1))
     cost = StepCost(step_s=service_s, prefill_token_s=0, decode_sequence_s=0, context_token_s=0)

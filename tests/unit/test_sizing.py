@@ -47,8 +47,8 @@ def settle(controller: Controller, observation: Observation, periods: int = 200)
 
 
 @pytest.mark.parametrize("name", SIZINGS)
-@settings(max_examples=60, deadline=None)
-@given(periods=st.lists(observations, min_size=1, max_size=30), seed=st.integers(0, 9))
+@settings(max_examples=25, deadline=None)
+@given(periods=st.lists(observations, min_size=1, max_size=15), seed=st.integers(0, 9))
 def test_no_size_is_chosen_that_memory_or_the_bounds_forbid(name: str, periods: list[Observation], seed: int) -> None:
     params = {"initial": 200} if name == "fixed" else {"largest": 128, "smallest": 2, "initial": 100}
     controller = build_sizing(name, params, random=Random(seed))
@@ -62,8 +62,8 @@ def test_no_size_is_chosen_that_memory_or_the_bounds_forbid(name: str, periods: 
 
 
 @pytest.mark.parametrize("name", SIZINGS)
-@settings(max_examples=30, deadline=None)
-@given(periods=st.lists(observations, min_size=2, max_size=20))
+@settings(max_examples=15, deadline=None)
+@given(periods=st.lists(observations, min_size=2, max_size=10))
 def test_a_throttled_device_never_gets_a_larger_batch(name: str, periods: list[Observation]) -> None:
     controller = build_sizing(name, random=Random(1))
     for observation in periods:
