@@ -2,7 +2,7 @@
 
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from inference.worker.spec import ControlMessage
@@ -17,11 +17,17 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
-    """Requests to drop: cancelled by their clients, or no longer held by this engine process."""
+class Cancelled:
+    """Requests to end: their clients want them no more."""
 
     request_ids: Sequence[str]
-    cancelled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Requests to forget, each with the attempt that is no longer held: another has been, or will be, claimed."""
+
+    attempts: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ class LeaseLost:
     owner: str
 
 
-Word = Told | Gone | LeaseLost
+Word = Told | Cancelled | Lost | LeaseLost
 
 
 class Inbox:

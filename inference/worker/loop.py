@@ -10,7 +10,7 @@ from inference.messages import FinishReason
 from inference.worker.active import ActiveRequest, RequestRefusedError, check_request
 from inference.worker.commands import CommandRefusedError, Controls
 from inference.worker.gate import Gate
-from inference.worker.inbox import Gone, Inbox, LeaseLost, Told, Word
+from inference.worker.inbox import Cancelled, Inbox, LeaseLost, Lost, Told, Word
 from inference.worker.intake import NO_ROOM, Intake
 from inference.worker.lease import Lease
 from inference.worker.meters import Meters
@@ -102,7 +102,9 @@ class EngineLoop:
             match word:
                 case Told():
                     self._obey(word)
-                case Gone():
+                case Cancelled():
+                    self._cancel(word)
+                case Lost():
                     self._drop(word)
                 case LeaseLost():
                     self._abandon(word.owner)
@@ -121,16 +123,18 @@ class EngineLoop:
             ack = Ack(id=message.id, ok=not error, error=error, applied_ms=applied_ms, state=self._gate.state)
             self._pipe.send(ack)
 
-    def _drop(self, gone: Gone) -> None:
-        """End cancelled requests; forget ones that another process has now."""
-        for request_id in gone.request_ids:
+    def _cancel(self, cancelled: Cancelled) -> None:
+        for request_id in cancelled.request_ids:
             active = self._active.get(request_id)
-            if active is None:
-                continue
-            if gone.cancelled:
+            if active is not None:
                 self._end(active, "cancelled")
-            else:
-                logger.warning("Request %s is no longer held; it runs elsewhere.", request_id)
+
+    def _drop(self, lost: Lost) -> None:
+        """Forget attempts that count no more; a later one of the same request may run here already."""
+        for request_id, attempt in lost.attempts.items():
+            active = self._active.get(request_id)
+            if active is not None and active.attempt == attempt:
+                logger.warning("Attempt %d of request %s is no longer held; another follows.", attempt, request_id)
                 self._forget(active)
 
     def _abandon(self, owner: str) -> None:
@@ -148,6 +152,9 @@ class EngineLoop:
         for active in self._intake.take():
             if active.owner != self._lease.owner:
                 continue
+            before = self._active.get(active.request.id)
+            if before is not None:  # the lease ran out and came back with this claim before the heartbeat saw it
+                self._forget(before)
             self._active[active.request.id] = active
             self._meters.queue_time.observe(active.claimed_s - active.request.arrival_s)
             try:

@@ -15,7 +15,7 @@ import redis
 
 from inference.messages import Finish, RequestEvent, SequenceUpdate
 from inference.worker.active import STATES, ActiveRequest
-from inference.worker.inbox import Gone, Inbox
+from inference.worker.inbox import Cancelled, Inbox, Lost
 from inference.worker.lease import Lease
 from scheduling import store
 from scheduling.fleet import FleetQueue
@@ -166,9 +166,11 @@ class Outbox(threading.Thread):
         if done:
             store.execute_many(self._client, [*map(self._settle, _with_tenant(done)), self._history(done)])
         if lost:
-            self._inbox.put(Gone(sorted(lost), cancelled=False))
+            # Of two attempts in one handover the earlier is the lost one, so the outputs are read backwards.
+            attempts = {o.active.request.id: o.active.attempt for o in reversed(handover.outputs)}
+            self._inbox.put(Lost({request_id: attempts[request_id] for request_id in sorted(lost)}))
         if cancels:
-            self._inbox.put(Gone(cancels, cancelled=True))
+            self._inbox.put(Cancelled(cancels))
 
     def _journal(self, handover: Handover) -> list[store.Command[list[str]]]:
         """One command, or none where there are no new tokens."""

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from redis.retry import Retry
 
 from inference.messages import RequestEvent
 from scheduling.keys import Keys
+from scheduling.store import execute
 from tests.conftest import _server_binary
 from tests.integration.engines import Engines, make_tiny_checkpoint
 from tests.integration.fleet import FleetClient
@@ -107,3 +109,19 @@ def test_an_engine_that_was_held_up_gives_up_what_others_took_over(
         fleet.submit("afterwards", [5, 6], 10)
         fleet.until_finished()
         assert fleet.status("gpu-0") is not None
+
+
+def test_an_engine_claims_again_what_an_unnoticed_end_of_its_lease_took_from_it(
+    redis_url: str, store: redis.Redis, checkpoint: Path, keys: Keys
+) -> None:
+    with Engines(checkpoint, redis_url, keys) as engines:
+        fleet = FleetClient(store, keys, engines.model)
+        engines.start(lease_s=60)  # so that no heartbeat comes between
+        for i in range(3):
+            fleet.submit(f"r{i}", [5 + i, 6], 240)
+        fleet.until(lambda: all(answer.token_ids for answer in fleet.answers.values()))
+        assert [num for _, num in execute(store, fleet.queue.expire(now=time.time() + 3600))] == [3]
+        fleet.until_finished()
+        assert all(len(answer.token_ids) == 240 for answer in fleet.answers.values())
+        assert {max(answer.attempts) for answer in fleet.answers.values()} == {2}
+        assert execute(store, fleet.queue.snapshot()).running == 0

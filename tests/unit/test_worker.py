@@ -11,7 +11,7 @@ from inference.messages import LATENCY_BUCKETS_S, Finish, InferenceRequest
 from inference.worker.active import ActiveRequest, open_request
 from inference.worker.commands import CommandRefusedError, Controls
 from inference.worker.gate import Gate
-from inference.worker.inbox import Gone, Inbox
+from inference.worker.inbox import Cancelled, Inbox, Lost
 from inference.worker.meters import Latencies, Meters, Second
 from inference.worker.outbox import Handover, Output, merge
 from inference.worker.spec import ControlMessage
@@ -151,9 +151,9 @@ def test_the_inbox_wakes_a_waiting_loop_and_keeps_the_order() -> None:
     started = time.monotonic()
     assert inbox.read(30.0) == []
     assert time.monotonic() - started < 5
-    inbox.put(Gone(["a"], cancelled=True))
-    inbox.put(Gone(["b"], cancelled=False))
-    assert inbox.read() == [Gone(["a"], cancelled=True), Gone(["b"], cancelled=False)]
+    inbox.put(Cancelled(["a"]))
+    inbox.put(Lost({"b": 1}))
+    assert inbox.read() == [Cancelled(["a"]), Lost({"b": 1})]
     assert inbox.read() == []
 
 
