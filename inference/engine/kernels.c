@@ -12,13 +12,16 @@
 
 #define BLOCK 16  /* tokens per KV block: one vector of scores */
 #define PANEL 32  /* outputs per packed panel: two vectors */
-#define ROWS 12   /* rows per tile of two vectors: 24 sums, which AVX-512 has registers for */
-#define MOST_ROWS 24 /* rows per tile of one vector */
+#ifdef __AVX512F__
+#define ROWS 12 /* rows per tile of two vectors: 24 sums, which AVX-512 has registers for */
+#else
+#define ROWS 3 /* 12 sums of half a vector with AVX2 */
+#endif
 #define SPINS 2000 /* looks at a shared word before a thread gives up its core: some 100 us */
 #define MAX_HELPERS 255
 #define FEW_TOKENS 32
 #define STACK_TOKENS 4096 /* contexts up to this length need no memory from the heap */
-#define CHUNK 192 /* rows whose inputs stay in the second-level cache while all panels pass */
+#define CHUNK_FLOATS (192 * 1024) /* inputs of the rows that stay in the second-level cache while all panels pass */
 
 typedef float vec __attribute__((vector_size(64), aligned(4)));
 #define INLINE static inline __attribute__((always_inline))
@@ -140,83 +143,133 @@ static void run(Task task, const void *arg, long count) {
     STORE(pool.busy, 0);
 }
 
-/* exp, to 2 units in the last place (Cephes' polynomial); NaN stays NaN. */
-INLINE float exp_fast(float x) {
-    x = x < -87.3f ? -87.3f : x;
-    x = x > 88.3f ? 88.3f : x;
-    float n = floorf(x * 1.44269504088896341f + 0.5f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+typedef int ints __attribute__((vector_size(64)));
+
+INLINE vec pick(ints mask, vec yes, vec no) { return (vec)((mask & (ints)yes) | (~mask & (ints)no)); }
+
+/* exp, to 2 units in the last place (Cephes' polynomial); NaN stays NaN. Sixteen at once: compilers leave a loop over
+ * single ones as it is. */
+INLINE vec exp_fast(vec x) {
+    const float shift = 12582912.0f; /* 1.5 * 2^23: a sum with it is rounded to a whole number, in its last bits */
+    x = pick(x < -87.3f, (vec){0} - 87.3f, x);
+    x = pick(x > 88.3f, (vec){0} + 88.3f, x);
+    vec shifted = x * 1.44269504088896341f + shift, n = shifted - shift;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    union { int i; float f; } power = {((int)n + 127) << 23};
-    return p * power.f;
+    return (vec)((ints)p + (((ints)shifted - 0x4b400000) << 23));
 }
 
 /* ---- linear: out[m][n] = sum_k x[m][k] * w[n][k] (+ bias[n]) (+ out[m][n] where `add`) ---- */
 
-/* `rows` rows by `vectors` vectors of outputs, from `first` on; the sums stay in registers. */
-INLINE void tile(const int rows, const int vectors, const float *x, const float *w, const Linear *l, long first, int add,
-                 float *out) {
-    vec a[MOST_ROWS][2];
-    for (int r = 0; r < rows; r++) a[r][0] = a[r][1] = (vec){0};
-    for (long k = 0; k < l->inputs; k++) {
-        vec w0 = *(const vec *)(w + k * PANEL), w1 = vectors > 1 ? *(const vec *)(w + k * PANEL + 16) : w0;
-#pragma GCC unroll 24
-        for (int r = 0; r < rows; r++) {
-            float b = x[r * l->inputs + k];
-            a[r][0] += b * w0;
-            if (vectors > 1) a[r][1] += b * w1;
-        }
-    }
-    long columns = l->outputs - first < 16 * vectors ? l->outputs - first : 16 * vectors;
-    for (int r = 0; r < rows; r++) {
-        float result[PANEL], *to = out + r * l->outputs + first;
-        *(vec *)result = a[r][0];
-        if (vectors > 1) *(vec *)(result + 16) = a[r][1];
-        for (long n = 0; n < columns; n++)
-            to[n] = result[n] + (l->bias ? l->bias[first + n] : 0.0f) + (add ? to[n] : 0.0f);
-    }
-}
-
 typedef struct {
     const Linear *l;
-    const float *x;
+    const float *x; /* by tile: [inputs][rows of the tile] */
     float *out;
-    long rows;
+    long rows, tiles, panels_per_item;
     int add;
 } LinearJob;
 
-static void panel(const void *arg, long index) {
-    const LinearJob *job = arg;
-    const Linear *l = job->l;
-    const float *x = job->x, *w = l->weight + index * l->inputs * PANEL;
-    float *out = job->out;
-    long rows = job->rows;
-    while (rows > 0) {
-        long take = rows <= MOST_ROWS ? rows : ROWS;
-        switch (take) {
-#define WIDE(R) case R: tile(R, 2, x, w, l, index * PANEL, job->add, out); break;
-            WIDE(1) WIDE(2) WIDE(3) WIDE(4) WIDE(5) WIDE(6) WIDE(7) WIDE(8) WIDE(9) WIDE(10) WIDE(11) WIDE(12)
-/* More rows by half a panel at a time: each weight is still read once. */
-#define TALL(R) case R: tile(R, 1, x, w, l, index * PANEL, job->add, out); \
-                        tile(R, 1, x, w + 16, l, index * PANEL + 16, job->add, out); break;
-            TALL(13) TALL(14) TALL(15) TALL(16) TALL(17) TALL(18) TALL(19) TALL(20) TALL(21) TALL(22) TALL(23) TALL(24)
+/* Tile t of an even split of `rows` begins here: 16 rows are 8 and 8, not 12 and 4. */
+INLINE long tile_start(long rows, long tiles, long t) { return rows * t / tiles; }
+
+/* One tile: `rows` rows by a panel of outputs; the sums stay in registers. Meanwhile `lines` cache lines an input of the
+ * next panel are fetched from `next` on, so that no panel waits for memory. */
+INLINE void tile(const int rows, const int lines, const Linear *l, const float *x, const float *w, const float *next,
+                 float *out, long columns, const float *bias, int add) {
+    vec a[ROWS][2];
+    for (int r = 0; r < rows; r++) a[r][0] = a[r][1] = (vec){0};
+    for (long k = 0; k < l->inputs; k++) {
+        vec w0 = *(const vec *)(w + k * PANEL), w1 = *(const vec *)(w + k * PANEL + 16);
+        if (lines > 0) __builtin_prefetch(next + k * lines * 16, 0, 2);
+        if (lines > 1) __builtin_prefetch(next + k * lines * 16 + 16, 0, 2);
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++) {
+            float b = x[k * rows + r];
+            a[r][0] += b * w0;
+            a[r][1] += b * w1;
         }
-        x += take * l->inputs;
-        out += take * l->outputs;
-        rows -= take;
+    }
+    if (columns == PANEL) {
+        vec b0 = {0}, b1 = {0};
+        if (bias) b0 = *(const vec *)bias, b1 = *(const vec *)(bias + 16);
+        for (int r = 0; r < rows; r++) {
+            vec *to = (vec *)(out + r * l->outputs);
+            a[r][0] += b0, a[r][1] += b1;
+            to[0] = add ? a[r][0] + to[0] : a[r][0];
+            to[1] = add ? a[r][1] + to[1] : a[r][1];
+        }
+        return;
+    }
+    for (int r = 0; r < rows; r++) {
+        float result[PANEL], *to = out + r * l->outputs;
+        *(vec *)result = a[r][0];
+        *(vec *)(result + 16) = a[r][1];
+        for (long n = 0; n < columns; n++) to[n] = result[n] + (bias ? bias[n] : 0.0f) + (add ? to[n] : 0.0f);
+    }
+}
+
+static void one_panel(const LinearJob *job, long index) {
+    const Linear *l = job->l;
+    const float *w = l->weight + index * l->inputs * PANEL, *next = w + l->inputs * PANEL;
+    const float *bias = l->bias ? l->bias + index * PANEL : NULL;
+    long columns = l->outputs - index * PANEL < PANEL ? l->outputs - index * PANEL : PANEL;
+    for (long t = 0; t < job->tiles; t++) {
+        long start = tile_start(job->rows, job->tiles, t), rows = tile_start(job->rows, job->tiles, t + 1) - start;
+        const float *x = job->x + start * l->inputs;
+        float *out = job->out + start * l->outputs + index * PANEL;
+        switch (rows + (job->tiles > 1 ? t < 2 ? ROWS : 2 * ROWS : 0)) {
+#define TILE(R) case R: tile(R, 2, l, x, w, next, out, columns, bias, job->add); break; \
+                case ROWS + R: tile(R, 1, l, x, w, next + t * l->inputs * 16, out, columns, bias, job->add); break; \
+                case 2 * ROWS + R: tile(R, 0, l, x, w, next, out, columns, bias, job->add); break;
+            TILE(1) TILE(2) TILE(3)
+#if ROWS > 3
+            TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+#endif
+        }
+    }
+}
+
+static void panels(const void *arg, long item) {
+    const LinearJob *job = arg;
+    long count = (job->l->outputs + PANEL - 1) / PANEL, first = item * job->panels_per_item;
+    for (long i = first; i < count && i < first + job->panels_per_item; i++) one_panel(job, i);
+}
+
+/* Inputs of a tile side by side, so that a tile reads one line after the other; rows 2048 floats apart would share
+ * one set of the first-level cache. */
+static void interleave(const float *x, long rows, long tiles, long inputs, float *to) {
+    for (long t = 0; t < tiles; t++) {
+        long start = tile_start(rows, tiles, t), n = tile_start(rows, tiles, t + 1) - start;
+        for (long r = 0; r < n; r++)
+            for (long k = 0; k < inputs; k++) to[start * inputs + k * n + r] = x[(start + r) * inputs + k];
     }
 }
 
 static void apply(const Linear *l, const float *x, long rows, int add, float *out) {
-    for (long at = 0; at < rows; at += CHUNK) {
-        LinearJob job = {l, x + at * l->inputs, out + at * l->outputs, rows - at < CHUNK ? rows - at : CHUNK, add};
-        run(panel, &job, (l->outputs + PANEL - 1) / PANEL);
+    static __thread float *space;
+    static __thread long space_size;
+    long most = CHUNK_FLOATS / l->inputs / ROWS * ROWS, count = (l->outputs + PANEL - 1) / PANEL;
+    if (most < 2 * ROWS) most = 2 * ROWS;
+    if (rows > 1 && space_size < most * l->inputs) {
+        free(space);
+        space_size = most * l->inputs;
+        space = aligned_alloc(64, (space_size * sizeof(float) + 63) / 64 * 64);
+    }
+    for (long at = 0; at < rows; at += most) {
+        long take = rows - at < most ? rows - at : most, tiles = (take + ROWS - 1) / ROWS;
+        const float *from = x + at * l->inputs;
+        if (take > 1) {
+            interleave(from, take, tiles, l->inputs, space);
+            from = space;
+        }
+        LinearJob job = {l, from, out + at * l->outputs, take, tiles, count, add};
+        if (pool.limit) job.panels_per_item = (count + 4 * pool.limit + 3) / (4 * pool.limit + 4);
+        run(panels, &job, (count + job.panels_per_item - 1) / job.panels_per_item);
     }
 }
 
@@ -265,6 +318,19 @@ INLINE void weigh(const int vectors, const float *weights, const int *table, con
     for (int i = 0; i < vectors; i++) *(vec *)(out + 16 * i) = a[i] * factor;
 }
 
+/* exp(weight - largest) in place over first .. last, in whole vectors, whose other places are overwritten; their sum. */
+INLINE float softmax(float *weights, long first, long last) {
+    for (long t = first / BLOCK * BLOCK; t < first; t++) weights[t] = -INFINITY;
+    for (long t = last + 1; t % BLOCK; t++) weights[t] = -INFINITY;
+    vec *w = (vec *)weights, tops = w[first / BLOCK], sums = {0};
+    for (long b = first / BLOCK; b <= last / BLOCK; b++) tops = pick(w[b] > tops, w[b], tops);
+    float top = -INFINITY, sum = 0;
+    for (int i = 0; i < BLOCK; i++) top = tops[i] > top ? tops[i] : top;
+    for (long b = first / BLOCK; b <= last / BLOCK; b++) sums += w[b] = exp_fast(w[b] - top);
+    for (int i = 0; i < BLOCK; i++) sum += sums[i];
+    return sum;
+}
+
 static void attend(const Heads *h, const float *q, const float *keys, const float *values, const int *table, long head,
                    long position, float *weights, float *out) {
     long first = h->window && position >= h->window ? position - h->window + 1 : 0;
@@ -275,11 +341,7 @@ static void attend(const Heads *h, const float *q, const float *keys, const floa
     }
     if (h->softcap > 0)
         for (long t = first; t <= position; t++) weights[t] = tanhf(weights[t] / h->softcap) * h->softcap;
-    float top = weights[first], sum = 0;
-#pragma omp simd reduction(max : top)
-    for (long t = first; t <= position; t++) top = weights[t] > top ? weights[t] : top;
-#pragma omp simd reduction(+ : sum)
-    for (long t = first; t <= position; t++) sum += weights[t] = exp_fast(weights[t] - top);
+    float sum = softmax(weights, first, position);
     float factor = 1.0f / sum;
     long d = 0;
     for (; d + 64 <= h->head_dim; d += 64) weigh(4, weights, table, h, values + d, head, first, position, factor, out + d);
@@ -391,10 +453,17 @@ static void place(const Model *m, const Layer *l, const Batch *b, long t, float 
     store(h, b->slots[t], k, dim, k + h->kv_heads * dim, dim, l->keys, l->values);
 }
 
-static void activate(float *gate_up, long n, float *out) {
+static void activate(const float *gate_up, long n, float *out) {
     const float *up = gate_up + n;
-#pragma omp simd
-    for (long i = 0; i < n; i++) out[i] = gate_up[i] / (1.0f + exp_fast(-gate_up[i])) * up[i];
+    long i = 0;
+    for (; i + 16 <= n; i += 16) {
+        vec gate = *(const vec *)(gate_up + i);
+        *(vec *)(out + i) = gate / (1.0f + exp_fast(-gate)) * *(const vec *)(up + i);
+    }
+    for (; i < n; i++) {
+        vec gate = {gate_up[i]};
+        out[i] = (gate / (1.0f + exp_fast(-gate)))[0] * up[i];
+    }
 }
 
 /* Scratch of a forward pass, and where its logits go. */
