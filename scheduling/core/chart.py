@@ -36,7 +36,7 @@ def draw_page(title: str, subtitle: str, runs: Sequence[tuple[Report, Simulation
     """An HTML page that compares simulations: distributions, bars and the table."""
     reports = [report for report, _ in runs]
     charts = [
-        _figure("Time to first token: share of requests that waited at most so long", _ttft_lines(runs)),
+        _figure("Time to first token: share of requests within it", _ttft_lines(runs)),
         _figure("Requests waiting over time", _queue_lines(runs)),
         _figure(
             "Goodput: output tokens a second within the SLA",
@@ -180,6 +180,7 @@ def _bars(reports: Sequence[Report], read: Callable[[Report], float]) -> str:
     y = _Axis(0.0, max(1e-9, *values), HEIGHT - BOTTOM, TOP + 14)
     parts = [_frame(None, y, str, lambda value: f"{value:,.4g}")]
     slot = (WIDTH - LEFT - RIGHT) / len(values)
+    narrow = ' style="font-size: 10px"' if len(values) > 6 else ""
     for index, (report, value) in enumerate(zip(reports, values, strict=True)):
         left, top = LEFT + (index + 0.15) * slot, y.at(value)
         middle = LEFT + (index + 0.5) * slot
@@ -187,7 +188,7 @@ def _bars(reports: Sequence[Report], read: Callable[[Report], float]) -> str:
             f'<rect x="{left:.1f}" y="{top:.1f}" width="{0.7 * slot:.1f}" height="{HEIGHT - BOTTOM - top:.1f}" '
             f'fill="{_colour(index)}" rx="3"/>'
             f'<text x="{middle:.1f}" y="{top - 5:.1f}" text-anchor="middle">{value:,.0f}</text>'
-            f'<text class="name" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
+            f'<text class="name" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle"{narrow}>'
             f"{escape(report.label)}</text>"
         )
     return "".join(parts)

@@ -80,14 +80,17 @@ def compare_reports(reports: Sequence[Report], *, max_groups: int = 12) -> str:
 def _compare_groups(
     title: str, reports: Sequence[Report], names: Sequence[str], groups: Callable[[Report], dict[str, Group]]
 ) -> str:
+    show = _latency if len(reports) <= 4 else _latency_alone
     rows = [
-        [f"{name} ({groups(reports[0])[name].requests:,})", *(_latency(groups(report)[name]) for report in reports)]
+        [f"{name} ({groups(reports[0])[name].requests:,})", *(show(groups(report)[name]) for report in reports)]
         for name in names
     ]
     return format_table([title, *(report.label for report in reports)], rows)
 
 
 def _latency(group: Group) -> str:
-    return (
-        f"{format_seconds(group.ttft_s.mean)} / {format_seconds(group.ttft_s.p99)}, SLA {_share(group.sla_attainment)}"
-    )
+    return f"{_latency_alone(group)}, SLA {_share(group.sla_attainment)}"
+
+
+def _latency_alone(group: Group) -> str:
+    return f"{format_seconds(group.ttft_s.mean)} / {format_seconds(group.ttft_s.p99)}"

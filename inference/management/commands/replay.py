@@ -128,7 +128,7 @@ class Command(BaseCommand):
     def _write_files(
         self, options: dict[str, Any], runs: Sequence[Run], cost: StepCost, trace: Sequence[TraceRequest]
     ) -> None:
-        source = str(options["trace"] or f"history of {options['from_history']}")
+        source = options["trace"].name if options["trace"] else f"history of {options['from_history']}"
         subtitle = (
             f"{source}: {len(trace):,} requests in {format_seconds(trace[-1].arrival_s)}, rate {options['rate']:g}"
         )
