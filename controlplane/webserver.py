@@ -19,6 +19,8 @@ def main() -> None:
         uvicorn.Config(
             "controlplane.asgi:application",
             loop="asyncio",
+            http="httptools",
+            ws="websockets-sansio",
             lifespan="on",
             access_log=False,
             server_header=False,

@@ -11,12 +11,12 @@ from dashboard.rates import RateMeter
 from dashboard.state import HISTORY_ROWS, apply, diff, extend_history, merge
 from inference.messages import LATENCY_BUCKETS_S, Histogram, ReplicaStatus
 
-leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+leaves = st.booleans() | st.integers() | st.text(max_size=5)
 keys = st.sampled_from(["a", "b", "c", "d"])
 documents = st.recursive(
-    st.dictionaries(keys, leaves.filter(lambda leaf: leaf is not None) | st.lists(st.integers(), max_size=3)),
-    lambda inner: st.dictionaries(keys, inner | st.integers()),
-    max_leaves=12,
+    st.dictionaries(keys, leaves | st.lists(st.integers(), max_size=3), max_size=3),
+    lambda inner: st.dictionaries(keys, inner | st.integers(), max_size=3),
+    max_leaves=6,
 )
 
 
