@@ -55,6 +55,11 @@ class Config(BaseSettings):
     )
     key_prefix: str = Field("penstock", pattern=r"^[a-z0-9_-]{1,32}$", description="Prefix of all Redis keys.")
     queue_limit: int = Field(20_000, ge=1, description="Waiting requests per model before new ones are refused.")
+    queue_tokens: int = Field(
+        0,
+        ge=0,
+        description="Waiting tokens (prompt and `max_tokens`) per model before new ones are refused; 0: no bound.",
+    )
     lease_s: float = Field(
         5.0, ge=0.5, le=120, description="A worker silent for this long loses its requests to others."
     )

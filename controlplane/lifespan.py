@@ -35,7 +35,13 @@ class Lifespan:
         keys = Keys(prefix=self._config.key_prefix)
         async with redis.asyncio.Redis.from_url(self._config.redis, socket_timeout=5.0) as client:
             directory = DirectoryWatch(client, keys)
-            gateway = Gateway(self._config.redis, keys, directory, queue_limit=self._config.queue_limit)
+            gateway = Gateway(
+                self._config.redis,
+                keys,
+                directory,
+                queue_limit=self._config.queue_limit,
+                queue_tokens=self._config.queue_tokens or None,
+            )
             try:
                 await directory.start()
                 await gateway.start()

@@ -9,10 +9,11 @@ import msgspec
 import redis
 
 from inference.messages import InferenceRequest, RequestEvent
+from inference.shedding import tell_end, write_end
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
-from scheduling.store import execute
+from scheduling.store import execute, execute_many
 from scheduling.switch import place_unplaced
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,10 @@ MAX_HISTORY = 1_000_000
 
 SLOT_GRACE_S = 15.0
 """A slot this young may belong to a request on its way into the queue, or to one whose end is being settled."""
+
+
+SHED_GRACE_S = 3.0
+"""Whoever dropped a request ends it at once, if it can."""
 
 
 class Sweeper:
@@ -43,6 +48,7 @@ class Sweeper:
             for owner, num_requeued in execute(self._client, queue.expire()):
                 logger.warning("%s of %s is gone; %d requests go back to the queue.", owner, queue.model, num_requeued)
             place_unplaced(self._client, queue)
+            self._end_shed(queue)
         for web in self._client.zrangebyscore(self._keys.webs, "-inf", self._clock()):
             self._sweep_web(_text(web), queues)
 
@@ -66,6 +72,17 @@ class Sweeper:
         queues = [FleetQueue(self._keys, model) for model in self._models]
         ends = [execute(self._client, queue.ended_s(request_id)) for queue in queues]
         return all(end_s is not None and end_s < before_s for end_s in ends)
+
+    def _end_shed(self, queue: FleetQueue) -> None:
+        """End what was dropped from a full queue by a web process that died, or lost the answer."""
+        for request_id in execute(self._client, queue.shed_before(self._clock() - SHED_GRACE_S)):
+            record = execute(self._client, queue.record(request_id))
+            if record is None:
+                execute(self._client, queue.end_shed(request_id, b""))
+                continue
+            request = msgspec.msgpack.decode(record.body, type=InferenceRequest)
+            if execute(self._client, write_end(queue, request)):
+                execute_many(self._client, tell_end(queue, request))
 
     def _sweep_web(self, web: str, queues: list[FleetQueue]) -> None:
         """Cancel what the web process had asked for; forget it once nothing of it is left."""

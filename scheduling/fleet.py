@@ -22,6 +22,7 @@ from scheduling.core.answers import (
     Position,
     QueueSnapshot,
     RequestRecordView,
+    Shed,
 )
 from scheduling.core.policies import build_policy
 from scheduling.core.request import Placement, QueueEntry
@@ -39,6 +40,7 @@ __all__ = [
     "Position",
     "QueueSnapshot",
     "RequestRecordView",
+    "Shed",
 ]
 
 T = TypeVar("T")
@@ -69,11 +71,20 @@ class FleetQueue:
         depth_limit: int,
         reply_to: str = "",
         keep_s: int = 60,
+        tokens_limit: int | None = None,
+        shed: bool = False,
     ) -> Command[Enqueued]:
-        """Add a request, placed by the policy of `revision`, unless `depth_limit` or more wait; wake an idle engine."""
+        """Add a request, placed by the policy of `revision`, unless the queue is full; wake an idle engine.
+
+        Full: `depth_limit` or more wait, or with it more than `tokens_limit` tokens would (unless nothing else waits).
+        With `shed`, then waiting requests of lower priority go instead, the lowest and latest first, if as few as
+        MAX_SHED of them make room; never one that was claimed before. The caller ends them, see `end_shed`.
+        """
         place = (placement.flow, placement.weight, placement.rank)
         packed = _pack((pack_entry(entry, reply_to, keep_s), place))
-        return self.script("enqueue", _read_enqueued, entry.id, packed, revision, depth_limit, body)
+        return self.script(
+            "enqueue", _read_enqueued, entry.id, packed, revision, depth_limit, body, tokens_limit, "1" if shed else ""
+        )
 
     def claim(
         self,
@@ -115,6 +126,14 @@ class FleetQueue:
     def cancel(self, request_id: str) -> Command[Cancelled]:
         """Take a waiting request out of the queue, or tell a running one's owner to stop it."""
         return self.script("cancel", _read_cancelled, request_id)
+
+    def end_shed(self, request_id: str, finish: bytes) -> Command[bool]:
+        """Write down how a shed request ended. True for the one caller who now ends it towards client and tenant."""
+        return self.script("end_shed", bool, request_id, finish)
+
+    def shed_before(self, before_s: float, limit: int = 100) -> Command[list[str]]:
+        """Requests shed before then (unix seconds) that nobody has ended: who shed them died or lost the answer."""
+        return Command(("ZRANGEBYSCORE", f"{self.base}:shed", "-inf", before_s, "LIMIT", 0, limit), _read_ids)
 
     def renew(self, owner: str, lease_s: float, now: float | None = None) -> Command[bool]:
         """Move the lease's end to `lease_s` from now. False: it had been lost (or `owner` has not claimed yet)."""
@@ -239,7 +258,9 @@ _read_tokens = read_tokens
 
 
 def _read_enqueued(reply: list[Any]) -> Enqueued:
-    return Enqueued(reply[0].decode(), reply[1], reply[2])
+    status, depth, revision, shed = reply
+    dropped = tuple(Shed(id_.decode(), body) for id_, body in zip(shed[::2], shed[1::2], strict=True))
+    return Enqueued(status.decode(), depth, revision, dropped)
 
 
 def _read_claimed(reply: list[Any]) -> Claimed:
@@ -311,7 +332,7 @@ def _counts(fields: dict[bytes, bytes], prefix: bytes) -> list[tuple[bytes, int]
     return sorted((name[len(prefix) :], int(num)) for name, num in fields.items() if name.startswith(prefix))
 
 
-_TOTALS = ("enqueued", "claimed", "claimed_tokens", "finished", "finished_tokens", "cancelled", "requeued")
+_TOTALS = ("enqueued", "claimed", "claimed_tokens", "finished", "finished_tokens", "cancelled", "requeued", "shed")
 
 
 def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:

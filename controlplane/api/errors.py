@@ -25,6 +25,7 @@ STATUS_BY_CODE = {
     "request_too_large": 413,
     "cancelled": 499,
     "client_closed_request": 499,
+    "shed": 503,
     "deadline_exceeded": 504,
     "context_length_exceeded": 400,
     "invalid_value": 400,

@@ -1,6 +1,7 @@
 """Letting one request in: length, backpressure, the tenant's limits, and its place in the fleet queue."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -23,9 +24,11 @@ from inference.gateway.monitor import FleetMonitor
 from inference.gateway.pipeline import CommandPipeline
 from inference.gateway.served import ServedModel
 from inference.messages import InferenceRequest
+from inference.shedding import tell_end, write_end
 from scheduling.core.backpressure import BackpressureLimits, Level, depth_limit
 from scheduling.core.request import Priority, QueueEntry
 from scheduling.core.sequence import SamplingParams
+from scheduling.fleet import FleetQueue, Shed
 from scheduling.keys import Keys
 from scheduling.limits import Admission, TenantLimits
 from scheduling.store import Command
@@ -67,11 +70,14 @@ class AdmissionDesk:
         *,
         queue_limit: int,
         limits: BackpressureLimits,
+        queue_tokens: int | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._monitor = monitor
         self._keys = keys
         self._queue_limit = queue_limit
+        self._queue_tokens = queue_tokens
+        self._endings: set[asyncio.Task[None]] = set()
         self._backpressure = limits
         self.limits = TenantLimits(keys)
 
@@ -156,14 +162,30 @@ class AdmissionDesk:
                 depth_limit=max_depth,
                 reply_to=request.reply_to,
                 keep_s=request.keep_s,
+                tokens_limit=self._queue_tokens,
+                shed=True,
             )
             answer = await self._pipeline.send_within(command, REDIS_WAIT_S)
+            for shed in answer.shed:
+                self._end_shed(queue, shed)
             if answer.status in ("queued", "duplicate"):  # a duplicate is our own, sent again after a lost reply
                 return
             if answer.status == "full":
                 await self._refuse_full(draft, request, answer.depth)
         await self._give_back(request)
         raise Unavailable("The queue's policy changes too often to place the request.")
+
+    def _end_shed(self, queue: FleetQueue, shed: Shed) -> None:
+        """Tell whoever had to go; nobody waits for it. What Redis does not take is left to the sweeper."""
+        task = asyncio.get_running_loop().create_task(self._tell_shed(queue, shed))
+        self._endings.add(task)  # the loop itself keeps only weak references
+        task.add_done_callback(self._endings.discard)
+
+    async def _tell_shed(self, queue: FleetQueue, shed: Shed) -> None:
+        request = msgspec.msgpack.decode(shed.body, type=InferenceRequest)
+        with contextlib.suppress(RedisUnavailable):
+            if await self._pipeline.send(write_end(queue, request)):
+                await asyncio.gather(*map(self._pipeline.send, tell_end(queue, request)))
 
     async def _refuse_full(self, draft: Draft, request: InferenceRequest, depth: int) -> None:
         await self._give_back(request)

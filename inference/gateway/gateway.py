@@ -100,6 +100,7 @@ class Gateway:
         *,
         name: str = "",
         queue_limit: int = 20_000,
+        queue_tokens: int | None = None,
         backpressure: BackpressureLimits | None = None,
     ) -> None:
         once = Retry(NoBackoff(), 0)
@@ -114,7 +115,9 @@ class Gateway:
         self.models = ServedModels(keys)
         limits = backpressure or BackpressureLimits()
         self.monitor = FleetMonitor(self.pipeline, keys, queue_limit, limits)
-        self.desk = AdmissionDesk(self.pipeline, self.monitor, keys, queue_limit=queue_limit, limits=limits)
+        self.desk = AdmissionDesk(
+            self.pipeline, self.monitor, keys, queue_limit=queue_limit, limits=limits, queue_tokens=queue_tokens
+        )
         self._directory = directory
         self._reader = ReplyReader(
             self._reader_client, keys.replies(self.name), on_gap=self._on_gap, on_return=self._on_return

@@ -6,6 +6,14 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
+class Shed:
+    """A waiting request that was dropped for one of higher priority."""
+
+    id: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Enqueued:
     """`queued`, or why not.
 
@@ -17,6 +25,8 @@ class Enqueued:
     status: Literal["queued", "stale", "full", "duplicate"]
     depth: int
     revision: int
+    shed: tuple[Shed, ...] = ()
+    """Who was dropped to make room; the caller ends them (`end_shed`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +91,8 @@ class QueueSnapshot:
     cancelled_total: int = 0
     """Cancelled while waiting; those cancelled while running are counted as finished."""
     requeued_total: int = 0
+    shed_total: int = 0
+    """Dropped while waiting, for requests of higher priority."""
     revision: int = 0
     policy: str = "fifo"
     params: Mapping[str, Any] = field(default_factory=dict)

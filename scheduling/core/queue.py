@@ -3,8 +3,9 @@
 import math
 import struct
 import time
+from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Any
@@ -18,11 +19,12 @@ from scheduling.core.answers import (
     Position,
     QueueSnapshot,
     RequestRecordView,
+    Shed,
 )
 from scheduling.core.flows import Flows
 from scheduling.core.policies import Policy, build_policy
 from scheduling.core.request import Placement, QueueEntry
-from scheduling.core.rules import LATE, MAX_DEMOTIONS, PLAIN, QueueRules
+from scheduling.core.rules import LATE, MAX_DEMOTIONS, MAX_SHED, PLAIN, PRIORITY_STEP, QueueRules
 
 
 @dataclass(slots=True)
@@ -81,6 +83,9 @@ class FlowQueue:
         self._by_priority: Counter[int] = Counter()
         self._by_tenant: Counter[str] = Counter()
         self._waiting_tokens = 0
+        self._right: list[tuple[float, str]] | None = None
+        """(Priority and arrival, id) in order, from the first time that anybody is to be shed; may name the gone."""
+        self._shed_at: dict[str, float] = {}
         self._totals: Counter[str] = Counter()
 
     def enqueue(
@@ -93,6 +98,8 @@ class FlowQueue:
         depth_limit: int,
         reply_to: str = "",
         keep_s: int = 60,
+        tokens_limit: int | None = None,
+        shed: bool = False,
     ) -> Enqueued:
         if self._ended:
             self._forget()
@@ -101,14 +108,20 @@ class FlowQueue:
             return Enqueued("duplicate", depth, active)
         if revision != active:
             return Enqueued("stale", depth, active)
-        if depth >= depth_limit:
-            return Enqueued("full", depth, active)
+        dropped: tuple[Shed, ...] = ()
+        if depth >= depth_limit or tokens_limit is not None:
+            victims = self._find_victims(entry, depth_limit, math.inf if tokens_limit is None else tokens_limit, shed)
+            if victims is None:
+                return Enqueued("full", depth, active)
+            dropped = tuple(self._shed(victim) for victim in victims)
         self._totals["enqueued"] += 1
         record = _Record(entry, self._totals["enqueued"], body, reply_to, keep_s)
         self._records[entry.id] = record
         self._start_waiting(record)
         self._flows.place(entry.id, record.number, placement)
-        return Enqueued("queued", depth + 1, active)
+        if self._right is not None:
+            insort(self._right, (_right(entry), entry.id))
+        return Enqueued("queued", depth + 1 - len(dropped), active, dropped)
 
     def claim(
         self,
@@ -183,6 +196,18 @@ class FlowQueue:
             record.cancelled = True
             self._owners[record.lease.owner].cancels.append(request_id)
         return Cancelled("running", None, record.lease.owner)
+
+    def end_shed(self, request_id: str, finish: bytes) -> bool:
+        if request_id not in self._shed_at:
+            return False
+        del self._shed_at[request_id]
+        if record := self._records.get(request_id):
+            record.finish = finish
+        return True
+
+    def shed_before(self, before_s: float, limit: int = 100) -> list[str]:
+        shed = sorted((at, id_) for id_, at in self._shed_at.items() if at <= before_s)
+        return [id_ for _, id_ in shed[:limit]]
 
     def renew(self, owner: str, lease_s: float, now: float | None = None) -> bool:
         state = self._owners.get(owner)
@@ -322,6 +347,51 @@ class FlowQueue:
             flows.settle()
         return rows
 
+    def _find_victims(
+        self, entry: QueueEntry, depth_limit: int, tokens_limit: float, shed: bool
+    ) -> list[_Record] | None:
+        """Who has to go for this request; None where those of lower priority do not suffice."""
+        depth, tokens = len(self._waiting), self._waiting_tokens + entry.cost_tokens
+        victims: list[_Record] = []
+        if depth < depth_limit and (tokens <= tokens_limit or not depth):
+            return victims
+        if not shed or depth_limit <= 0:
+            return None
+        for victim in self._worst():
+            if victim.entry.priority <= entry.priority or len(victims) == MAX_SHED:
+                return None
+            victims.append(victim)
+            depth, tokens = depth - 1, tokens - victim.entry.cost_tokens
+            if depth < depth_limit and (tokens <= tokens_limit or not depth):
+                return victims
+        return None
+
+    def _worst(self) -> Iterator[_Record]:
+        """Waiting requests that were never claimed, those of least right first."""
+        if self._right is None or len(self._right) > 64 + 2 * len(self._waiting):
+            fresh = (record for record in self._waiting.values() if not record.attempt)
+            self._right = sorted((_right(record.entry), record.entry.id) for record in fresh)
+        while self._right and not self._may_go(self._right[-1]):
+            self._right.pop()
+        for named in reversed(self._right):
+            if self._may_go(named):
+                yield self._waiting[named[1]]
+
+    def _may_go(self, named: tuple[float, str]) -> bool:
+        record = self._waiting.get(named[1])
+        return record is not None and not record.attempt and _right(record.entry) == named[0]
+
+    def _shed(self, record: _Record) -> Shed:
+        id_ = record.entry.id
+        if not self._flows.remove(id_):
+            self._unplaced.pop(id_, None)
+        self._stop_waiting(record)
+        record.state = "failed"
+        self._shed_at[id_] = self._clock()
+        self._totals["shed"] += 1
+        self._forget_later(record)
+        return Shed(id_, record.body)
+
     def _promoted(self, now: float) -> tuple[str, float, float, str] | None:
         """Who has waited for so long that it is next."""
         after_s, arrivals = self._rules.promote_after_s, self._arrivals
@@ -431,7 +501,11 @@ class _Turn:
 
 
 _DEFAULT = ActivePolicy(0, "fifo", {})
-_TOTALS = ("enqueued", "claimed", "claimed_tokens", "finished", "finished_tokens", "cancelled", "requeued")
+_TOTALS = ("enqueued", "claimed", "claimed_tokens", "finished", "finished_tokens", "cancelled", "requeued", "shed")
+
+
+def _right(entry: QueueEntry) -> float:
+    return entry.priority * PRIORITY_STEP + entry.arrival_s
 
 
 def _tokens(journal: bytearray) -> list[int]:

@@ -8,6 +8,12 @@ LATE = 1e10
 MAX_DEMOTIONS = 1000
 """Late requests that one claim moves; it then gives what it has, so that no claim holds up the others for long."""
 
+PRIORITY_STEP = 1e10
+"""What one priority level is worth in the order of right to stay: more than any arrival."""
+
+MAX_SHED = 16
+"""Waiting requests that are dropped for one newcomer at most."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueRules:

@@ -54,6 +54,7 @@ local function serve(flow, vt, head, system_vt)
   local r = call('HMGET', record, 'entry', 'body', 'attempt', 'cancel', 'failures')
   if not r[1] then
     -- Evicted or deleted by hand: a request without a record is gone, the others must not wait behind it.
+    call('ZREM', RIGHT, id)
     if call('ZREM', ARRIVALS, id) == 1 then add(queue, 'depth', -1) end
     move(flow, list, vt)
     return true
@@ -100,6 +101,7 @@ local function take_promoted(now)
     -- Unplaced: its turn comes when it has been placed.
     if call('EXISTS', Q .. ':req:' .. id) == 1 then return nil end
     call('ZREM', ARRIVALS, id)
+    call('ZREM', RIGHT, id)
     add(queue, 'depth', -1)
   end
 end

@@ -5,6 +5,8 @@
 --   :meta          revision, policy, params, rules (packed, absent for plain ones), epoch, vt (system virtual time), building (epoch of a switch), last_epoch,
 --                  totals and counts, t:TENANT and p:PRIORITY waiting requests, w:EPOCH:FLOW weights of backlogged flows
 --   :arrivals      waiting ids by arrival        :unplaced   waiting ids in no flow
+--   :right         waiting ids that were never claimed, by priority, then arrival: the last has the least right to stay
+--   :shed          ids dropped for others whose clients have not been told, by the time of it
 --   :eN:flows      backlogged flows by virtual time          :eN:idle   drained flows that are ahead of the system
 --   :eN:f:FLOW     members by rank; a member is the arrival number in 16 digits, a colon, the id: so equal ranks are
 --                  served in order of arrival
@@ -16,7 +18,7 @@
 --   :switch        a switch's lock      :dirty   ids touched during it      :epochs   those that may have keys
 local call = redis.call
 local Q = KEYS[1]
-local META, ARRIVALS = Q .. ':meta', Q .. ':arrivals'
+local META, ARRIVALS, RIGHT = Q .. ':meta', Q .. ':arrivals', Q .. ':right'
 
 -- Fields of a packed entry and of a packed lease.
 local ID, TENANT, PRIORITY, ARRIVAL, PROMPT, MAXIMUM, DEADLINE, SHARE, REPLY_TO, KEEP, NUMBER =
@@ -26,6 +28,7 @@ local FLOW, RANK, WEIGHT, EPOCH, ENTRY = 1, 2, 3, 4, 5
 -- Rules of the active policy, see core/rules.py.
 local PROMOTE, SLACK, PER_REQUEST, PER_PROMPT, PER_OUTPUT, RUN = 1, 2, 3, 4, 5, 6
 local PLAIN, LATE, MAX_DEMOTIONS = { false, false, 0, 1, 1, 1 }, 1e10, 1000
+local PRIORITY_STEP, MAX_SHED = 1e10, 16
 
 local function clock(given)
   if given and given ~= '' then return tonumber(given) end
@@ -172,6 +175,7 @@ local function correct(queue, flow, delta)
 end
 
 local function count_waiting(queue, entry, by)
+  if by < 0 then call('ZREM', RIGHT, entry[ID]) end
   add(queue, 'depth', by)
   add(queue, 'waiting_tokens', by * (entry[PROMPT] + entry[MAXIMUM]))
   add(queue, 't:' .. entry[TENANT], by)

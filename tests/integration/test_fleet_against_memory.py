@@ -57,6 +57,8 @@ class BothQueues(RuleBasedStateMachine):
         depth_limit=st.sampled_from([3, 100, 100, 100]),
         web=st.sampled_from(["", "web-1"]),
         deadline_s=st.none() | TIMES,
+        tokens_limit=st.sampled_from([None, None, 100, 300]),
+        shed=st.booleans(),
     )
     def enqueue(
         self,
@@ -69,6 +71,8 @@ class BothQueues(RuleBasedStateMachine):
         depth_limit: int,
         web: str,
         deadline_s: float | None = None,
+        tokens_limit: int | None = None,
+        shed: bool = False,
     ) -> None:
         id_ = f"r{len(self.ids)}"
         entry = QueueEntry(
@@ -84,6 +88,7 @@ class BothQueues(RuleBasedStateMachine):
         revision = self.revision - (stale == 0)
         args: dict[str, Any] = {
             "revision": revision, "body": id_.encode(), "depth_limit": depth_limit, "reply_to": web,
+            "tokens_limit": tokens_limit, "shed": shed,
         }  # fmt: skip
         place = self.policy.place(entry)
         answer = self.memory.enqueue(entry, place, **args)
@@ -132,6 +137,13 @@ class BothQueues(RuleBasedStateMachine):
         assert self.run(self.fleet.finish(owner, id_, attempt, **args)) == self.memory.finish(
             owner, id_, attempt, **args
         )
+
+    @rule(index=st.integers(0))
+    def end_shed(self, index: int) -> None:
+        ended = self.memory.end_shed(self.pick(index), b"finish")
+        assert self.run(self.fleet.end_shed(self.pick(index), b"finish")) == ended
+        assert self.run(self.fleet.end_shed(self.pick(index), b"finish")) is False
+        assert set(self.run(self.fleet.shed_before(1e12))) == set(self.memory.shed_before(1e12))
 
     @rule(index=st.integers(0))
     def cancel(self, index: int) -> None:
@@ -214,7 +226,7 @@ class BothQueues(RuleBasedStateMachine):
             self.finish("gpu-0:1", self.ids.index(id_), 7, wrong=1)
         left = {key.removeprefix(self.fleet.base.encode()).split(b":")[1].decode() for key in self.all_keys()}
         epoch = f"e{self.revision - 1}"
-        assert left <= {"meta", "owners", "last", "req", "tok", "bell", "epochs", epoch}, left
+        assert left <= {"meta", "owners", "last", "req", "tok", "bell", "epochs", "shed", epoch}, left
 
 
 @pytest.mark.parametrize("examples", [60])

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import redis.asyncio
 
@@ -136,9 +137,42 @@ async def test_each_priority_has_its_own_bound_on_the_queue(gateway: Gateway, as
             waits.append(error.retry_after_s or 0.0)
             refused.setdefault(priority, (await aexecute(astore, draft(gateway, 0).model.queue.snapshot())).depth)
     assert min(waits) >= 1
-    assert refused == {5: 10, 4: 14, 3: 17, 2: 19, 1: 20, 0: 20}
-    usage = await aexecute(astore, gateway.desk.limits.usage("alpha"))
-    assert usage.running == QUEUE_LIMIT
+    # Those of higher priority come in for those of lower ones; twenty critical ones for all others.
+    assert refused == {5: 10, 4: 14, 3: 17, 2: 19}
+    await until(lambda: running(gateway, astore), QUEUE_LIMIT)
+
+
+async def running(gateway: Gateway, astore: redis.asyncio.Redis) -> int:
+    return (await aexecute(astore, gateway.desk.limits.usage("alpha"))).running
+
+
+async def until(read: Callable[[], Awaitable[int]], expected: int) -> None:
+    async with asyncio.timeout(5):
+        while await read() != expected:
+            pass
+
+
+async def test_who_has_to_go_for_a_higher_priority_is_told_at_once_and_its_limits_are_settled(
+    gateway: Gateway, astore: redis.asyncio.Redis, keys: Keys
+) -> None:
+    replies = [await gateway.submit(draft(gateway, number, 4)) for number in range(14)]
+    critical = await gateway.submit(draft(gateway, 100, 0))
+    async with asyncio.timeout(2):
+        for number in range(101, 107):
+            await gateway.submit(draft(gateway, number, 0))
+        # Six fit; the queue's bound is 20, so the seventh goes in for the latest of the lowest.
+        await replies[-1].read_all()
+    finish = replies[-1].finish
+    assert finish is not None
+    assert (finish.reason, finish.error_code) == ("error", "shed")
+    assert critical.finish is replies[0].finish is replies[-2].finish is None
+    await until(lambda: running(gateway, astore), QUEUE_LIMIT)
+    record = await aexecute(astore, replies[-1].model.queue.record("cmpl-13"))
+    assert record is not None
+    assert (record.state, record.finish is not None) == ("failed", True)
+    entries: list[Any] = await astore.xrange(keys.history) or []
+    events = [event for _, fields in entries for event in msgspec.msgpack.decode(fields[b"m"])]
+    assert [(event["id"], event["error_code"]) for event in events] == [("cmpl-13", "shed")]
 
 
 async def test_concurrent_commands_share_round_trips(gateway: Gateway, astore: redis.asyncio.Redis) -> None:

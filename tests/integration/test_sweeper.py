@@ -1,12 +1,13 @@
 """The sweeper gives back what dead processes held."""
 
+import time
 from typing import Any
 
 import msgspec
 import pytest
 import redis
 
-from inference.messages import InferenceRequest, RequestEvent
+from inference.messages import InferenceRequest, RequestEvent, SequenceUpdate
 from inference.sweeper import SLOT_GRACE_S, Sweeper
 from scheduling.core.policies import build_policy
 from scheduling.core.request import QueueEntry
@@ -98,3 +99,26 @@ def test_slots_of_lost_requests_are_freed_and_others_kept(store: redis.Redis, ke
     later.run_once()
     assert later.free_slots(["acme", "nobody"]) == 1
     assert running(store, keys) == 1
+
+
+def test_what_was_shed_by_a_process_that_died_is_ended_by_the_sweeper_once(
+    store: redis.Redis, keys: Keys, queue: FleetQueue
+) -> None:
+    enqueue(store, queue, "r1", "web-1")
+    urgent = QueueEntry(id="r2", tenant="acme", priority=0, arrival_s=NOW_S, prompt_tokens=3, max_tokens=7)
+    place = build_policy("fifo").place(urgent)
+    answer = execute(store, queue.enqueue(urgent, place, revision=0, body=b"", depth_limit=1, shed=True))
+    assert [shed.id for shed in answer.shed] == ["r1"]
+    sweeper = Sweeper(store, keys)
+    sweeper.run_once()
+    assert history(store, keys) == [], "whoever shed it may still be at it"
+    later = Sweeper(store, keys, clock=lambda: time.time() + 5)
+    later.run_once()
+    later.run_once()
+    assert [(event.id, event.state, event.error_code) for event in history(store, keys)] == [("r1", "failed", "shed")]
+    assert running(store, keys) == 0
+    entries: list[Any] = store.xrange(keys.replies("web-1")) or []
+    ((_, fields),) = entries
+    (update,) = msgspec.msgpack.decode(fields[b"m"], type=list[SequenceUpdate])
+    assert update.finish is not None
+    assert (update.request_id, update.finish.reason, update.finish.error_code) == ("r1", "error", "shed")
