@@ -15,14 +15,15 @@ async def read_missing(
 ) -> SequenceUpdate | None:
     """Everything of the answer so far as one update from token 0; None where the record is gone.
 
-    The journal is written before the reply stream, so it is never behind what the stream carried.
-    Raises RedisUnavailable.
+    The journal is written before the reply stream, so it is never behind what the stream carried. It is read after the
+    record, each in its turn: sent together, a record whose script Redis has forgotten would be read later, and tokens
+    that came in between would look like lost ones. Raises RedisUnavailable.
     """
-    record, journal = await asyncio.gather(
-        pipeline.send(model.queue.record(request.id)),
-        pipeline.send(model.queue.tokens(request.id)),
-    )
-    if record is None or len(journal) < record.num_tokens:
+    record = await pipeline.send(model.queue.record(request.id))
+    if record is None:
+        return None
+    journal = await pipeline.send(model.queue.tokens(request.id))
+    if len(journal) < record.num_tokens:
         return None
     texts = await asyncio.to_thread(_texts, model, request, journal)
     finish = msgspec.msgpack.decode(record.finish, type=Finish) if record.finish else None

@@ -80,6 +80,18 @@ async def test_kill_9_of_engine_and_gpu_worker_amid_fifty_streams_changes_no_tex
     assert attempts == [(2,)]
 
 
+async def test_kill_9_of_redis_amid_fifty_streams_changes_no_text(system: WholeSystem) -> None:
+    async with system.aclient() as client:
+        undisturbed = await stream_all(client, Progress(0), "calm")
+        progress = Progress(KILL_AFTER_CHUNKS)
+        streams = asyncio.create_task(stream_all(client, progress, "shaken"))
+        await asyncio.wait_for(progress.reached.wait(), 60)
+        system.process(r"valkey-server|redis-server").kill()
+        assert await asyncio.wait_for(streams, 120) == undisturbed
+    await asyncio.to_thread(wait_until, lambda: system.num_records("shaken") >= NUM_STREAMS, 15, "all are recorded")
+    assert system.num_records("shaken") == NUM_STREAMS
+
+
 @pytest.mark.parametrize("pattern", [r"controlplane\.webserver", r"celery.*ops@", r"valkey-server|redis-server"])
 def test_any_process_that_is_killed_comes_back_and_the_system_answers(system: WholeSystem, pattern: str) -> None:
     victim = system.process(pattern)
