@@ -20,6 +20,7 @@
 #define SPINS 2000 /* looks at a shared word before a thread gives up its core: some 100 us */
 #define MAX_HELPERS 255
 #define FEW_TOKENS 32
+#define QUERIES 4 /* tokens of an attention item, and questions asked of a key at once */
 #define STACK_TOKENS 4096 /* contexts up to this length need no memory from the heap */
 #define CHUNK_FLOATS (192 * 1024) /* inputs of the rows that stay in the second-level cache while all panels pass */
 
@@ -286,72 +287,100 @@ void pack(const float *weight, long outputs, long inputs, float *packed) {
 
 /* ---- attention: keys [block][kv_head][head_dim][BLOCK], values [block][kv_head][BLOCK][head_dim] ---- */
 
-INLINE vec block_scores(const float *q, const float *k, long dim) {
-    vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
-    long d = 0;
-    for (; d + 4 <= dim; d += 4) {
-        s0 += q[d] * *(const vec *)(k + d * BLOCK);
-        s1 += q[d + 1] * *(const vec *)(k + (d + 1) * BLOCK);
-        s2 += q[d + 2] * *(const vec *)(k + (d + 2) * BLOCK);
-        s3 += q[d + 3] * *(const vec *)(k + (d + 3) * BLOCK);
-    }
-    for (; d < dim; d++) s0 += q[d] * *(const vec *)(k + d * BLOCK);
-    return (s0 + s1) + (s2 + s3);
-}
+/* One head's question at one position, of several that look at the same keys. */
+typedef struct {
+    const float *q;
+    float *weights, *out;
+    long first, position; /* the context it sees, both included */
+    float factor;
+} Query;
 
 /* Blocks lie anywhere, and the processor's own prefetcher does not look past the end of one. */
 INLINE void fetch_ahead(const float *block, long dim) {
     for (long i = 0; i < dim; i++) __builtin_prefetch(block + i * BLOCK);
 }
 
-/* out[0 .. 16 * vectors) = sum over the positions of weight * value */
-INLINE void weigh(const int vectors, const float *weights, const int *table, const Heads *h, const float *values, long head,
-                  long first, long last, float factor, float *out) {
-    vec a[4];
-    for (int i = 0; i < vectors; i++) a[i] = (vec){0};
-    for (long t = first; t <= last; t++) {
-        const float *v = values + (((long)table[t / BLOCK] * h->kv_heads + head) * BLOCK + t % BLOCK) * h->head_dim;
-        if (t % BLOCK == 0 && t + BLOCK <= last)
-            fetch_ahead(values + ((long)table[t / BLOCK + 1] * h->kv_heads + head) * BLOCK * h->head_dim, h->head_dim);
-        for (int i = 0; i < vectors; i++) a[i] += weights[t] * *(const vec *)(v + 16 * i);
+INLINE void block_scores(const int n, const Query *queries, const float *k, const Heads *h, long at) {
+    vec s[QUERIES][4];
+    long d = 0;
+    for (int i = 0; i < n; i++) s[i][0] = s[i][1] = s[i][2] = s[i][3] = (vec){0};
+    for (; d + 4 <= h->head_dim; d += 4) {
+        const vec *keys = (const vec *)(k + d * BLOCK);
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < 4; j++) s[i][j] += queries[i].q[d + j] * keys[j];
     }
-    for (int i = 0; i < vectors; i++) *(vec *)(out + 16 * i) = a[i] * factor;
+    for (; d < h->head_dim; d++)
+        for (int i = 0; i < n; i++) s[i][0] += queries[i].q[d] * *(const vec *)(k + d * BLOCK);
+    for (int i = 0; i < n; i++)
+        *(vec *)(queries[i].weights + at) = ((s[i][0] + s[i][1]) + (s[i][2] + s[i][3])) * h->scale;
 }
 
-/* exp(weight - largest) in place over first .. last, in whole vectors, whose other places are overwritten; their sum. */
-INLINE float softmax(float *weights, long first, long last) {
-    for (long t = first / BLOCK * BLOCK; t < first; t++) weights[t] = -INFINITY;
-    for (long t = last + 1; t % BLOCK; t++) weights[t] = -INFINITY;
-    vec *w = (vec *)weights, tops = w[first / BLOCK], sums = {0};
-    for (long b = first / BLOCK; b <= last / BLOCK; b++) tops = pick(w[b] > tops, w[b], tops);
+/* out[d .. d + 16 * vectors) = sum over first .. last of weight * value; weights of what a query does not see are 0. */
+INLINE void weigh(const int n, const int vectors, const Query *queries, const int *table, const Heads *h,
+                  const float *values, long head, long first, long last, long d) {
+    vec a[QUERIES][4];
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < vectors; j++) a[i][j] = (vec){0};
+    for (long b = first / BLOCK; b <= last / BLOCK; b++) {
+        const float *v = values + ((long)table[b] * h->kv_heads + head) * BLOCK * h->head_dim + d;
+        long from = b * BLOCK < first ? first : b * BLOCK, to = b * BLOCK + BLOCK <= last ? b * BLOCK + BLOCK : last + 1;
+        if (d == 0 && b < last / BLOCK)
+            fetch_ahead(values + ((long)table[b + 1] * h->kv_heads + head) * BLOCK * h->head_dim, h->head_dim);
+        for (long t = from; t < to; t++) {
+            const vec *value = (const vec *)(v + (t - b * BLOCK) * h->head_dim);
+#pragma GCC unroll 4
+            for (int i = 0; i < n; i++)
+                for (int j = 0; j < vectors; j++) a[i][j] += queries[i].weights[t] * value[j];
+        }
+    }
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < vectors; j++) *(vec *)(queries[i].out + d + 16 * j) = a[i][j] * queries[i].factor;
+}
+
+/* exp(weight - largest) in place over what the query sees of first .. last, 0 elsewhere, in whole vectors; their sum. */
+static float softmax(const Query *q, long first, long last) {
+    float *weights = q->weights;
+    long start = first / BLOCK * BLOCK, end = last / BLOCK * BLOCK + BLOCK;
+    for (long t = start; t < q->first; t++) weights[t] = -INFINITY;
+    for (long t = q->position + 1; t < end; t++) weights[t] = -INFINITY;
+    vec *w = (vec *)weights, tops = w[q->first / BLOCK], sums = {0};
+    long b0 = q->first / BLOCK, b1 = q->position / BLOCK;
+    for (long b = b0; b <= b1; b++) tops = pick(w[b] > tops, w[b], tops);
     float top = -INFINITY, sum = 0;
     for (int i = 0; i < BLOCK; i++) top = tops[i] > top ? tops[i] : top;
-    for (long b = first / BLOCK; b <= last / BLOCK; b++) sums += w[b] = exp_fast(w[b] - top);
+    for (long b = b0; b <= b1; b++) sums += w[b] = exp_fast(w[b] - top);
     for (int i = 0; i < BLOCK; i++) sum += sums[i];
+    for (long t = start; t < q->first; t++) weights[t] = 0;
+    for (long t = q->position + 1; t < end; t++) weights[t] = 0;
     return sum;
 }
 
-static void attend(const Heads *h, const float *q, const float *keys, const float *values, const int *table, long head,
-                   long position, float *weights, float *out) {
-    long first = h->window && position >= h->window ? position - h->window + 1 : 0;
-    for (long b = first / BLOCK; b <= position / BLOCK; b++) {
+/* `n` queries over the same keys at once: each is read once. What a query gets does not depend on those beside it. */
+INLINE void attend(const int n, Query *queries, const Heads *h, const float *keys, const float *values, const int *table,
+                   long head) {
+    long first = queries[0].first, last = queries[n - 1].position, d = 0; /* in the order of their positions */
+    for (long b = first / BLOCK; b <= last / BLOCK; b++) {
         const float *k = keys + ((long)table[b] * h->kv_heads + head) * h->head_dim * BLOCK;
-        if (b < position / BLOCK) fetch_ahead(keys + ((long)table[b + 1] * h->kv_heads + head) * h->head_dim * BLOCK, h->head_dim);
-        *(vec *)(weights + b * BLOCK) = block_scores(q, k, h->head_dim) * h->scale;
+        if (b < last / BLOCK) fetch_ahead(keys + ((long)table[b + 1] * h->kv_heads + head) * h->head_dim * BLOCK, h->head_dim);
+        block_scores(n, queries, k, h, b * BLOCK);
     }
-    if (h->softcap > 0)
-        for (long t = first; t <= position; t++) weights[t] = tanhf(weights[t] / h->softcap) * h->softcap;
-    float sum = softmax(weights, first, position);
-    float factor = 1.0f / sum;
-    long d = 0;
-    for (; d + 64 <= h->head_dim; d += 64) weigh(4, weights, table, h, values + d, head, first, position, factor, out + d);
-    for (; d + 16 <= h->head_dim; d += 16) weigh(1, weights, table, h, values + d, head, first, position, factor, out + d);
-    for (; d < h->head_dim; d++) {
-        float a = 0;
-        for (long t = first; t <= position; t++)
-            a += weights[t] * values[(((long)table[t / BLOCK] * h->kv_heads + head) * BLOCK + t % BLOCK) * h->head_dim + d];
-        out[d] = a * factor;
+    for (int i = 0; i < n; i++) {
+        if (h->softcap > 0)
+            for (long t = queries[i].first; t <= queries[i].position; t++)
+                queries[i].weights[t] = tanhf(queries[i].weights[t] / h->softcap) * h->softcap;
+        queries[i].factor = 1.0f / softmax(queries + i, first, last);
     }
+    for (; d + 64 <= h->head_dim; d += 64) weigh(n, 4, queries, table, h, values, head, first, last, d);
+    for (; d + 16 <= h->head_dim; d += 16) weigh(n, 1, queries, table, h, values, head, first, last, d);
+    for (; d < h->head_dim; d++)
+        for (int i = 0; i < n; i++) {
+            float a = 0;
+            for (long t = queries[i].first; t <= queries[i].position; t++)
+                a += queries[i].weights[t] *
+                     values[(((long)table[t / BLOCK] * h->kv_heads + head) * BLOCK + t % BLOCK) * h->head_dim + d];
+            queries[i].out[d] = a * queries[i].factor;
+        }
 }
 
 static void store(const Heads *h, long slot, const float *k, long k_stride, const float *v, long v_stride, float *keys,
@@ -379,19 +408,49 @@ static void store_token(const void *arg, long t) {
     store(job->h, job->b->slots[t], job->k + t * s[2], s[3], job->v + t * s[4], s[5], job->keys, job->values);
 }
 
-/* The heads that share a key head, for one token. */
-static void attend_item(const void *arg, long item) {
-    const AttentionJob *job = arg;
+/* The heads that share a key head, for tokens start .. end of one part. */
+static void attend_run(const AttentionJob *job, long head, long start, long end, float *weights, long room) {
     const Heads *h = job->h;
     const Batch *b = job->b;
-    long t = item / h->kv_heads, head = item % h->kv_heads, group = h->heads / h->kv_heads;
-    const int *table = b->block_tables + b->part_of[t] * b->table_width;
-    float on_stack[STACK_TOKENS], *weights = on_stack;
-    if (b->positions[t] + BLOCK > STACK_TOKENS) weights = malloc((b->positions[t] + BLOCK) * sizeof(float));
-    for (long i = head * group; i < (head + 1) * group; i++)
-        attend(h, job->q + t * job->strides[0] + i * job->strides[1], job->keys, job->values, table, head,
-               b->positions[t], weights, job->out + (t * h->heads + i) * h->head_dim);
+    const int *table = b->block_tables + b->part_of[start] * b->table_width;
+    long group = h->heads / h->kv_heads, count = (end - start) * group;
+    for (long at = 0; at < count; at += QUERIES) {
+        int n = count - at < QUERIES ? (int)(count - at) : QUERIES;
+        Query queries[QUERIES];
+        for (int i = 0; i < n; i++) {
+            long t = start + (at + i) / group, own = head * group + (at + i) % group, position = b->positions[t];
+            long first = h->window && position >= h->window ? position - h->window + 1 : 0;
+            queries[i] = (Query){job->q + t * job->strides[0] + own * job->strides[1], weights + i * room,
+                                 job->out + (t * h->heads + own) * h->head_dim, first, position, 0};
+        }
+        switch (n) {
+            case 1: attend(1, queries, h, job->keys, job->values, table, head); break;
+            case 2: attend(2, queries, h, job->keys, job->values, table, head); break;
+            case 3: attend(3, queries, h, job->keys, job->values, table, head); break;
+            default: attend(4, queries, h, job->keys, job->values, table, head);
+        }
+    }
+}
+
+/* One key head for QUERIES tokens, those of each part together. */
+static void attend_item(const void *arg, long item) {
+    const AttentionJob *job = arg;
+    const Batch *b = job->b;
+    long head = item % job->h->kv_heads, start = item / job->h->kv_heads * QUERIES;
+    long end = start + QUERIES < b->num_tokens ? start + QUERIES : b->num_tokens, longest = 0;
+    for (long t = start; t < end; t++) longest = b->positions[t] > longest ? b->positions[t] : longest;
+    long room = longest / BLOCK * BLOCK + BLOCK;
+    float on_stack[QUERIES * STACK_TOKENS], *weights = on_stack;
+    if (room > STACK_TOKENS) weights = malloc(QUERIES * room * sizeof(float));
+    for (long next = start; start < end; start = next) {
+        while (next < end && b->part_of[next] == b->part_of[start]) next++;
+        attend_run(job, head, start, next, weights, room);
+    }
     if (weights != on_stack) free(weights);
+}
+
+static void attend_all(const AttentionJob *job) {
+    run(attend_item, job, (job->b->num_tokens + QUERIES - 1) / QUERIES * job->h->kv_heads);
 }
 
 /* One layer's attention for any architecture. */
@@ -399,7 +458,7 @@ void paged_attention(const Heads *h, const Batch *b, const float *q, const float
                      float *keys, float *values, float *out) {
     AttentionJob job = {h, b, q, k, v, strides, keys, values, out};
     run(store_token, &job, b->num_tokens);
-    run(attend_item, &job, b->num_tokens * h->kv_heads);
+    attend_all(&job);
 }
 
 /* ---- the Llama family ---- */
@@ -515,7 +574,7 @@ static void layer(const Model *m, const Layer *l, const Batch *b, const Space *s
     run_tokens(input_norm_token, &job);
     apply(&l->qkv, s->normed, b->num_tokens, 0, s->wide);
     run_tokens(place_token, &job);
-    run(attend_item, &attention, b->num_tokens * l->heads.kv_heads);
+    attend_all(&attention);
     apply(&l->output, s->inner, b->num_tokens, 1, s->x);
     run_tokens(post_norm_token, &job);
     apply(&l->gate_up, s->normed, b->num_tokens, 0, s->wide);
