@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import islice
 
-from scheduling.core.backpressure import BackpressureLimits, DrainRate, Level, assess, depth_limit
+from scheduling.core.answers import Enqueued
 from scheduling.core.blocks import BlockAllocator
 from scheduling.core.controller import Observation, Sizing
 from scheduling.core.cost_model import StepCost
@@ -20,11 +20,11 @@ from scheduling.core.planner import Mode, RequestTooLongError, StepPlanner
 from scheduling.core.policy import Policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
+from scheduling.core.simulated_admission import NO_LIMIT, AdmissionSettings, SimulatedAdmission
 from scheduling.core.simulated_policy import SimulatedPolicy
 from scheduling.core.simulated_replica import EOS, SimulatedReplica, SimulatedSequence, SwapSettings
 from scheduling.core.trace import TraceRequest
 
-NO_LIMIT = 2**62
 PROGRESS_EVERY = 256
 """Arrivals between two reports of progress."""
 RETRY_S = 0.25
@@ -33,15 +33,6 @@ LATENCY_WINDOW = 256
 """How many of the latest requests of a replica a sizing controller judges by."""
 
 _CONTROL, _ASSESS, _JUDGE, _STEP, _WAKE = range(5)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdmissionSettings:
-    """Backpressure as the web processes apply it."""
-
-    queue_limit: int = 10_000
-    limits: BackpressureLimits = field(default_factory=BackpressureLimits)
-    period_s: float = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +102,7 @@ class Simulator:
         self._waiting: dict[str, Outcome] = {}
         """In order of arrival."""
         self._waiting_tokens = self._claimed = self._claimed_tokens = 0
-        self._drain = DrainRate()
-        self._level = Level.NONE
+        self._admission = SimulatedAdmission(settings.admission)
         self._replicas = [self._new_replica() for _ in range(settings.num_replicas)]
         self._wakes: list[float | None] = [None] * settings.num_replicas
         self._watches: list[_Watch] = []
@@ -178,7 +168,7 @@ class Simulator:
         """Admit and enqueue the next request; whoever is idle looks."""
         number = self._num_arrived
         outcome = self._outcomes[number]
-        request, settings = outcome.request, self._settings
+        request = outcome.request
         self._now = request.arrival_s
         self._num_arrived += 1
         entry = QueueEntry(
@@ -189,11 +179,9 @@ class Simulator:
             prompt_tokens=request.prompt_tokens,
             max_tokens=request.max_tokens,
         )
-        limit = NO_LIMIT
-        if (admission := settings.admission) is not None:
-            limit = depth_limit(request.priority, admission.queue_limit, self._level, admission.limits)
-        policy, revision = self._policy.policy, self._policy.revision
-        answer = self._queue.enqueue(entry, policy.place(entry), revision=revision, depth_limit=limit, keep_s=0)
+        answer = self._enqueue(entry)
+        for shed in answer.shed:
+            self._drop(shed.id)
         if answer.status != "queued":
             outcome.state, outcome.reason = "refused", "overloaded"
             return
@@ -205,6 +193,26 @@ class Simulator:
                 return
             if replica.busy_until_s is None:
                 self._begin_step(index)
+
+    def _enqueue(self, entry: QueueEntry) -> Enqueued:
+        policy, bounds = self._policy.policy, self._admission.bounds(entry.priority)
+        return self._queue.enqueue(
+            entry,
+            policy.place(entry),
+            revision=self._policy.revision,
+            depth_limit=bounds.depth_limit,
+            keep_s=0,
+            tokens_limit=bounds.tokens_limit,
+            shed=bounds.shed,
+        )
+
+    def _drop(self, request_id: str) -> None:
+        """A waiting request gave way to one of higher priority."""
+        outcome = self._waiting.pop(request_id)
+        outcome.state, outcome.reason = "refused", "shed"
+        self._waiting_tokens -= outcome.request.prompt_tokens + outcome.request.max_tokens
+        self._policy.forget(request_id)
+        self._queue.end_shed(request_id, b"")
 
     def _begin_step(self, index: int) -> None:
         """What an engine does between two steps: claim what there is room for, plan, compute."""
@@ -343,19 +351,18 @@ class Simulator:
 
     def _assess(self) -> None:
         """Backpressure, as web processes find it several times a second."""
-        admission = self._settings.admission
-        assert admission is not None
-        self._drain.update(self._now, self._claimed, self._claimed_tokens)
+        settings = self._admission.settings
+        assert settings is not None
         allocators = [replica.planner.allocator for replica in self._replicas]
-        usage = sum(allocator.used for allocator in allocators) / sum(a.num_blocks for a in allocators)
-        self._level = assess(
-            admission.limits,
+        self._admission.assess(
+            self._now,
+            claimed=self._claimed,
+            claimed_tokens=self._claimed_tokens,
             depth=len(self._waiting),
-            queue_limit=admission.queue_limit,
-            wait_s=self._drain.wait_s(self._waiting_tokens),
-            kv_usage=usage,
-        ).level
-        heappush(self._events, (self._now + admission.period_s, _ASSESS, 0))
+            waiting_tokens=self._waiting_tokens,
+            kv_usage=sum(allocator.used for allocator in allocators) / sum(a.num_blocks for a in allocators),
+        )
+        heappush(self._events, (self._now + settings.period_s, _ASSESS, 0))
 
     def _new_replica(self) -> SimulatedReplica:
         settings = self._settings

@@ -16,8 +16,9 @@ from scheduling.core.cost_model import DEFAULT_COST, StepCost, SwapLink
 from scheduling.core.outcome import ServiceTarget, ServiceTargets, SimulationResult
 from scheduling.core.planner import Mode
 from scheduling.core.policies import POLICIES, build_policy
+from scheduling.core.simulated_admission import AdmissionSettings
 from scheduling.core.simulated_replica import SwapSettings
-from scheduling.core.simulator import AdmissionSettings, SimulationSettings, simulate
+from scheduling.core.simulator import SimulationSettings, simulate
 from scheduling.core.sizing import SIZINGS, build_sizing
 from scheduling.core.trace import TraceRequest
 
@@ -73,7 +74,13 @@ fleets = st.builds(
     targets=st.just(TARGETS),
     sizing=sizings,
     control_period_s=st.sampled_from([0.05, 0.31]),
-    admission=st.none() | st.builds(AdmissionSettings, queue_limit=st.integers(1, 20)),
+    admission=st.none()
+    | st.builds(
+        AdmissionSettings,
+        queue_limit=st.integers(1, 20),
+        tokens_limit=st.none() | st.integers(50, 2000),
+        shed=st.booleans(),
+    ),
     swap=st.none() | st.just(SWAP),
 )
 
@@ -104,7 +111,7 @@ def test_every_request_ends_once_and_its_times_are_in_order(
     for outcome in result.outcomes:
         assert outcome.state in ("finished", "refused")
         if outcome.state == "refused":
-            assert outcome.reason in ("overloaded", "too long")
+            assert outcome.reason in ("overloaded", "shed", "too long")
             continue
         times = (outcome.request.arrival_s, outcome.claimed_s, outcome.first_token_s, outcome.finished_s)
         assert list(times) == sorted(t for t in times if t is not None)
@@ -191,7 +198,17 @@ def test_backpressure_refuses_low_priorities_first() -> None:
     outcomes = simulate(trace, fleet(batch_size=1, admission=admission), DEFAULT_COST).outcomes
     refused = [o.request.priority for o in outcomes if o.state == "refused"]
     assert refused.count(5) > refused.count(0)
-    assert {o.reason for o in outcomes if o.state == "refused"} == {"overloaded"}
+    assert {o.reason for o in outcomes if o.state == "refused"} == {"overloaded", "shed"}
+
+
+def test_a_full_queue_drops_the_low_for_the_high_unless_told_not_to() -> None:
+    trace = [request(0.001 * i, output=60, priority=3) for i in range(30)] + [request(0.05, output=60, priority=0)]
+    limits = BackpressureLimits(depth=(9.0, 9.0, 9.0, 9.0), wait_s=(1e9, 1e9, 1e9, 1e9), kv_usage=(9.0, 9.0, 9.0, 9.0))
+    for shed in (True, False):
+        admission = AdmissionSettings(queue_limit=10, limits=limits, tokens_limit=700, shed=shed)
+        outcomes = simulate(trace, fleet(batch_size=1, admission=admission), DEFAULT_COST).outcomes
+        assert (outcomes[-1].state == "finished") == shed
+        assert sum(outcome.reason == "shed" for outcome in outcomes) == shed
 
 
 def test_a_sizing_controller_sees_the_engine_and_is_obeyed() -> None:

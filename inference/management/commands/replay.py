@@ -20,7 +20,8 @@ from scheduling.core.planner import Mode
 from scheduling.core.policies import POLICIES, build_policy
 from scheduling.core.policy import Policy, PolicyError
 from scheduling.core.report import Report, Spread, build_report
-from scheduling.core.simulator import AdmissionSettings, SimulationSettings, simulate
+from scheduling.core.simulated_admission import AdmissionSettings
+from scheduling.core.simulator import SimulationSettings, simulate
 from scheduling.core.sizing import SIZINGS, SizingError, build_sizing
 from scheduling.core.table import compare_reports, format_seconds
 from scheduling.core.trace import TraceError, TraceRequest, read_trace
