@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import redis.asyncio
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from inference.gateway.errors import RedisUnavailable
@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 LOST = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError, OSError)
 """What a lost, just restarted or full server shows as; all of it passes."""
+DISK_FULL = "MISCONF"
+"""How the error begins of a server that refuses to write since its own file could not be written."""
 MAX_BATCH = 512
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 0.5
@@ -103,7 +105,7 @@ class CommandPipeline:
         if len(commands) == 1:
             try:
                 return [await self._client.execute_command(*commands[0].words())]
-            except (NoScriptError, redis.exceptions.ResponseError) as error:
+            except ResponseError as error:
                 return [error]
         async with self._client.pipeline(transaction=False) as pipe:
             for command in commands:
@@ -116,7 +118,8 @@ def _resolve(command: Command[Any], future: asyncio.Future[Any], reply: Any) -> 
     if future.done():
         return
     if isinstance(reply, Exception):
-        future.set_exception(RedisUnavailable() if isinstance(reply, LOST) else reply)
+        passes = isinstance(reply, LOST) or str(reply).startswith(DISK_FULL)
+        future.set_exception(RedisUnavailable() if passes else reply)
         return
     try:
         future.set_result(command.read(reply))
