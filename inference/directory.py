@@ -53,11 +53,17 @@ class Directory:
     """One consistent reading of the configuration."""
 
     version: int = 0
+    """-1 stands for one that was never read."""
     keys: Mapping[str, KeyConfig] = field(default_factory=dict)
     """By digest; revoked keys are absent."""
     tenants: Mapping[str, TenantConfig] = field(default_factory=dict)
     """By name, suspended ones included, so that they can be told so."""
     deployments: Mapping[str, DeploymentSpec] = field(default_factory=dict)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether this is what the database said, rather than nothing at all."""
+        return self.version >= 0
 
     def find_key(self, plaintext: str) -> KeyConfig | None:
         """The key that a client presented, or None where it is unknown or revoked."""
@@ -132,7 +138,7 @@ class DirectoryWatch:
         database_period_s: float = 5.0,
         on_change: Callable[[Directory], None] | None = None,
     ) -> None:
-        self.current = Directory()
+        self.current = Directory(version=-1)
         self.loaded = asyncio.Event()
         """Set once a directory was read."""
         self._client = client

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from inference.directory import Directory, KeyConfig, TenantConfig
-from inference.gateway.errors import Forbidden, InvalidKey, InvalidRequest
+from inference.gateway.errors import Forbidden, InvalidKey, InvalidRequest, Unavailable
 from scheduling.core.request import Priority
 
 
@@ -33,11 +33,17 @@ class Caller:
 
 
 def find_caller(authorization: bytes | str, directory: Directory) -> Caller:
-    """The caller of an `Authorization` header. Raises InvalidKey, or Forbidden where the tenant is suspended."""
+    """The caller of an `Authorization` header.
+
+    Raises InvalidKey, Forbidden where the tenant is suspended, or Unavailable before the database was ever read:
+    that no key is known then does not make this one wrong.
+    """
     header = authorization.decode("latin-1") if isinstance(authorization, bytes) else authorization
     scheme, _, plaintext = header.partition(" ")
     if scheme.lower() != "bearer" or not plaintext.strip():
         raise InvalidKey("Send your API key in the header `Authorization: Bearer KEY`.", code="missing_api_key")
+    if not directory.is_read:
+        raise Unavailable("Tenants and keys have not been read from the database yet.")
     key = directory.find_key(plaintext.strip())
     tenant = directory.tenants.get(key.tenant) if key else None
     if key is None or tenant is None:

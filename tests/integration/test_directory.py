@@ -9,8 +9,10 @@ import redis
 import redis.asyncio
 from django.db import connections
 
+from controlplane.api.caller import find_caller
 from controlplane.config import Config
 from inference.directory import Directory, DirectoryWatch, load_directory, publish_deployments
+from inference.gateway.errors import InvalidKey, Unavailable
 from inference.models import ModelDeployment
 from scheduling import services
 from scheduling.keys import Keys
@@ -53,6 +55,18 @@ def test_a_rotated_key_is_replaced_at_once(tenant: Tenant) -> None:
     directory = load_directory()
     assert directory.find_key(old) is None
     assert directory.find_key(new) is not None
+
+
+async def test_before_the_database_was_read_no_key_is_called_wrong(astore: redis.asyncio.Redis, keys: Keys) -> None:
+    watch = DirectoryWatch(astore, keys)
+    with pytest.raises(Unavailable):
+        find_caller("Bearer ps-unknown", watch.current)
+    await watch.start()
+    try:
+        with pytest.raises(InvalidKey):
+            find_caller("Bearer ps-unknown", watch.current)
+    finally:
+        await watch.stop()
 
 
 def test_deployments_are_published_and_withdrawn(store: redis.Redis, keys: Keys) -> None:
