@@ -20,6 +20,8 @@ DEFAULT_CHAT_TOKENS = 512
 """The same of chat, or the rest of the context where that is less."""
 INLINE_CHARACTERS = 8192
 """Longer prompts are tokenized in a thread, so that they do not hold up other clients' tokens."""
+MESSAGE_CHARACTERS = 32
+"""What a chat template adds to each message, about: a hundred thousand empty ones are long too."""
 ROLES = {"developer": "system"}
 """Newer names of roles that chat templates know by the older one."""
 
@@ -45,7 +47,7 @@ async def draft_chat(body: ChatBody, caller: Caller, model: ServedModel, draft_i
     if body.max_tokens is not None and asked != body.max_tokens:
         raise InvalidRequest("max_tokens and max_completion_tokens differ; give one.", param="max_tokens")
     messages = [_plain_message(message, i) for i, message in enumerate(body.messages)]
-    size = sum(len(message["content"]) for message in messages)
+    size = sum(len(message["content"]) + MESSAGE_CHARACTERS for message in messages)
     token_ids = await _tokenize(size, lambda: model.tokenizer.render_chat(messages), "messages")
     max_tokens = asked or _rest(model, token_ids, DEFAULT_CHAT_TOKENS)
     return _draft(body, caller, model, draft_id, "chat.completions", token_ids, max_tokens, priority)
