@@ -4,9 +4,9 @@ from typing import Any, cast
 
 from channels.auth import AuthMiddlewareStack
 from channels.routing import URLRouter
-from channels.security.websocket import AllowedHostsOriginValidator
+from channels.security.websocket import AllowedHostsOriginValidator, WebsocketDenier
 from django.apps import apps
-from django.urls import path
+from django.urls import path, re_path
 
 from dashboard.aggregator import Aggregator
 from dashboard.apps import DashboardConfig
@@ -15,7 +15,8 @@ from dashboard.consumers import LiveConsumer
 
 def build_sockets(aggregator: Aggregator) -> Any:
     """The ASGI application that serves sockets from this aggregator, to our own pages only."""
-    urls = [path("live/", LiveConsumer.as_asgi(aggregator=aggregator))]
+    others = WebsocketDenier.as_asgi()  # else every stray address is an error in the log
+    urls = [path("live/", LiveConsumer.as_asgi(aggregator=aggregator)), re_path("", others)]
     return AllowedHostsOriginValidator(AuthMiddlewareStack(URLRouter(urls)))
 
 

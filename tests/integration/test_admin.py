@@ -241,6 +241,7 @@ def test_history_and_audit_cannot_be_changed_even_by_an_administrator(admin: Cli
 def test_pages_carry_the_security_headers(admin: Client) -> None:
     response = admin.get("/admin/")
     assert "default-src 'self'" in response["Content-Security-Policy"]
+    assert "unsafe" not in Client().get("/login/")["Content-Security-Policy"]
     assert response["X-Frame-Options"] == "DENY"
     assert response["X-Content-Type-Options"] == "nosniff"
     assert response["Referrer-Policy"] == "same-origin"

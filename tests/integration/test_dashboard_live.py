@@ -217,11 +217,13 @@ class Socket:
         await self._end.wait(timeout=5)
 
 
-def open_socket(aggregator: Aggregator, session: str | None, origin: tuple[bytes, bytes] | None = ORIGIN) -> Socket:
+def open_socket(
+    aggregator: Aggregator, session: str | None, origin: tuple[bytes, bytes] | None = ORIGIN, path: str = "/live/"
+) -> Socket:
     headers = [] if origin is None else [origin]
     if session:
         headers.append((b"cookie", f"sessionid={session}".encode()))
-    scope = {"type": "websocket", "path": "/live/", "query_string": b"", "headers": headers, "subprotocols": []}
+    scope = {"type": "websocket", "path": path, "query_string": b"", "headers": headers, "subprotocols": []}
     return Socket(build_sockets(aggregator), scope)
 
 
@@ -266,6 +268,7 @@ async def test_who_is_not_signed_in_or_comes_from_another_site_is_refused(aggreg
     ):
         communicator = open_socket(aggregator, cookie, origin)
         assert not await communicator.connect(), (cookie, origin)
+    assert not await open_socket(aggregator, session, path="/elsewhere/").connect()
 
 
 @pytest.mark.usefixtures("viewers")
