@@ -189,7 +189,9 @@ def visit(visitor: BrowserContext, sessions: dict[str, list[Any]]) -> Visit:
 
 
 def depth(page: Page) -> int:
-    return int(page.locator('[data-figure="depth"]').inner_text())
+    figure = page.locator('[data-figure="depth"]')
+    expect(figure).to_have_text(re.compile(r"^\d+$"))
+    return int(figure.inner_text())
 
 
 def test_signing_in_leads_to_the_live_page_without_an_error_in_the_console(visitor: BrowserContext) -> None:
@@ -244,7 +246,7 @@ def test_an_operator_switches_with_a_reason_and_sees_every_worker_take_it_up(vis
     page.get_by_role("spinbutton", name="level_s").fill("45")
     page.get_by_role("button", name="Switch to priority").click()
     expect(page.locator("#switch-problem")).to_contain_text("Give a reason")
-    page.get_by_label("Reason").first.fill("chat must not wait for batch jobs")
+    page.get_by_role("textbox", name=re.compile("^Reason")).fill("chat must not wait for batch jobs")
     page.get_by_role("button", name="Switch to priority").click()
     expect(page.locator("#policy-name")).to_have_text("priority")
     expect(page.locator("#policy-params")).to_have_text("level_s 45")
