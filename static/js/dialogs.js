@@ -140,8 +140,8 @@ export class SwitchDialog extends ReasonDialog {
 }
 
 const EFFECTS = {
-  pause: "It finishes nothing and claims nothing until it is resumed; its requests keep their place in the batch.",
-  resume: "It claims requests again and goes on with those it holds.",
+  pause: "It claims nothing more until it is resumed; what runs goes on to its end.",
+  resume: "It claims requests again.",
   drain: "It claims nothing more, finishes what runs, and then waits to be stopped or resumed.",
 };
 
