@@ -95,6 +95,13 @@ class Overloaded(Unavailable):
     code = "overloaded"
 
 
+class Shed(Unavailable):
+    """The request waited, and had to go for one of higher priority."""
+
+    code = "shed"
+    retry_after_s = 5.0
+
+
 class RedisUnavailable(Unavailable):
     """The queue cannot be reached."""
 

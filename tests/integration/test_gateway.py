@@ -70,6 +70,8 @@ class Connection:
     gateway: Gateway
     body: dict[str, Any]
     sent: list[bytes] = field(default_factory=list)
+    status: int = 0
+    headers: dict[bytes, bytes] = field(default_factory=dict)
     asked: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -93,6 +95,8 @@ class Connection:
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         async with self.changed:
+            self.status = message.get("status", self.status)
+            self.headers |= dict(message.get("headers", []))
             self.sent.append(message.get("body", b""))
             self.changed.notify_all()
 
@@ -173,6 +177,28 @@ async def test_who_has_to_go_for_a_higher_priority_is_told_at_once_and_its_limit
     entries: list[Any] = await astore.xrange(keys.history) or []
     events = [event for _, fields in entries for event in msgspec.msgpack.decode(fields[b"m"])]
     assert [(event["id"], event["error_code"]) for event in events] == [("cmpl-13", "shed")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_client_of_a_shed_request_is_asked_to_come_again(
+    gateway: Gateway, astore: redis.asyncio.Redis, stream: bool
+) -> None:
+    for number in range(19):
+        await gateway.submit(draft(gateway, number, 0))
+    connection = Connection(gateway, {"model": "tiny", "prompt": "ba", "priority": "realtime", "stream": stream})
+    task = asyncio.create_task(connection.run())
+    queue = draft(gateway, 0).model.queue
+
+    async def depth() -> int:
+        return (await aexecute(astore, queue.snapshot())).depth
+
+    await until(depth, 20)
+    await gateway.submit(draft(gateway, 20, 0))
+    await connection.wait_for(b'"code":"shed"')
+    connection.gone.set()
+    await asyncio.wait_for(task, 5)
+    assert b"requests of higher priority came" in b"".join(connection.sent)
+    assert (connection.status, connection.headers.get(b"retry-after")) == ((200, None) if stream else (503, b"5"))
 
 
 async def test_concurrent_commands_share_round_trips(gateway: Gateway, astore: redis.asyncio.Redis) -> None:

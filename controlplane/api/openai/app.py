@@ -23,6 +23,7 @@ from inference.gateway.errors import (
     ModelNotFound,
     NotFound,
     RequestEnded,
+    Shed,
     ShuttingDown,
 )
 from inference.gateway.gateway import Gateway, Reply
@@ -156,9 +157,11 @@ async def _stream(exchange: Exchange, reply: Reply, render: CompletionRendering)
 
 
 def _ended_well(reply: Reply) -> Finish:
-    """How the reply ended. Raises RequestEnded for an error or a cancellation."""
+    """How the reply ended. Raises RequestEnded for an error or a cancellation, Overloaded where it was shed."""
     finish = reply.finish
     assert finish is not None
+    if finish.error_code == Shed.code:
+        raise Shed(finish.error_message)
     if finish.reason == "error":
         raise RequestEnded(finish.error_message or "The engine failed on this request.", code=finish.error_code)
     if finish.reason == "cancelled":
