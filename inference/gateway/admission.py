@@ -111,7 +111,7 @@ class AdmissionDesk:
             raise Overloaded(
                 f"Requests of priority {Priority(draft.priority).name.lower()} are refused at the moment: "
                 f"{assessment.reason}.",
-                retry_after_s=self._drain_time_s(draft),
+                retry_after_s=self.drain_time_s(draft.model.name, draft.priority),
             )
         return max_depth
 
@@ -192,18 +192,18 @@ class AdmissionDesk:
         self.count_refusal(draft, "queue_full")
         raise QueueFull(
             f"{depth} requests wait already, which is the bound for priority {Priority(draft.priority).name.lower()}.",
-            retry_after_s=self._drain_time_s(draft),
+            retry_after_s=self.drain_time_s(draft.model.name, draft.priority),
         )
 
     async def _give_back(self, request: InferenceRequest) -> None:
         command = self.limits.cancel_charge(request.tenant, request.id, tokens=request.charged_tokens)
         await self._pipeline.send_within(command, REDIS_WAIT_S)
 
-    def _drain_time_s(self, draft: Draft) -> float:
+    def drain_time_s(self, model: str, priority: int) -> float:
         """Seconds until a request of this priority will probably be let in."""
-        status = self._monitor.status(draft.model.name)
+        status = self._monitor.status(model)
         depth = status.snapshot.depth if status.snapshot else 0
-        target = depth_limit(draft.priority, self._queue_limit, Level.NONE, self._backpressure)
+        target = depth_limit(priority, self._queue_limit, Level.NONE, self._backpressure)
         return float(status.rate.retry_after_s(depth, min(target, depth)))
 
     def count_refusal(self, draft: Draft, reason: str) -> None:

@@ -54,6 +54,11 @@ class Reply:
         self.abandoned = False
         self._gateway = gateway
 
+    @property
+    def retry_after_s(self) -> float:
+        """When a request like this one will probably be let in again, where this one was dropped from the queue."""
+        return self._gateway.desk.drain_time_s(self.model.name, self.request.priority)
+
     async def read(self) -> str:
         """Wait for more text and take it. "" is a sign of life to pass on, or the end (`finish`).
 

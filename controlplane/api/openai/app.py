@@ -161,7 +161,7 @@ def _ended_well(reply: Reply) -> Finish:
     finish = reply.finish
     assert finish is not None
     if finish.error_code == Shed.code:
-        raise Shed(finish.error_message)
+        raise Shed(finish.error_message, retry_after_s=reply.retry_after_s)
     if finish.reason == "error":
         raise RequestEnded(finish.error_message or "The engine failed on this request.", code=finish.error_code)
     if finish.reason == "cancelled":
