@@ -17,9 +17,10 @@
 #else
 #define ROWS 3 /* 12 sums of half a vector with AVX2 */
 #endif
-#define SPINS 2000 /* looks at a shared word before a thread gives up its core: some 100 us */
+#define SPINS 600 /* looks at a shared word before a thread gives up its core: some 30 us */
+#define ENOUGH (2L << 20) /* multiply-adds worth a second thread, some 25 us */
+#define WEIGHT_ROWS 12 /* multiply-adds in the time that one weight takes from memory */
 #define MAX_HELPERS 255
-#define FEW_TOKENS 32
 #define QUERIES 4 /* tokens of an attention item, and questions asked of a key at once */
 #define STACK_TOKENS 4096 /* contexts up to this length need no memory from the heap */
 #define CHUNK_FLOATS (192 * 1024) /* inputs of the rows that stay in the second-level cache while all panels pass */
@@ -119,9 +120,10 @@ void set_threads(int threads) {
     STORE(pool.limit, limit);
 }
 
-/* task(arg, i) for every i below count, in any order. A second caller at the same time runs its own items by itself. */
-static void run(Task task, const void *arg, long count) {
-    if (count < 2 || !LOAD(pool.limit) || __atomic_exchange_n(&pool.busy, 1, __ATOMIC_SEQ_CST)) {
+/* task(arg, i) for every i below count, in any order; `work` in multiply-adds says whether helpers are called at all.
+ * A second caller at the same time runs its own items by itself. */
+static void run(Task task, const void *arg, long count, long work) {
+    if (count < 2 || work < ENOUGH || !LOAD(pool.limit) || __atomic_exchange_n(&pool.busy, 1, __ATOMIC_SEQ_CST)) {
         for (long i = 0; i < count; i++) task(arg, i);
         return;
     }
@@ -270,7 +272,8 @@ static void apply(const Linear *l, const float *x, long rows, int add, float *ou
         }
         LinearJob job = {l, from, out + at * l->outputs, take, tiles, count, add};
         if (pool.limit) job.panels_per_item = (count + 4 * pool.limit + 3) / (4 * pool.limit + 4);
-        run(panels, &job, (count + job.panels_per_item - 1) / job.panels_per_item);
+        long work = l->inputs * l->outputs * (take > WEIGHT_ROWS ? take : WEIGHT_ROWS);
+        run(panels, &job, (count + job.panels_per_item - 1) / job.panels_per_item, work);
     }
 }
 
@@ -450,14 +453,18 @@ static void attend_item(const void *arg, long item) {
 }
 
 static void attend_all(const AttentionJob *job) {
-    run(attend_item, job, (job->b->num_tokens + QUERIES - 1) / QUERIES * job->h->kv_heads);
+    const Heads *h = job->h;
+    long group = h->heads / h->kv_heads, keys = 0, each = 2 * h->kv_heads * h->head_dim;
+    for (long t = 0; t < job->b->num_tokens; t++) keys += job->b->positions[t] + 1;
+    long work = keys * each * (group > WEIGHT_ROWS ? group : WEIGHT_ROWS);
+    run(attend_item, job, (job->b->num_tokens + QUERIES - 1) / QUERIES * h->kv_heads, work);
 }
 
 /* One layer's attention for any architecture. */
 void paged_attention(const Heads *h, const Batch *b, const float *q, const float *k, const float *v, const long *strides,
                      float *keys, float *values, float *out) {
     AttentionJob job = {h, b, q, k, v, strides, keys, values, out};
-    run(store_token, &job, b->num_tokens);
+    run(store_token, &job, b->num_tokens, b->num_tokens * h->kv_heads * h->head_dim * WEIGHT_ROWS);
     attend_all(&job);
 }
 
@@ -560,25 +567,23 @@ static void activate_token(const void *arg, long t) {
     activate(j->s->wide + t * j->l->gate_up.outputs, j->l->down.inputs, j->s->inner + t * j->l->down.inputs);
 }
 
-/* Small work is not worth another thread's attention. */
-static void run_tokens(Task task, const LayerJob *job) {
-    if (job->b->num_tokens >= FEW_TOKENS) run(task, job, job->b->num_tokens);
-    else
-        for (long t = 0; t < job->b->num_tokens; t++) task(job, t);
+/* A task for every token, over `size` numbers each. */
+static void run_tokens(Task task, const LayerJob *job, long size) {
+    run(task, job, job->b->num_tokens, job->b->num_tokens * size * WEIGHT_ROWS);
 }
 
 static void layer(const Model *m, const Layer *l, const Batch *b, const Space *s) {
     LayerJob job = {m, l, b, s};
     long strides[6] = {l->qkv.outputs, l->heads.head_dim};
     AttentionJob attention = {&l->heads, b, s->wide, NULL, NULL, strides, l->keys, l->values, s->inner};
-    run_tokens(input_norm_token, &job);
+    run_tokens(input_norm_token, &job, m->hidden);
     apply(&l->qkv, s->normed, b->num_tokens, 0, s->wide);
-    run_tokens(place_token, &job);
+    run_tokens(place_token, &job, l->qkv.outputs);
     attend_all(&attention);
     apply(&l->output, s->inner, b->num_tokens, 1, s->x);
-    run_tokens(post_norm_token, &job);
+    run_tokens(post_norm_token, &job, m->hidden);
     apply(&l->gate_up, s->normed, b->num_tokens, 0, s->wide);
-    run_tokens(activate_token, &job);
+    run_tokens(activate_token, &job, l->gate_up.outputs);
     apply(&l->down, s->inner, b->num_tokens, 1, s->x);
 }
 

@@ -1,6 +1,8 @@
 """The next token of every row at once; what is random depends on the row's seed and position only."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +11,8 @@ import torch
 from scheduling.core.sequence import SamplingParams
 
 NOT_FINITE = "The model's logits are not finite; this request cannot go on."
+FEW_ELEMENTS = 1 << 20
+"""Logits that one thread turns into tokens sooner than several would meet."""
 
 
 def sample(logits: torch.Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> list[int | None]:
@@ -16,15 +20,41 @@ def sample(logits: torch.Tensor, params: Seq[SamplingParams], positions: Seq[int
 
     A row that holds NaN or +inf gives None. Nothing depends on the other rows.
     """
-    best, argmax = logits.max(-1)
-    tokens = argmax.tolist()
-    finite = torch.isfinite(best).tolist()
+    tokens, finite = _largest(logits)
     drawn = [i for i, p in enumerate(params) if p.temperature > 0 and finite[i]]
     if drawn:
         uniform = uniforms([params[i].seed for i in drawn], [positions[i] for i in drawn])
-        for i, token in zip(drawn, _draw(logits, params, drawn, uniform), strict=True):
-            tokens[i] = token
+        with _threads_for(len(drawn) * logits.shape[1]):
+            for i, token in zip(drawn, _draw(logits, params, drawn, uniform), strict=True):
+                tokens[i] = token
     return [token if ok else None for token, ok in zip(tokens, finite, strict=True)]
+
+
+def _largest(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
+    """Each row's likeliest token, the first of equals, and whether its logit is finite.
+
+    NumPy on a CPU: torch would meet at a barrier of all its threads, which takes milliseconds where cores are shared.
+    """
+    if logits.device.type != "cpu":
+        best, argmax = logits.max(-1)
+        return argmax.tolist(), torch.isfinite(best).tolist()
+    rows = logits.numpy()
+    tokens = rows.argmax(-1)
+    return tokens.tolist(), np.isfinite(rows[np.arange(len(rows)), tokens]).tolist()
+
+
+@contextmanager
+def _threads_for(num_elements: int) -> Iterator[None]:
+    """One thread for torch's operations on few elements, for the same reason."""
+    threads = torch.get_num_threads()
+    if threads == 1 or num_elements >= FEW_ELEMENTS:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def uniforms(seeds: Seq[int], positions: Seq[int]) -> npt.NDArray[np.float64]:
