@@ -36,6 +36,7 @@ class TenantConfig:
     tpm: int | None = None
     concurrency: int | None = None
     max_priority: int = Priority.HIGH
+    tpd: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +101,7 @@ def _tenant_config(tenant: Tenant) -> TenantConfig:
         suspended=tenant.suspended,
         rpm=quota.rpm,
         tpm=quota.tpm,
+        tpd=quota.tpd,
         concurrency=quota.concurrency,
         max_priority=quota.max_priority,
     )

@@ -33,7 +33,7 @@ class QuotaInline(StackedInline):
     model = Quota
     can_delete = False
     min_num = max_num = 1
-    fields = [("rpm", "tpm"), ("concurrency", "max_priority")]
+    fields = [("rpm", "tpm", "tpd"), ("concurrency", "max_priority")]
 
 
 class ServiceLevelInline(TabularInline):

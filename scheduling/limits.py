@@ -12,7 +12,7 @@ from scheduling.keys import Keys
 from scheduling.store import Command, load_script
 
 T = TypeVar("T")
-Reason = Literal["", "requests_per_minute", "tokens_per_minute", "concurrency"]
+Reason = Literal["", "requests_per_minute", "tokens_per_minute", "tokens_per_day", "concurrency"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +59,17 @@ class TenantLimits:
         concurrency: int | None,
         tokens: int,
         now: float | None = None,
+        tpd: int | None = None,
     ) -> Command[Admission]:
-        """Charge one request, `tokens` and a concurrency slot, or nothing and say why. None: unlimited."""
+        """Charge one request, `tokens` and a concurrency slot, or nothing and say why. None: unlimited.
+
+        `tpd` is the budget of tokens of a day, which begins at midnight UTC.
+        """
 
         def read(reply: list[Any]) -> Admission:
             return _read_admission(reply, rpm, tpm)
 
-        return self._script("acquire", read, tenant, request_id, rpm, tpm, concurrency, tokens, now)
+        return self._script("acquire", read, tenant, request_id, rpm, tpm, concurrency, tokens, now, tpd)
 
     def settle(self, tenant: str, request_id: str, *, refund_tokens: int, now: float | None = None) -> Command[None]:
         """At a request's end: give back its slot and the tokens not used, up to a full bucket. Once per request."""

@@ -85,6 +85,13 @@ class Quota(models.Model):
         validators=[AT_LEAST_ONE],
         help_text="Prompt and completion tokens together.",
     )
+    tpd = models.PositiveBigIntegerField(
+        "tokens per day",
+        null=True,
+        blank=True,
+        validators=[AT_LEAST_ONE],
+        help_text="Prompt and completion tokens together; a day begins at midnight UTC.",
+    )
     concurrency = models.PositiveIntegerField("concurrent requests", null=True, blank=True, validators=[AT_LEAST_ONE])
     max_priority = models.PositiveSmallIntegerField(
         "highest priority",
@@ -97,6 +104,7 @@ class Quota(models.Model):
         constraints = [
             _at_least_one("rpm", "Requests per minute"),
             _at_least_one("tpm", "Tokens per minute"),
+            _at_least_one("tpd", "Tokens per day"),
             _at_least_one("concurrency", "Concurrent requests"),
             models.CheckConstraint(
                 condition=Q(max_priority__lte=Priority.BULK),

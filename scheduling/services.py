@@ -36,7 +36,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-QUOTA_FIELDS = ("rpm", "tpm", "concurrency", "max_priority")
+QUOTA_FIELDS = ("rpm", "tpm", "tpd", "concurrency", "max_priority")
 
 
 def config_changed() -> None:

@@ -126,17 +126,31 @@ class AdmissionDesk:
                 code="request_exceeds_tokens_per_minute",
                 param="max_tokens",
             )
+        if tenant.tpd is not None and tokens > tenant.tpd:
+            self.count_refusal(draft, "tokens_per_day")
+            raise InvalidRequest(
+                f"The request asks for {tokens} tokens (prompt and max_tokens together), more than the budget of "
+                f"{tenant.tpd} tokens per day ever allows.",
+                code="request_exceeds_tokens_per_day",
+                param="max_tokens",
+            )
         admission = await self._pipeline.send_within(self._charge_command(draft), REDIS_WAIT_S)
         if not admission.ok:
             self.count_refusal(draft, admission.reason)
-            raise _limit_reached(admission, tokens)
+            raise _limit_reached(admission, tokens, tenant.tpd)
         return admission
 
     def _charge_command(self, draft: Draft) -> Command[Admission]:
         tenant = draft.tenant
         tokens = len(draft.prompt_token_ids) + draft.max_tokens
         return self.limits.acquire(
-            tenant.name, draft.id, rpm=tenant.rpm, tpm=tenant.tpm, concurrency=tenant.concurrency, tokens=tokens
+            tenant.name,
+            draft.id,
+            rpm=tenant.rpm,
+            tpm=tenant.tpm,
+            tpd=tenant.tpd,
+            concurrency=tenant.concurrency,
+            tokens=tokens,
         )
 
     async def _enqueue(self, draft: Draft, request: InferenceRequest, max_depth: int) -> None:
@@ -245,14 +259,16 @@ def to_request(draft: Draft) -> InferenceRequest:
 
 
 def _is_unlimited(tenant: TenantConfig) -> bool:
-    return tenant.rpm is None and tenant.tpm is None and tenant.concurrency is None
+    return tenant.rpm is tenant.tpm is tenant.tpd is tenant.concurrency is None
 
 
-def _limit_reached(admission: Admission, tokens: int) -> RateLimited:
+def _limit_reached(admission: Admission, tokens: int, tpd: int | None) -> RateLimited:
     sentences = {
         "requests_per_minute": f"The limit of {admission.limit_requests} requests per minute is reached.",
         "tokens_per_minute": f"The limit of {admission.limit_tokens} tokens per minute is reached: this request asks "
         f"for {tokens} (prompt and max_tokens together).",
+        "tokens_per_day": f"What is left of today's {tpd} tokens (UTC) is less than this request asks for: {tokens} "
+        "(prompt and max_tokens together).",
         "concurrency": "The limit of concurrent requests is reached.",
     }
     return RateLimited(

@@ -1,9 +1,15 @@
--- request id, rpm, tpm, concurrency ('' is no limit), tokens, now
+-- request id, rpm, tpm, concurrency ('' is no limit), tokens, now, tokens a day
 --   -> {reason, retry after, requests left, tokens left, seconds until full, seconds until full}
--- :buckets holds level, time and size of `requests` and `tokens`; :running is request ids by the time they took their slot.
+-- :buckets holds level, time and size of `requests` and `tokens`; :running is request ids by the time they took their slot;
+-- :day the day (UTC, since 1970) and the tokens charged on it.
 local id, now = ARGV[1], clock(ARGV[6])
 local buckets, slots = Q .. ':buckets', Q .. ':running'
-local concurrency, tokens = tonumber(ARGV[4]), tonumber(ARGV[5])
+local concurrency, tokens, daily = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[7])
+local day, used = math.floor(now / 86400), 0
+if daily then
+  local d = call('HMGET', Q .. ':day', 'day', 'tokens')
+  if tonumber(d[1]) == day then used = tonumber(d[2]) end
+end
 
 local function load_bucket(name, size)
   if not size then return nil end
@@ -37,8 +43,13 @@ if call('ZSCORE', slots, id) then return answer('', 0) end
 if concurrency and call('ZCARD', slots) >= concurrency then return answer('concurrency', 1) end
 if requests and requests.level < 1 then return answer('requests_per_minute', wait(requests, 1)) end
 if budget and budget.level < tokens then return answer('tokens_per_minute', wait(budget, tokens)) end
+if daily and used + tokens > daily then return answer('tokens_per_day', (day + 1) * 86400 - now) end
 take(requests, 1)
 take(budget, tokens)
+if daily then
+  call('HSET', Q .. ':day', 'day', day, 'tokens', used + tokens)
+  call('EXPIRE', Q .. ':day', 2 * 86400)
+end
 call('ZADD', slots, now, id)
 -- After a minute without traffic a bucket is full, which is also what a missing one means.
 call('EXPIRE', buckets, 120)

@@ -1,6 +1,8 @@
 -- request id, requests to give back, tokens to give back, now
 local buckets = Q .. ':buckets'
-if call('ZREM', Q .. ':running', ARGV[1]) == 0 then return 0 end
+local taken = call('ZSCORE', Q .. ':running', ARGV[1])
+if not taken then return 0 end
+call('ZREM', Q .. ':running', ARGV[1])
 local now = clock(ARGV[4])
 
 local function give(name, amount)
@@ -11,6 +13,11 @@ local function give(name, amount)
   call('HSET', buckets, name, math.min(size, level), name .. '_s', math.max(now, time))
 end
 
+-- Back to the budget of the day on which they were charged, if that is still the one that counts.
+local d = call('HMGET', Q .. ':day', 'day', 'tokens')
+if d[1] and tonumber(d[1]) == math.floor(tonumber(taken) / 86400) then
+  call('HSET', Q .. ':day', 'tokens', math.max(0, tonumber(d[2]) - tonumber(ARGV[3])))
+end
 give('requests', tonumber(ARGV[2]))
 give('tokens', tonumber(ARGV[3]))
 return 1

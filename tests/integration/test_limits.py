@@ -63,6 +63,7 @@ def test_many_processes_together_get_exactly_what_the_limits_allow(
     [
         ({"rpm": 2}, "requests_per_minute"),
         ({"tpm": 25, "tokens": 10}, "tokens_per_minute"),
+        ({"tpd": 25, "tokens": 10}, "tokens_per_day"),
         ({"concurrency": 2}, "concurrency"),
     ],
 )
@@ -100,6 +101,38 @@ def test_what_was_not_used_comes_back_once_and_never_beyond_a_full_bucket(store:
     acquire(store, keys, "r2", tpm=100, tokens=1)
     execute(store, limits.settle("ada", "r2", refund_tokens=10_000, now=0.0))
     assert execute(store, limits.usage("ada", now=0.0)).remaining_tokens == 100
+
+
+DAY_S = 86_400.0
+
+
+def test_a_daily_budget_ends_at_midnight_utc(store: redis.Redis, keys: Keys) -> None:
+    evening = 20_000 * DAY_S - 60
+    assert acquire(store, keys, "r1", now=evening, tpd=100, tokens=80).ok
+    refused = acquire(store, keys, "r2", now=evening, tpd=100, tokens=30)
+    assert (refused.ok, refused.reason, refused.retry_after_s) == (False, "tokens_per_day", 60.0)
+    assert acquire(store, keys, "r3", now=evening, tpd=100, tokens=20).ok
+    assert acquire(store, keys, "r4", now=evening + 60, tpd=100, tokens=100).ok
+    assert not acquire(store, keys, "r5", now=evening + 60, tpd=100, tokens=1).ok
+
+
+def test_what_was_not_used_goes_back_to_the_budget_of_the_day_it_was_charged_on(store: redis.Redis, keys: Keys) -> None:
+    limits, evening = TenantLimits(keys), 20_000 * DAY_S - 60
+    acquire(store, keys, "r1", now=evening, tpd=100, tokens=40)
+    acquire(store, keys, "r2", now=evening, tpd=100, tokens=60)
+    for _ in range(2):
+        execute(store, limits.settle("ada", "r1", refund_tokens=30, now=evening))
+    assert not acquire(store, keys, "r3", now=evening, tpd=100, tokens=31).ok
+    assert acquire(store, keys, "r3", now=evening, tpd=100, tokens=30).ok
+    assert acquire(store, keys, "r4", now=evening + 60, tpd=100, tokens=100).ok
+    execute(store, limits.settle("ada", "r2", refund_tokens=60, now=evening + 61))
+    assert not acquire(store, keys, "r5", now=evening + 61, tpd=100, tokens=1).ok, "yesterday's are not today's"
+
+
+def test_a_refusal_by_the_day_charges_no_bucket(store: redis.Redis, keys: Keys) -> None:
+    assert not acquire(store, keys, "r1", rpm=10, tpm=100, concurrency=5, tpd=50, tokens=51).ok
+    after = acquire(store, keys, "r2", rpm=10, tpm=100, concurrency=5, tpd=50, tokens=50)
+    assert (after.ok, after.remaining_requests, after.remaining_tokens) == (True, 9, 50)
 
 
 def test_a_charge_that_is_cancelled_leaves_no_trace(store: redis.Redis, keys: Keys) -> None:

@@ -11,7 +11,7 @@ from scheduling import services
 from scheduling.core.request import Priority
 from scheduling.models import Tenant
 
-LIMITS = ("rpm", "tpm", "concurrency", "max_priority", "weight")
+LIMITS = ("rpm", "tpm", "tpd", "concurrency", "max_priority", "weight")
 
 
 class Command(BaseCommand):
@@ -24,6 +24,7 @@ class Command(BaseCommand):
         parser.add_argument("--name", default="default", help="what the key is called in the admin")
         parser.add_argument("--rpm", type=int, help="requests per minute (0: no limit)")
         parser.add_argument("--tpm", type=int, help="tokens per minute (0: no limit)")
+        parser.add_argument("--tpd", type=int, help="tokens per day (0: no limit)")
         parser.add_argument("--concurrency", type=int, help="concurrent requests (0: no limit)")
         parser.add_argument("--weight", type=float, help="share of the fleet under the fair policy")
         parser.add_argument(
@@ -35,7 +36,7 @@ class Command(BaseCommand):
         given = {name: options[name] for name in LIMITS if options[name] is not None}
         if "max_priority" in given:
             given["max_priority"] = _priority(str(given["max_priority"]))
-        for name in ("rpm", "tpm", "concurrency"):
+        for name in ("rpm", "tpm", "tpd", "concurrency"):
             if given.get(name) == 0:
                 given[name] = None
         try:
