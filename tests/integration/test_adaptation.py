@@ -5,6 +5,7 @@ import time
 import pytest
 import redis
 
+from inference import tasks
 from scheduling.adaptation import ACTOR, Adaptation
 from scheduling.core.policies import build_policy
 from scheduling.core.request import QueueEntry
@@ -110,3 +111,13 @@ def test_an_operator_who_switches_first_wins(store: redis.Redis, keys: Keys) -> 
         switch_policy(model="demo", name="adaptive", params={"current": "fair"}, actor_name=ACTOR, after=1)
     assert execute(store, FleetQueue(keys, "demo").active_policy()).name == "priority"
     assert PolicyRevision.objects.count() == 2
+
+
+def test_the_periodic_task_adapts(store: redis.Redis, keys: Keys) -> None:
+    switch_policy(model="demo", name="adaptive", params={"dwell_s": 1, "hold_s": 0})
+    queue = crowd(store, keys)
+    end = time.monotonic() + 20
+    while execute(store, queue.active_policy()).revision == 1:
+        assert time.monotonic() < end
+        tasks.adapt_policies()
+    assert execute(store, queue.active_policy()).params["current"] == "fair"

@@ -24,7 +24,9 @@ Capture = pytest.CaptureFixture[str]
 
 
 def test_create_key_makes_what_is_missing_and_prints_the_key_alone(capsys: Capture) -> None:
-    call_command("create_key", tenant="acme", rpm=60, tpm=9000, tpd=50_000, concurrency=4, weight=2.5, max_priority="normal")
+    call_command(
+        "create_key", tenant="acme", rpm=60, tpm=9000, tpd=50_000, concurrency=4, weight=2.5, max_priority="normal"
+    )
     out, err = capsys.readouterr()
     assert err == "Created tenant acme.\n"
     key = load_directory().find_key(out.removesuffix("\n"))
