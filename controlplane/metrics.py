@@ -1,6 +1,5 @@
 """`/metrics`: the whole fleet for Prometheus, read from Redis at the scrape, so that all web processes say the same."""
 
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from inference.gateway.gateway import Gateway
 from inference.gateway.monitor import FleetStatus
 from inference.messages import LATENCY_BUCKETS_S, Histogram, ReplicaState, ReplicaStatus
 from scheduling.core.request import Priority
-from scheduling.store import Command
+from scheduling.store import TIME, Command
 
 PREFIX = "penstock_"
 MODEL = ["model_name"]
@@ -50,7 +49,8 @@ async def read_fleet(gateway: Gateway) -> FleetReading:
     try:
         await gateway.monitor.tick(models)
         refusals = await gateway.pipeline.send(Command(("HGETALL", gateway.keys.refusals), _read_refusals))
-        count = Command(("ZCOUNT", gateway.keys.webs, time.time(), "+inf"), int)
+        now_s = await gateway.pipeline.send(TIME)
+        count = Command(("ZCOUNT", gateway.keys.webs, now_s, "+inf"), int)
         web_processes = await gateway.pipeline.send(count)
     except RedisUnavailable:
         return FleetReading(redis_up=False, models={}, refusals={})

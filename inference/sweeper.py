@@ -1,8 +1,8 @@
 """The sweeper: gives back what dead processes held. Idempotent, so any number may run."""
 
 import logging
-import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,7 +13,7 @@ from inference.shedding import tell_end, write_end
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
-from scheduling.store import execute, execute_many
+from scheduling.store import TIME, execute, execute_many
 from scheduling.switch import place_unplaced
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ MAX_HISTORY = 1_000_000
 SLOT_GRACE_S = 15.0
 """A slot this young may belong to a request on its way into the queue, or to one whose end is being settled."""
 
+SECOND_LOOK_S = 3.0
+"""A web process whose heartbeat ran out because Redis was away has this long to beat again: a few heartbeats."""
 
 SHED_GRACE_S = 3.0
 """Whoever dropped a request ends it at once, if it can."""
@@ -32,10 +34,13 @@ SHED_GRACE_S = 3.0
 class Sweeper:
     """Returns the requests of dead engine processes to the queue, and cancels those of dead web processes."""
 
-    def __init__(self, client: redis.Redis, keys: Keys, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, client: redis.Redis, keys: Keys, *, clock: Callable[[], float] | None = None) -> None:
+        """`clock` gives unix seconds, by default Redis's own: heartbeats and slots are stamped by that."""
         self._client = client
         self._keys = keys
-        self._clock = clock
+        self._clock = clock or partial(execute, client, TIME)
+        self._lapsed: dict[str, float] = {}
+        """Web processes whose heartbeat has run out, and when that was first seen."""
         self._limits = TenantLimits(keys)
         self._models: set[str] = set()
 
@@ -49,8 +54,8 @@ class Sweeper:
                 logger.warning("%s of %s is gone; %d requests go back to the queue.", owner, queue.model, num_requeued)
             place_unplaced(self._client, queue)
             self._end_shed(queue)
-        for web in self._client.zrangebyscore(self._keys.webs, "-inf", self._clock()):
-            self._sweep_web(_text(web), queues)
+        for web in self._dead_webs():
+            self._sweep_web(web, queues)
 
     def free_slots(self, tenants: Iterable[str]) -> int:
         """Give back concurrency slots of requests that no queue knows any more; how many.
@@ -83,6 +88,13 @@ class Sweeper:
             request = msgspec.msgpack.decode(record.body, type=InferenceRequest)
             if execute(self._client, write_end(queue, request)):
                 execute_many(self._client, tell_end(queue, request))
+
+    def _dead_webs(self) -> list[str]:
+        """Web processes that were silent at a first look and still are at a later one."""
+        now_s = self._clock()
+        silent = [_text(web) for web in self._client.zrangebyscore(self._keys.webs, "-inf", now_s)]
+        self._lapsed = {web: self._lapsed.get(web, now_s) for web in silent}
+        return [web for web, since_s in self._lapsed.items() if now_s - since_s >= SECOND_LOOK_S]
 
     def _sweep_web(self, web: str, queues: list[FleetQueue]) -> None:
         """Cancel what the web process had asked for; forget it once nothing of it is left."""

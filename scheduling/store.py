@@ -50,6 +50,15 @@ class Command(Generic[T]):
         return ("EVALSHA", self.script.sha, self.num_keys, *self.args)
 
 
+def _read_time(reply: Any) -> float:
+    seconds, microseconds = reply
+    return int(seconds) + int(microseconds) / 1e6
+
+
+TIME: Command[float] = Command(("TIME",), _read_time)
+"""Unix seconds by the server's clock: the only one that processes on several machines share."""
+
+
 def connect(url: str, **options: Any) -> redis.Redis:
     """A sync client; replies stay bytes."""
     return redis.Redis.from_url(url, **options)

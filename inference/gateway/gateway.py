@@ -25,7 +25,7 @@ from inference.messages import Finish, InferenceRequest, RequestEvent
 from scheduling.core.backpressure import BackpressureLimits
 from scheduling.keys import Keys
 from scheduling.limits import Admission
-from scheduling.store import Command
+from scheduling.store import TIME, Command
 
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
@@ -304,7 +304,7 @@ class Gateway:
                 mailbox.wake()
 
     async def _beat(self) -> None:
-        runs_out = time.time() + HEARTBEAT_LIFE_S
+        runs_out = await self.pipeline.send(TIME) + HEARTBEAT_LIFE_S
         await self.pipeline.send(Command(("ZADD", self.keys.webs, runs_out, self.name), int))
 
     def status(self, model: str) -> FleetStatus:

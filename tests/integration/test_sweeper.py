@@ -1,6 +1,7 @@
 """The sweeper gives back what dead processes held."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -8,14 +9,14 @@ import pytest
 import redis
 
 from inference.messages import InferenceRequest, RequestEvent, SequenceUpdate
-from inference.sweeper import SLOT_GRACE_S, Sweeper
+from inference.sweeper import SECOND_LOOK_S, SLOT_GRACE_S, Sweeper
 from scheduling.core.policies import build_policy
 from scheduling.core.request import QueueEntry
 from scheduling.core.sequence import SamplingParams
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
-from scheduling.store import execute
+from scheduling.store import TIME, execute
 
 NOW_S = 1_760_000_000.0
 
@@ -39,6 +40,12 @@ def enqueue(store: redis.Redis, queue: FleetQueue, request_id: str, web: str) ->
     execute(store, queue.enqueue(entry, place, revision=0, body=body, depth_limit=99, reply_to=web))
 
 
+def looks(first_s: float, *others_s: float) -> Callable[[], float]:
+    """A clock that is looked at twice in each round and goes on after it; the last time stays."""
+    times = [first_s, first_s, *(time_s for time_s in others_s for _ in range(2))]
+    return lambda: times.pop(0) if len(times) > 1 else times[0]
+
+
 def running(store: redis.Redis, keys: Keys) -> int:
     return execute(store, TenantLimits(keys).usage("acme")).running
 
@@ -54,9 +61,9 @@ def test_waiting_requests_of_a_dead_web_process_are_cancelled_settled_and_record
     enqueue(store, queue, "r1", "web-dead")
     enqueue(store, queue, "r2", "web-alive")
     store.zadd(keys.webs, {"web-dead": NOW_S - 1, "web-alive": NOW_S + 5})
-    sweeper = Sweeper(store, keys, clock=lambda: NOW_S)
-    sweeper.run_once()
-    sweeper.run_once()
+    sweeper = Sweeper(store, keys, clock=looks(NOW_S, NOW_S + SECOND_LOOK_S))
+    for _ in range(3):
+        sweeper.run_once()
     assert execute(store, queue.snapshot()).depth == 1
     assert running(store, keys) == 1
     (event,) = history(store, keys)
@@ -70,13 +77,29 @@ def test_running_requests_of_a_dead_web_process_are_stopped_before_it_is_forgott
     enqueue(store, queue, "r1", "web-dead")
     execute(store, queue.claim("gpu-0:1", max_requests=1, max_tokens=99, lease_s=60))
     store.zadd(keys.webs, {"web-dead": NOW_S - 1})
-    sweeper = Sweeper(store, keys, clock=lambda: NOW_S)
+    sweeper = Sweeper(store, keys, clock=looks(NOW_S, NOW_S + SECOND_LOOK_S))
+    sweeper.run_once()
     sweeper.run_once()
     assert execute(store, queue.take_cancels("gpu-0:1")) == ["r1"]
     assert store.zcard(keys.webs) == 1
     execute(store, queue.finish("gpu-0:1", "r1", 1, state="cancelled", used_tokens=3, finish=b"", output=""))
     sweeper.run_once()
     assert store.zcard(keys.webs) == 0
+
+
+def test_a_web_process_that_beats_again_after_redis_was_away_keeps_its_requests(
+    store: redis.Redis, keys: Keys, queue: FleetQueue
+) -> None:
+    enqueue(store, queue, "r1", "web-1")
+    now_s = execute(store, TIME)
+    store.zadd(keys.webs, {"web-1": now_s - 60})
+    sweeper = Sweeper(store, keys)
+    sweeper.run_once()
+    store.zadd(keys.webs, {"web-1": now_s + 60})
+    sweeper.run_once()
+    store.zadd(keys.webs, {"web-1": now_s - 60})
+    sweeper.run_once()
+    assert execute(store, queue.snapshot()).depth == 1, "a second silence is looked at anew"
 
 
 def test_requests_of_a_dead_engine_go_back_to_the_queue(store: redis.Redis, keys: Keys, queue: FleetQueue) -> None:
