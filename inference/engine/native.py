@@ -1,12 +1,17 @@
 """Compiles `kernels.c` for this machine at first use and binds it; None where there is no C compiler."""
 
 import ctypes
+import fcntl
 import hashlib
 import logging
+import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -139,14 +144,15 @@ class PackedLinear(torch.nn.Module):
 
 
 @cache
-def load_kernels(compiler: str | None = None, build: Path = BUILD) -> ctypes.CDLL | None:
-    """The compiled kernels, built into `build` where this source was not yet built for this processor.
+def load_kernels(compiler: str | None = None, build: Path | None = None) -> ctypes.CDLL | None:
+    """The compiled kernels, built where this source was not yet built for this processor.
 
-    `compiler` is a path; by default the first of cc, gcc and clang that is here.
+    `compiler` is a path; by default the first of cc, gcc and clang that is here. `build` is the folder; by default the
+    first that may be written of: beside this module, the user's cache, the system's temporary folder.
     """
     compiler = compiler or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    library = build / f"kernels-{_fingerprint()}.so"
-    if not library.is_file() and (compiler is None or not _compile(compiler, library)):
+    library = _find_library(compiler, [build] if build else _build_folders())
+    if library is None:
         return None
     try:
         kernels = ctypes.CDLL(str(library))
@@ -163,21 +169,71 @@ def load_kernels(compiler: str | None = None, build: Path = BUILD) -> ctypes.CDL
     return kernels
 
 
+def _build_folders() -> list[Path]:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expandvars("$HOME/.cache")
+    temporary = Path(tempfile.gettempdir()) / f"penstock-kernels-{os.getuid()}"
+    return [BUILD, *([Path(cache) / "penstock-kernels"] if Path(cache).is_absolute() else []), temporary]
+
+
+def _find_library(compiler: str | None, folders: list[Path]) -> Path | None:
+    """A library built before, else a new one in the first folder that takes it."""
+    name = f"kernels-{_fingerprint()}.so"
+    trusted = [folder for folder in folders if not folder.exists() or _is_ours(folder)]
+    for folder in trusted:
+        if (folder / name).is_file():
+            return folder / name
+    if compiler is None:
+        logger.warning("The CPU kernels cannot be compiled, there is no C compiler; plain torch is used")
+        return None
+    for folder in trusted:
+        if _can_write(folder):
+            return folder / name if _compile(compiler, folder / name) else None
+    logger.warning("The CPU kernels cannot be compiled, no folder for them may be written; plain torch is used")
+    return None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else but root can have put code there that we would load."""
+    status = folder.lstat()
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid in (0, os.getuid()) and not others_write
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return _is_ours(folder)
+    except OSError:
+        return False
+
+
 def _fingerprint() -> str:
-    """Changes with the source, the flags and the processor."""
+    """Changes with the source, the flags and the processor; not with the system's version."""
     flags = ""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         flags = next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-    key = "\n".join((platform.platform(), platform.machine(), platform.processor(), flags, *FLAGS))
+    key = "\n".join((platform.system(), platform.machine(), platform.processor(), flags, *FLAGS))
     return hashlib.sha256(key.encode() + SOURCE.read_bytes()).hexdigest()[:16]
 
 
-def _compile(compiler: str, library: Path) -> bool:
-    """Build beside the target and move into place, so that processes that start together do not meet half a file."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        library.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _compile(compiler: str, library: Path) -> bool:
+    """Build aside and move into place. Of processes that start together one builds and the others wait for it."""
+    try:
+        with _locked(library.parent), tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            if library.is_file():
+                return True
             out = Path(folder) / library.name
             command = [compiler, *FLAGS, str(SOURCE), "-o", str(out), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)

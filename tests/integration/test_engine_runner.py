@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from inference.engine import native
 from inference.engine.errors import ModelLoadError, OutOfDeviceMemory
 from inference.engine.native import load_kernels
 from inference.engine.runner import ModelRunner
@@ -181,6 +184,33 @@ def test_kernels_are_built_once_for_a_processor(tmp_path: Path) -> None:
     load_kernels.cache_clear()
     assert load_kernels("/bin/false", tmp_path / "build") is not None
     assert list((tmp_path / "build").iterdir()) == [library]
+
+
+def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho >> {tmp_path}/runs\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    code = (
+        "import sys; from pathlib import Path; from inference.engine.native import load_kernels; "
+        "sys.exit(load_kernels(sys.argv[1], Path(sys.argv[2])) is None)"
+    )
+    command = [sys.executable, "-c", code, str(compiler), str(tmp_path / "build")]
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait(100) for process in processes] == [0, 0, 0]
+    assert (tmp_path / "runs").read_text() == "\n"
+
+
+def test_where_the_first_folder_may_not_be_written_or_not_be_trusted_the_next_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "anyone").mkdir()
+    (tmp_path / "anyone").chmod(0o777)
+    folders = [tmp_path / "file" / "build", tmp_path / "anyone", tmp_path / "cache" / "build"]
+    library = native._find_library("cc", folders)
+    assert library is not None
+    assert library.parent == folders[2]
+    assert native._find_library(None, folders) == library
+    assert list((tmp_path / "anyone").iterdir()) == []
+    assert native._find_library("cc", folders[:2]) is None
 
 
 @pytest.mark.gpu
