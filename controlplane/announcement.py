@@ -5,7 +5,7 @@ import shutil
 from typing import TextIO
 
 from controlplane.config import Config
-from controlplane.demo import OPERATOR, Secrets
+from controlplane.demo import OPERATOR, Secrets, secrets_path
 
 BOLD, PLAIN = "\033[1m", "\033[0m"
 
@@ -39,8 +39,8 @@ def announce(config: Config, secrets: Secrets | None, model: str, out: TextIO) -
     if secrets:
         tenant, key = next(iter(secrets.keys.items()))
         lines += [
-            f"  Login       {OPERATOR} / {secrets.password}",
-            f"  API key     {key}   (tenant {tenant}; all are in {config.var / 'demo.env'})",
+            f"  Login       {OPERATOR} / {secrets.password or 'the password that you gave it'}",
+            f"  API key     {key}   (tenant {tenant}; all are in {secrets_path(config)})",
             f"  API docs    {address(config)}/api/docs",
             "",
             "  Try it:",

@@ -1,10 +1,11 @@
 """The demo's tenants, keys, operator and model: made once, with random secrets that are kept in `var/demo.env`."""
 
+import hashlib
 import os
 import secrets
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from django.contrib.auth.models import Group, User
@@ -47,6 +48,7 @@ class Secrets:
     """What the demo's users need to get in."""
 
     password: str
+    """Empty where somebody has given the operator another one."""
     keys: dict[str, str]
     """Tenant -> API key."""
 
@@ -56,19 +58,38 @@ def secrets_path(config: Config) -> Path:
     return config.var / "demo.env"
 
 
+def _read_values(path: Path) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line and line[0] != "#")
+
+
 def read_secrets(config: Config) -> Secrets | None:
     """The kept secrets; None where there are none, as on a system that was set up by hand."""
     path = secrets_path(config)
     if not path.exists():
         return None
-    values = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line and line[0] != "#")
+    values = _read_values(path)
     keys = {name.removeprefix("KEY_").lower(): value for name, value in values.items() if name.startswith("KEY_")}
     return Secrets(password=values.get("OPERATOR_PASSWORD", ""), keys=keys)
+
+
+def _database_mark(config: Config) -> str:
+    return hashlib.sha256(config.database_url.encode()).hexdigest()[:8]
+
+
+def _choose_secrets(config: Config) -> None:
+    """Put this database's secrets in place; those of another one stand aside until that is used again."""
+    path, mine = secrets_path(config), _database_mark(config)
+    if path.exists() and (other := _read_values(path).get("DATABASE", mine)) != mine:
+        path.rename(path.with_name(f"demo-{other}.env"))
+    kept = path.with_name(f"demo-{mine}.env")
+    if kept.exists() and not path.exists():
+        kept.rename(path)
 
 
 def _write_secrets(config: Config, values: Secrets) -> None:
     lines = [
         "# Made by `make up`: the demo's secrets. The database holds only their hashes.",
+        f"DATABASE={_database_mark(config)}",
         f"OPERATOR_NAME={OPERATOR}",
         f"OPERATOR_PASSWORD={values.password}",
         *(f"KEY_{tenant.upper()}={key}" for tenant, key in values.keys.items()),
@@ -80,6 +101,7 @@ def _write_secrets(config: Config, values: Secrets) -> None:
 
 def prepare_accounts(config: Config) -> Secrets | None:
     """Make the demo's accounts where they are missing. None on a system with tenants of its own and no demo."""
+    _choose_secrets(config)
     kept = read_secrets(config)
     if kept is None and Tenant.objects.exists():
         return None
@@ -90,7 +112,7 @@ def prepare_accounts(config: Config) -> Secrets | None:
         made = Secrets(password=password, keys=keys)
         if made != kept:
             _write_secrets(config, made)
-    return made
+    return made if User.objects.get(username=OPERATOR).check_password(made.password) else replace(made, password="")
 
 
 def _prepare_operator(known: str) -> str:
