@@ -25,7 +25,7 @@ from inference.gateway.pipeline import CommandPipeline
 from inference.gateway.served import ServedModel
 from inference.messages import InferenceRequest
 from inference.shedding import tell_end, write_end
-from scheduling.core.backpressure import BackpressureLimits, Level, depth_limit
+from scheduling.core.backpressure import BackpressureLimits, Level, depth_limit, excess_wait_s
 from scheduling.core.request import Priority, QueueEntry
 from scheduling.core.sequence import SamplingParams
 from scheduling.fleet import FleetQueue, Shed
@@ -36,6 +36,8 @@ from scheduling.store import Command
 log = logging.getLogger(__name__)
 REDIS_WAIT_S = 2.0
 """How long a new request waits for a Redis that went away."""
+LONGEST_RETRY_S = 600.0
+"""No client is asked to come again later than this."""
 MAX_PLACEMENTS = 20
 """Policy switches a single request may lose against."""
 
@@ -218,7 +220,9 @@ class AdmissionDesk:
         status = self._monitor.status(model)
         depth = status.snapshot.depth if status.snapshot else 0
         target = depth_limit(priority, self._queue_limit, Level.NONE, self._backpressure)
-        return float(status.rate.retry_after_s(depth, min(target, depth)))
+        by_depth = status.rate.retry_after_s(depth, min(target, depth))
+        by_wait = excess_wait_s(priority, status.estimated_wait_s, self._backpressure)
+        return min(LONGEST_RETRY_S, max(by_depth, by_wait))
 
     def count_refusal(self, draft: Draft, reason: str) -> None:
         """Count a refusal for the metrics; nobody waits for it."""

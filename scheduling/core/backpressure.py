@@ -76,10 +76,23 @@ def depth_limit(priority: int, queue_limit: int, level: Level, limits: Backpress
     """
     if priority > admitted_priorities(level):
         return 0
-    refusing = next((lvl for lvl in Level if priority > admitted_priorities(lvl)), None)
+    refusing = _refusing_level(priority)
     if refusing is None:
         return queue_limit
     return max(1, math.ceil(limits.depth[refusing - 1] * queue_limit))
+
+
+def excess_wait_s(priority: int, wait_s: float | None, limits: BackpressureLimits) -> float:
+    """By how much the estimated wait is above that at which this priority is refused: where nothing comes, it falls by
+    a second each second.
+    """
+    refusing = _refusing_level(priority)
+    return 0.0 if refusing is None or wait_s is None else max(0.0, wait_s - limits.wait_s[refusing - 1])
+
+
+def _refusing_level(priority: int) -> Level | None:
+    """The first level that refuses this priority; None for those that none does."""
+    return next((level for level in Level if priority > admitted_priorities(level)), None)
 
 
 class DrainRate:

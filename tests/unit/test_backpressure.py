@@ -11,6 +11,7 @@ from scheduling.core.backpressure import (
     admitted_priorities,
     assess,
     depth_limit,
+    excess_wait_s,
 )
 from scheduling.core.request import Priority
 
@@ -108,3 +109,22 @@ def test_retry_after_is_always_whole_seconds_within_its_bounds(readings: list[tu
     for now_s, total in readings:
         rate.update(now_s, total, total)
     assert 1 <= rate.retry_after_s(depth, 100) <= 600
+
+
+@given(priority=st.sampled_from(Priority), wait_s=st.floats(0, 1e4))
+def test_after_the_excess_of_its_wait_a_priority_is_admitted_and_not_long_before(
+    priority: Priority, wait_s: float
+) -> None:
+    excess_s = excess_wait_s(priority, wait_s, LIMITS)
+
+    def lowest_admitted(later_s: float) -> Priority:
+        level = assess(LIMITS, depth=0, queue_limit=100, wait_s=max(0.0, wait_s - later_s), kv_usage=0.0).level
+        return admitted_priorities(level)
+
+    assert priority <= lowest_admitted(excess_s + 0.01)
+    if excess_s > 1:
+        assert priority > lowest_admitted(excess_s - 0.01)
+
+
+def test_nothing_is_known_of_an_unknown_wait() -> None:
+    assert excess_wait_s(Priority.BULK, None, LIMITS) == 0
