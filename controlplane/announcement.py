@@ -16,11 +16,12 @@ def address(config: Config) -> str:
     return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{config.port}"
 
 
-def curl_line(config: Config, key: str, model: str) -> str:
-    """A streaming chat that works when pasted."""
-    body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "What is a penstock?"}}]}}'
+def curl_line(config: Config, key: str, model: str, *, chats: bool) -> str:
+    """A stream that works when pasted: a chat, or for a model without a chat template a completion."""
+    asked = '"messages": [{"role": "user", "content": "What is a penstock?"}]' if chats else '"prompt": "A penstock"'
+    body = f'{{"model": "{model}", "stream": true, {asked}}}'
     return (
-        f"curl -N {address(config)}/v1/chat/completions -H 'Authorization: Bearer {key}' "
+        f"curl -N {address(config)}/v1/{'chat/' if chats else ''}completions -H 'Authorization: Bearer {key}' "
         f"-H 'Content-Type: application/json' -d '{body}'"
     )
 
@@ -31,8 +32,8 @@ def settings_prefix(config: Config) -> str:
     return "".join(f"PENSTOCK_{name.upper()}={shlex.quote(str(getattr(config, name)))} " for name in chosen)
 
 
-def announce(config: Config, secrets: Secrets | None, model: str, out: TextIO) -> None:
-    """Print the block."""
+def announce(config: Config, secrets: Secrets | None, model: str, out: TextIO, *, chats: bool = True) -> None:
+    """Print the block. `chats`: the model has a chat template."""
     bold, plain = (BOLD, PLAIN) if out.isatty() else ("", "")
     rule = "-" * min(shutil.get_terminal_size().columns, 100)
     lines = ["", rule, f"{bold}Penstock is running.{plain}", "", f"  Dashboard   {bold}{address(config)}/{plain}"]
@@ -44,7 +45,7 @@ def announce(config: Config, secrets: Secrets | None, model: str, out: TextIO) -
             f"  API docs    {address(config)}/api/docs",
             "",
             "  Try it:",
-            f"  {curl_line(config, key, model)}",
+            f"  {curl_line(config, key, model, chats=chats)}",
             "",
             f"  Send traffic from another terminal:   {settings_prefix(config)}make load",
         ]

@@ -38,7 +38,11 @@ class Config(BaseSettings):
     port: int = Field(8000, ge=1, le=65535, description="Port the web process binds.")
     web_processes: int = Field(1, ge=1, le=64, description="Web processes that `make up` starts.")
     gpu_workers: int = Field(1, ge=0, le=64, description="GPU workers that `make up` starts.")
-    model: str = Field("", description="Model a gpu worker serves; empty: the newest deployment.")
+    model: str = Field(
+        "",
+        description="Model that gpu workers serve, or several with commas between, a worker for each; "
+        "empty: the newest deployment.",
+    )
     replica: str = Field(
         "gpu-0", pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="Name of a gpu worker; each needs its own."
     )
@@ -66,6 +70,16 @@ class Config(BaseSettings):
     max_body_bytes: int = Field(2 * 2**20, ge=1024, description="Largest request body.")
     history_days: int = Field(30, ge=1, le=3650, description="How long request and batch records are kept.")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Log level.")
+
+    @cached_property
+    def models(self) -> list[str]:
+        """Names in `model`; [""] for the newest deployment."""
+        return [name.strip() for name in self.model.split(",")]
+
+    @property
+    def num_gpu_processes(self) -> int:
+        """GPU workers to start: at least one for each model."""
+        return max(self.gpu_workers, len(self.models)) if self.gpu_workers else 0
 
     @cached_property
     def redis(self) -> str:

@@ -89,16 +89,20 @@ def check_database(config: Config) -> None:
 
 
 def check_checkpoint(config: Config) -> None:
-    """The model that gpu workers of this machine will serve exists and can be loaded."""
-    if not config.gpu_workers:
-        return
+    """The models that gpu workers of this machine will serve exist and can be loaded."""
+    if config.gpu_workers:
+        for name in config.models:
+            _check_model(name)
+
+
+def _check_model(name: str) -> None:
     deployments = ModelDeployment.objects.filter(enabled=True).order_by("-created_at")
-    deployment = deployments.filter(name=config.model).first() if config.model else deployments.first()
+    deployment = deployments.filter(name=name).first() if name else deployments.first()
     if deployment is None:
         names = ", ".join(deployments.values_list("name", flat=True)) or "none"
         raise CannotStart(
-            f"PENSTOCK_MODEL names {config.model}, which is not registered (there is {names}). Register it with "
-            f"`.venv/bin/python manage.py add_model {config.model or 'NAME'} PATH`."
+            f"PENSTOCK_MODEL names {name}, which is not registered (there is {names}). Register it with "
+            f"`.venv/bin/python manage.py add_model {name or 'NAME'} PATH`."
         )
     try:
         inspect_checkpoint(Path(deployment.path))

@@ -56,12 +56,13 @@ CELERY_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:You're running the worker with s
 
 def gpu_process(config: Config, number: int) -> ProcessSpec:
     """A Celery worker that owns an engine process. It drains before it stops."""
+    model = config.models[number % len(config.models)]
     replica = config.replica if number == 0 else f"{config.replica.removesuffix('-0')}-{number}"
     return ProcessSpec(
         name=replica,
         command=_celery("-n", f"gpu.{replica}@%h", "-Q", "gpu", "--concurrency=2", f"--loglevel={config.log_level}"),
         stop_s=config.drain_s + 2.5,
-        environment={"PENSTOCK_REPLICA": replica, **CELERY_ENVIRONMENT},
+        environment={"PENSTOCK_REPLICA": replica, "PENSTOCK_MODEL": model, **CELERY_ENVIRONMENT},
     )
 
 

@@ -3,7 +3,7 @@
 import io
 from pathlib import Path
 
-from controlplane.announcement import announce
+from controlplane.announcement import announce, curl_line
 from controlplane.config import Config
 from controlplane.demo import Secrets
 
@@ -21,6 +21,12 @@ def test_the_commands_for_another_terminal_carry_the_settings_that_find_this_sys
     assert "PENSTOCK_VAR='/srv/my data' PENSTOCK_PORT=8123 make load" in text
     assert "http://127.0.0.1:8123/v1/chat/completions" in text
     assert "operator / pass" in text
+
+
+def test_a_model_without_a_chat_template_is_asked_for_a_completion() -> None:
+    line = curl_line(Config.model_construct(_fields_set=set()), "ps-key", "gpt", chats=False)
+    assert "/v1/completions" in line
+    assert '"prompt"' in line
 
 
 def test_with_the_defaults_the_commands_are_plain() -> None:

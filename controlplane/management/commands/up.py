@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.request
 from argparse import ArgumentParser
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -22,8 +23,9 @@ from controlplane.demo import Secrets, model_folder, offer_model, prepare_accoun
 from controlplane.embedded_redis import NoServer, server_command
 from controlplane.processes import gpu_process, ops_process, redis_process, web_process
 from controlplane.supervisor import Supervisor
-from inference.checkpoint import CheckpointError
+from inference.checkpoint import CheckpointError, read_chat_template
 from inference.messages import ReplicaStatus
+from inference.models import ModelDeployment
 from inference.services import publish, read_replicas
 from scheduling.connection import live_keys, live_redis
 
@@ -78,7 +80,9 @@ class Command(BaseCommand):
                 await supervisor.start([redis_process()])
                 await self._wait_for_redis(config)
             secrets = await sync_to_async(_set_up)(config, kinds)
-            specs = [gpu_process(config, number) for number in range(config.gpu_workers)] if "gpu" in kinds else []
+            specs = (
+                [gpu_process(config, number) for number in range(config.num_gpu_processes)] if "gpu" in kinds else []
+            )
             if listener is not None:
                 specs.append(web_process(config, listener.fileno()))
             if "ops" in kinds:
@@ -123,7 +127,8 @@ class Command(BaseCommand):
                     self.stderr.write(f"{replica.replica} cannot serve {replica.model}: {replica.detail}")
             ready = [replica.model for replica in replicas if replica.state == "ready"]
             if (ready or not config.gpu_workers) and await asyncio.to_thread(_web_is_ready, config):
-                announce(config, secrets, ready[0] if ready else "MODEL", sys.stdout)
+                model = ready[0] if ready else "MODEL"
+                announce(config, secrets, model, sys.stdout, chats=await sync_to_async(_chats)(model))
                 return
             if time.monotonic() > slow_from:
                 slow_from = float("inf")
@@ -150,6 +155,12 @@ def _replicas() -> list[ReplicaStatus]:
         return read_replicas(live_redis(), live_keys())
     except redis.RedisError:
         return []
+
+
+def _chats(model: str) -> bool:
+    """Whether the model has a chat template; so it says of one that it does not know."""
+    deployment = ModelDeployment.objects.filter(name=model).first()
+    return deployment is None or read_chat_template(Path(deployment.path)) is not None
 
 
 def _web_is_ready(config: Config) -> bool:
