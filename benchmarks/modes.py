@@ -1,10 +1,12 @@
 """Throughput of the four batching modes on one workload, beside transformers' own batching, in one run.
 
-    python -m benchmarks.modes [--sizes demo,100m] [--rounds 3] [--requests 64] [--json FILE]
+    python -m benchmarks.modes [--sizes demo,100m] [--rounds 3] [--requests 64] [--threads N] [--json FILE]
 
 All start with the same requests waiting, and every request asks for its own number of tokens (end-of-sequence tokens
 are ignored), greedy, in float32. A tokens/s figure counts the tokens asked for. Rounds are interleaved; medians with
-the smallest and largest, and ratios of medians.
+the smallest and largest, and ratios of medians. Processor seconds are the process's, the fewest of the rounds: on a
+shared machine they say more than the clock. Beside them the share of the limit: the least processor time of the very
+steps of that mode (benchmarks/roofline.py) over the time they took.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 import transformers
 
+from benchmarks.roofline import MeteredRunner, Work, measure_rates
 from inference.engine.runner import ModelRunner
 from inference.messages import BatchMode, DeploymentSpec
 from scheduling.core.blocks import BlockAllocator
@@ -71,8 +74,9 @@ def make_checkpoint(size: str, folder: Path) -> Path:
     return folder / size
 
 
-def run_ours(runner: ModelRunner, mode: BatchMode, workload: list[Request]) -> Answers:
+def run_ours(runner: MeteredRunner, mode: BatchMode, workload: list[Request]) -> Answers:
     """The engine's loop: claim what there is room for, plan, step, apply."""
+    runner.least_s = 0.0
     allocator = BlockAllocator(runner.num_blocks, runner.block_size)
     planner = StepPlanner(mode, SLOTS, STEP_TOKENS, allocator, runner.max_model_len, time.monotonic)
     sequences = [
@@ -136,54 +140,79 @@ def run_transformers_continuous(model: Any, workload: list[Request]) -> Answers:
     return [found[str(i)] for i in range(len(workload))]
 
 
-def make_systems(path: Path) -> dict[str, Callable[[list[Request]], Answers]]:
-    """What is compared, by name."""
+def make_systems(path: Path, size: str) -> tuple[dict[str, Callable[[list[Request]], Answers]], MeteredRunner]:
+    """What is compared, by name, all with torch's number of threads; and the runner of our own modes."""
     spec = DeploymentSpec(name="bench", path=str(path), dtype="float32", max_batch_size=SLOTS, step_tokens=STEP_TOKENS)
-    runner = ModelRunner(spec, "cpu")
-    print(f"  {runner.describe()}")
+    work = Work.of(SIZES[size])
+    rates = measure_rates(work)
+    model = ModelRunner(spec, "cpu", num_threads=torch.get_num_threads())
+    runner = MeteredRunner(model, work, rates)
+    print(f"  {model.describe()}")
+    print(f"  one thread: {rates.flops_per_s / 1e9:.0f} GFLOP/s, {rates.bytes_per_s / 1e9:.1f} GB/s")
     systems: dict[str, Callable[[list[Request]], Answers]] = {
         mode: partial(run_ours, runner, mode) for mode in get_args(BatchMode)
     }
     models = [transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for _ in range(2)]
     systems["transformers static"] = partial(run_generate, models[0])
     systems["transformers continuous"] = partial(run_transformers_continuous, models[1])
-    return systems
+    return systems, runner
 
 
 def measure(size: str, rounds: int, num_requests: int) -> dict[str, Any]:
-    """Run every system `rounds` times in turn; tokens/s each time, and whether the answers agree."""
+    """Run every system `rounds` times in turn; tokens/s and processor seconds, and whether the answers agree."""
     print(f"{size}:")
     workload = make_workload(num_requests, SIZES[size]["vocab_size"])
     num_tokens = sum(r.num_tokens for r in workload)
     with tempfile.TemporaryDirectory() as folder:
-        systems = make_systems(make_checkpoint(size, Path(folder)))
+        systems, runner = make_systems(make_checkpoint(size, Path(folder)), size)
         rates: dict[str, list[float]] = {name: [] for name in systems}
+        seconds: dict[str, list[float]] = {name: [] for name in systems}
+        least: dict[str, float] = {}
         same: dict[str, int] = {}
         expected: Answers = []
         for run in systems.values():
             run([Request(r.prompt[:32], 4) for r in workload[:2]])
         for number in range(rounds):
             for name, run in systems.items():
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 answers = run(workload)
+                seconds[name].append(time.process_time() - used)
                 rates[name].append(num_tokens / (time.perf_counter() - start))
                 expected = expected or answers
                 print(f"  round {number + 1}: {name} {rates[name][-1]:.1f} tokens/s", flush=True)
                 same[name] = sum(a == b for a, b in zip(answers, expected, strict=True))
-    return {"requests": num_requests, "output_tokens": num_tokens, "tokens_per_s": rates, "same_answers": same}
+                if name in get_args(BatchMode):
+                    least[name] = runner.least_s
+    return {
+        "requests": num_requests, "prompt_tokens": sum(len(r.prompt) for r in workload), "output_tokens": num_tokens,
+        "tokens_per_s": rates, "cpu_s": seconds, "least_cpu_s": least, "same_answers": same,
+    }  # fmt: skip
 
 
 def report(result: dict[str, Any]) -> dict[str, float]:
     """Print a size's table; returns the ratios of medians."""
     medians = {name: statistics.median(rates) for name, rates in result["tokens_per_s"].items()}
-    print(f"  {result['requests']} requests, {result['output_tokens']} output tokens, {SLOTS} slots")
-    print(f"  {'':<26}{'tokens/s':>10}{'min':>9}{'max':>9}  same answers as serial")
+    least = result["least_cpu_s"]
+    used = {name: min(seconds) for name, seconds in result["cpu_s"].items()}
+    print(
+        f"  {result['requests']} requests, {result['prompt_tokens']} prompt tokens, "
+        f"{result['output_tokens']} output tokens, {SLOTS} slots"
+    )
+    print(f"  {'':<26}{'tokens/s':>10}{'min':>9}{'max':>9}{'CPU s':>9}{'of limit':>10}  same answers as serial")
     for name, rates in result["tokens_per_s"].items():
         agree = f"{result['same_answers'][name]}/{result['requests']}"
-        print(f"  {name:<26}{medians[name]:>10.1f}{min(rates):>9.1f}{max(rates):>9.1f}  {agree}")
+        share = f"{least[name] / used[name]:.0%}" if name in least else ""
+        spread = f"{medians[name]:>10.1f}{min(rates):>9.1f}{max(rates):>9.1f}"
+        print(f"  {name:<26}{spread}{used[name]:>9.2f}{share:>10}  {agree}")
     ratios = {name: medians["continuous"] / rate for name, rate in medians.items() if name != "continuous"}
-    print("  continuous is " + ", ".join(f"{ratio:.2f} x {name}" for name, ratio in ratios.items()))
+    _print_ratios("tokens/s", ratios)
+    _print_ratios("CPU", {name: used[name] / used["continuous"] for name in ratios})
+    _print_ratios("at the limit", {name: least[name] / least["continuous"] for name in least if name != "continuous"})
     return ratios
+
+
+def _print_ratios(what: str, ratios: dict[str, float]) -> None:
+    print(f"  continuous, {what}: " + ", ".join(f"{ratio:.2f} x {name}" for name, ratio in ratios.items()))
 
 
 def main() -> None:
@@ -192,11 +221,13 @@ def main() -> None:
     parser.add_argument("--sizes", default="demo,100m", help="comma-separated: " + ", ".join(SIZES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every system compared")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     sizes = options.sizes.split(",")
     if unknown := set(sizes) - SIZES.keys():
         parser.error(f"unknown size {unknown.pop()}; there are {', '.join(SIZES)}")
+    torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     machine = {
