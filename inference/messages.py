@@ -167,6 +167,30 @@ class RequestEvent(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     user: str = ""
 
 
+def unserved_event(
+    request: InferenceRequest, *, state: State, reason: FinishReason, now_s: float, error_code: str = ""
+) -> RequestEvent:
+    """The end of a request that no engine process ever took up."""
+    return RequestEvent(
+        id=request.id,
+        model=request.model,
+        tenant=request.tenant,
+        priority=request.priority,
+        endpoint=request.endpoint,
+        state=state,
+        finish_reason=reason,
+        error_code=error_code,
+        arrival_s=request.arrival_s,
+        finished_s=now_s,
+        prompt_tokens=len(request.prompt_token_ids),
+        completion_tokens=0,
+        max_tokens=request.max_tokens,
+        attempts=0,
+        deadline_s=request.deadline_s,
+        user=request.user,
+    )
+
+
 class BatchEvent(msgspec.Struct, frozen=True, kw_only=True, tag="batch"):
     """One second of one replica, for the historian."""
 
@@ -190,6 +214,9 @@ class BatchEvent(msgspec.Struct, frozen=True, kw_only=True, tag="batch"):
 
 
 HistoryEvent = RequestEvent | BatchEvent
+
+HISTORY_LENGTH = 1_000_000
+"""Entries that the history stream keeps at most, about, while the database is away."""
 
 
 class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,14 +5,13 @@ from typing import Any
 
 import msgspec
 
-from inference.messages import Finish, InferenceRequest, RequestEvent, SequenceUpdate
+from inference.messages import HISTORY_LENGTH, Finish, InferenceRequest, SequenceUpdate, unserved_event
 from scheduling.fleet import FleetQueue
 from scheduling.limits import TenantLimits
 from scheduling.store import Command
 
 CODE = "shed"
 MESSAGE = "The queue is full, and requests of higher priority came; send the request again later."
-MAX_HISTORY = 1_000_000
 MAX_REPLIES = 20_000
 _encode = msgspec.msgpack.encode
 
@@ -30,36 +29,16 @@ def write_end(queue: FleetQueue, request: InferenceRequest) -> Command[bool]:
 def tell_end(queue: FleetQueue, request: InferenceRequest) -> list[Command[Any]]:
     """Tell the client's web process, give back the tenant's tokens and slot, write the history, count it."""
     keys = queue.keys
+    end = unserved_event(request, state="failed", reason="error", now_s=time.time(), error_code=CODE)
     commands: list[Command[Any]] = [
         TenantLimits(keys).settle(request.tenant, request.id, refund_tokens=request.charged_tokens),
-        _add(keys.history, MAX_HISTORY, _encode([_event(request)])),
+        _add(keys.history, HISTORY_LENGTH, _encode([end])),
         Command(("HINCRBY", keys.refusals, f"{request.model}|{request.tenant}|{CODE}", 1), int),
     ]
     if request.reply_to:
         update = SequenceUpdate(request.id, 0, 0, [], [], finish_of(request))
         commands.insert(0, _add(keys.replies(request.reply_to), MAX_REPLIES, _encode([update])))
     return commands
-
-
-def _event(request: InferenceRequest) -> RequestEvent:
-    return RequestEvent(
-        id=request.id,
-        model=request.model,
-        tenant=request.tenant,
-        priority=request.priority,
-        endpoint=request.endpoint,
-        state="failed",
-        finish_reason="error",
-        error_code=CODE,
-        arrival_s=request.arrival_s,
-        finished_s=time.time(),
-        prompt_tokens=len(request.prompt_token_ids),
-        completion_tokens=0,
-        max_tokens=request.max_tokens,
-        attempts=0,
-        deadline_s=request.deadline_s,
-        user=request.user,
-    )
 
 
 def _add(key: str, length: int, message: bytes) -> Command[bytes]:

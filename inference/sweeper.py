@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import redis
 
-from inference.messages import InferenceRequest, RequestEvent
+from inference.messages import HISTORY_LENGTH, InferenceRequest, unserved_event
 from inference.shedding import tell_end, write_end
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
@@ -17,9 +17,6 @@ from scheduling.store import TIME, execute, execute_many
 from scheduling.switch import place_unplaced
 
 logger = logging.getLogger(__name__)
-
-MAX_HISTORY = 1_000_000
-"""Entries that the history stream keeps at most while the database is away."""
 
 SLOT_GRACE_S = 15.0
 """A slot this young may belong to a request on its way into the queue, or to one whose end is being settled."""
@@ -120,29 +117,11 @@ class Sweeper:
             self._client,
             self._limits.settle(request.tenant, request.id, refund_tokens=request.charged_tokens),
         )
-        event = msgspec.msgpack.encode([_cancelled_event(request, self._clock())])
-        self._client.xadd(self._keys.history, {"m": event}, maxlen=MAX_HISTORY, approximate=True)
-
-
-def _cancelled_event(request: InferenceRequest, now_s: float) -> RequestEvent:
-    return RequestEvent(
-        id=request.id,
-        model=request.model,
-        tenant=request.tenant,
-        priority=request.priority,
-        endpoint=request.endpoint,
-        state="cancelled",
-        finish_reason="cancelled",
-        error_code="client_gone",
-        arrival_s=request.arrival_s,
-        finished_s=now_s,
-        prompt_tokens=len(request.prompt_token_ids),
-        completion_tokens=0,
-        max_tokens=request.max_tokens,
-        attempts=0,
-        deadline_s=request.deadline_s,
-        user=request.user,
-    )
+        end = unserved_event(
+            request, state="cancelled", reason="cancelled", now_s=self._clock(), error_code="client_gone"
+        )
+        event = msgspec.msgpack.encode([end])
+        self._client.xadd(self._keys.history, {"m": event}, maxlen=HISTORY_LENGTH, approximate=True)
 
 
 def _text(name: Any) -> str:

@@ -21,7 +21,7 @@ from inference.gateway.pipeline import CommandPipeline
 from inference.gateway.repair import read_missing
 from inference.gateway.replies import Mailbox, ReplyReader
 from inference.gateway.served import ServedModel, ServedModels
-from inference.messages import Finish, InferenceRequest, RequestEvent
+from inference.messages import HISTORY_LENGTH, Finish, InferenceRequest, unserved_event
 from scheduling.core.backpressure import BackpressureLimits
 from scheduling.keys import Keys
 from scheduling.limits import Admission
@@ -37,7 +37,6 @@ STALLED_S = 3.0
 """A request silent for this long is looked up, in case its end was lost on the way."""
 STALLED_UNHEARD_S = 10.0
 """The same before its first token: it probably waits in the queue."""
-MAX_HISTORY = 1_000_000
 PATIENCE_S = 600.0
 """How long a cancellation is tried while Redis is away."""
 
@@ -242,8 +241,9 @@ class Gateway:
             self.desk.limits.settle(request.tenant, request.id, refund_tokens=request.charged_tokens)
         ]
         if with_history:
-            event = msgspec.msgpack.encode([_cancelled_event(request)])
-            commands.append(Command(("XADD", self.keys.history, "MAXLEN", "~", MAX_HISTORY, "*", "m", event), bytes))
+            end = unserved_event(request, state="cancelled", reason="cancelled", now_s=time.time())
+            event = msgspec.msgpack.encode([end])
+            commands.append(Command(("XADD", self.keys.history, "MAXLEN", "~", HISTORY_LENGTH, "*", "m", event), bytes))
         await asyncio.gather(*(self.pipeline.send_within(command, 30.0) for command in commands))
 
     # Replies that lost something on the way
@@ -319,26 +319,6 @@ class Gateway:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)  # the loop itself keeps only weak references
         task.add_done_callback(self._tasks.discard)
-
-
-def _cancelled_event(request: InferenceRequest) -> RequestEvent:
-    return RequestEvent(
-        id=request.id,
-        model=request.model,
-        tenant=request.tenant,
-        priority=request.priority,
-        endpoint=request.endpoint,
-        state="cancelled",
-        finish_reason="cancelled",
-        arrival_s=request.arrival_s,
-        finished_s=time.time(),
-        prompt_tokens=len(request.prompt_token_ids),
-        completion_tokens=0,
-        max_tokens=request.max_tokens,
-        attempts=0,
-        deadline_s=request.deadline_s,
-        user=request.user,
-    )
 
 
 def _as_is(reply: Any, **_: Any) -> Sequence[Any]:

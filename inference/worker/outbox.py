@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import redis
 
-from inference.messages import Finish, RequestEvent, SequenceUpdate
+from inference.messages import HISTORY_LENGTH, Finish, RequestEvent, SequenceUpdate
 from inference.worker.active import STATES, ActiveRequest
 from inference.worker.inbox import Cancelled, Inbox, Lost
 from inference.worker.lease import Lease
@@ -30,7 +30,6 @@ REPLIES_LENGTH = 20_000
 """Messages that a web process may be behind before it loses some, about."""
 REPLIES_KEEP_S = 600
 """A reply stream that got nothing for about this long goes; its reader is gone, or finds a new one."""
-HISTORY_LENGTH = 1_000_000
 CANCELS_PERIOD_S = 0.1
 """How often cancels are asked for while no step is handed over."""
 BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)

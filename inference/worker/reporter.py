@@ -9,8 +9,7 @@ from collections.abc import Callable
 import msgspec
 import redis
 
-from inference.messages import BatchEvent, ReplicaStatus, Telemetry
-from inference.worker.outbox import HISTORY_LENGTH
+from inference.messages import HISTORY_LENGTH, BatchEvent, ReplicaStatus, Telemetry
 from scheduling.keys import Keys
 
 logger = logging.getLogger(__name__)
