@@ -26,7 +26,6 @@ STATUS_BY_CODE = {
     "cancelled": 499,
     "client_closed_request": 499,
     "shed": 503,
-    "deadline_exceeded": 504,
     "context_length_exceeded": 400,
     "invalid_value": 400,
 }
@@ -43,7 +42,6 @@ TYPES = {
     429: "rate_limit_error",
     499: "cancelled_error",
     503: "service_unavailable_error",
-    504: "timeout_error",
 }
 
 

@@ -36,7 +36,6 @@ def admission(**changes: object) -> Admission:
         (errors.QueueFull(), 503, "service_unavailable_error"),
         (errors.RedisUnavailable(), 503, "service_unavailable_error"),
         (errors.RequestEnded("x", code="cancelled"), 499, "cancelled_error"),
-        (errors.RequestEnded("x", code="deadline_exceeded"), 504, "timeout_error"),
         (errors.RequestEnded(), 500, "server_error"),
         (errors.InvalidRequest("x", code="request_too_large"), 413, "invalid_request_error"),
     ],
