@@ -9,7 +9,7 @@ from django.template.loader import render_to_string
 from django.test import Client
 
 from controlplane.config import Config
-from scheduling.core.policies import build_policy
+from scheduling.core.policies import POLICIES, build_policy
 from scheduling.keys import Keys
 from scheduling.models import OperatorAction, PolicyRevision
 from scheduling.store import execute
@@ -33,6 +33,35 @@ def fleet(store: redis.Redis, keys: Keys, installation: Config) -> FleetWriter:
     writer = FleetWriter(store, keys)
     writer.deploy()
     return writer
+
+
+def test_every_policy_is_offered_with_its_parameters_and_choices(fleet: FleetWriter) -> None:
+    page = client_with("view_policyrevision", "switch_policy").get("/").content.decode()
+    for name, kind in POLICIES.items():
+        assert f'value="{name}"' in page
+        for key, parameter in kind.parameters.items():
+            (field,) = re.findall(rf'<(input|select)[^>]*name="{name}\.{key}"', page)
+            assert field == ("select" if parameter.choices else "input")
+    options = re.search(r'name="hierarchical\.within".*?</select>', page, re.DOTALL)
+    assert options is not None
+    assert re.findall(r'value="(\w+)"', options[0]) == list(POLICIES["hierarchical"].parameters["within"].choices)
+    assert re.findall(r'value="(\w+)"\s+selected', options[0]) == ["priority"]
+
+
+def test_a_choice_is_switched_to_by_name(fleet: FleetWriter) -> None:
+    client = client_with("switch_policy")
+    form = {
+        "policy": "hierarchical",
+        "hierarchical.within": "edf",
+        "hierarchical.slack_s": "1.5",
+        "reason": "deadlines",
+    }
+    assert client.post(SWITCH, form).status_code == 200
+    active = execute(fleet.client, fleet.queue.active_policy())
+    assert active.params == build_policy("hierarchical", {"within": "edf", "slack_s": 1.5}).params
+    answer = client.post(SWITCH, form | {"hierarchical.within": "lifo"})
+    assert answer.status_code == 400
+    assert "within must be one of fifo, priority, edf" in answer.json()["error"]
 
 
 def test_a_switch_is_in_force_and_recorded_with_its_reason(fleet: FleetWriter) -> None:
