@@ -11,6 +11,8 @@ import torch
 from scheduling.core.sequence import SamplingParams
 
 NOT_FINITE = "The model's logits are not finite; this request cannot go on."
+FEW_TOKENS = 256
+"""Likeliest tokens among which a nucleus is looked for first."""
 FEW_ELEMENTS = 1 << 20
 """Logits that one thread turns into tokens sooner than several would meet."""
 
@@ -91,7 +93,24 @@ def _draw(
 
 
 def _nucleus(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Zero all but the fewest likeliest tokens whose sum reaches top_p (Holtzman et al. 2020, section 3.1)."""
-    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-    ranked[ranked.cumsum(-1) - ranked >= top_p[:, None]] = 0
-    return torch.zeros_like(probs).scatter_(-1, order, ranked)
+    """Zero all but the fewest likeliest tokens whose sum reaches top_p (Holtzman et al. 2020, section 3.1).
+
+    Of equally likely tokens the first count as likelier. The nucleus is looked for among a few likeliest tokens; rows
+    where it reaches further are sorted whole, which takes longer than a forward pass of a small model.
+    """
+    kept = torch.zeros_like(probs)
+    few = min(FEW_TOKENS, probs.shape[1])
+    order = probs.topk(few, sorted=False).indices.sort().values
+    ranked, places = probs.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, places)
+    before = ranked.cumsum(-1) - ranked
+    last = ranked[:, -1:]
+    whole = ((ranked > last) & (before >= top_p[:, None])).any(-1) | (few == probs.shape[1])
+    ranked[before >= top_p[:, None]] = 0
+    kept.scatter_(-1, order, ranked)
+    rest = (~whole).nonzero()[:, 0]
+    if len(rest):
+        ranked, order = probs[rest].sort(dim=-1, descending=True, stable=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p[rest, None]] = 0
+        kept[rest] = torch.zeros_like(probs[rest]).scatter_(-1, order, ranked)
+    return kept

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from inference.engine import sampler
 from inference.engine.sampler import sample, uniforms
 from scheduling.core.sequence import SamplingParams
 
@@ -69,3 +70,15 @@ def test_random_numbers_are_uniform_and_differ_by_seed_and_position() -> None:
 
 def test_seeds_of_any_size_are_taken() -> None:
     assert uniforms([-1, 2**70 + 5], [0, 0]).tolist() == uniforms([2**64 - 1, 5], [0, 0]).tolist()
+
+
+@pytest.mark.parametrize("spread", [1.0, 3.0, 8.0])
+@pytest.mark.parametrize("vocab", [5, 300, 4096])
+def test_a_nucleus_is_what_sorting_all_tokens_gives(vocab: int, spread: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = (torch.randn(32, vocab, generator=generator) * spread).round(decimals=1)  # rounded: many are alike
+    probs = torch.softmax(logits.double(), -1)
+    top_p = torch.rand(32, generator=generator).double()
+    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+    ranked[ranked.cumsum(-1) - ranked >= top_p[:, None]] = 0
+    assert torch.equal(sampler._nucleus(probs, top_p), torch.zeros_like(probs).scatter_(-1, order, ranked))
