@@ -31,7 +31,11 @@ def _sqlite(path: Path) -> dict[str, Any]:
 
 
 def _postgres(url: str) -> dict[str, Any]:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port or ""
+    except ValueError as error:
+        sys.exit(f"DATABASE_URL cannot be read: {error}. It reads postgres://user:password@host:port/name.")
     if parts.scheme not in {"postgres", "postgresql"} or not parts.path.strip("/"):
         sys.exit("DATABASE_URL must read postgres://user:password@host:port/name; SQLite needs no URL, leave it empty.")
     options = dict(parse_qsl(parts.query))
@@ -42,7 +46,7 @@ def _postgres(url: str) -> dict[str, Any]:
         "PASSWORD": unquote(parts.password or ""),
         # A socket's folder goes into the host part percent-encoded, or into `?host=`.
         "HOST": options.pop("host", "") or unquote(parts.hostname or ""),
-        "PORT": parts.port or "",
+        "PORT": port,
         "CONN_MAX_AGE": 60,
         "CONN_HEALTH_CHECKS": True,
         "OPTIONS": {"connect_timeout": 5, **options},
