@@ -4,7 +4,7 @@ import os
 import secrets
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from django.templatetags.static import static
 from django.urls import reverse_lazy
@@ -37,7 +37,9 @@ def _broker(url: str) -> str:
     """Kombu's spelling of a Redis URL."""
     if not url.startswith("unix://"):
         return url
-    return f"redis+socket://{urlsplit(url).path}?virtual_host=0"
+    parts = urlsplit(url)
+    login = f"{parts.username or ''}:{parts.password}@" if parts.password else ""
+    return f"redis+socket://{login}{parts.path}?virtual_host={dict(parse_qsl(parts.query)).get('db', '0')}"
 
 
 SECRET_KEY = PENSTOCK.secret_key or _secret_key(PENSTOCK.var)
