@@ -1,12 +1,13 @@
 """Every setting, typed and validated at start. Nothing else in the project reads the environment."""
 
 import os
+import re
 import sys
 from functools import cached_property
 from pathlib import Path
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,6 +101,15 @@ def load_config() -> Config:
         sys.exit(f"Unknown setting {unknown[0]}. The settings are listed in README.md, section Settings.")
     try:
         return Config()
+    except SettingsError as error:  # a list that is no JSON
+        field = re.search(r'field "(\w+)"', str(error))
+        name = _variable(field.group(1)) if field else "A list"
+        sys.exit(f'{name} must be a JSON list, such as ["example.org"]. See README.md, section Settings.')
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(f"{_variable(str(e['loc'][0]))}: {e['msg']}" for e in error.errors())
         sys.exit(f"A setting cannot be used: {problems}. See README.md, section Settings.")
+
+
+def _variable(name: str) -> str:
+    """The environment variable of a field or an alias."""
+    return name if name.isupper() else f"PENSTOCK_{name.upper()}"

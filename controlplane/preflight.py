@@ -65,8 +65,8 @@ def check_redis(config: Config) -> None:
             info = client.info("server")
     except (redis.RedisError, OSError, ValueError) as error:
         raise CannotStart(
-            f"The Redis that REDIS_URL names cannot be used: {error}. Start it or correct the URL; without REDIS_URL, "
-            "Penstock runs its own."
+            f"The Redis that REDIS_URL names cannot be used: {str(error).rstrip('.')}. Start it or correct the URL; "
+            "without REDIS_URL, Penstock runs its own."
         ) from None
     version = str(info.get("valkey_version") or info["redis_version"])
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_REDIS:
