@@ -72,6 +72,7 @@ class FlowQueue:
         self._epoch = 0
         self._policy: ActivePolicy | None = None
         self._rules: QueueRules = PLAIN
+        self._reorders = self._promotes = False
         self._arrivals: list[tuple[float, str]] = []
         """A heap of (arrival, id), kept while the rules promote; who waits no more is dropped when it comes up."""
         self._records: dict[str, _Record] = {}
@@ -275,7 +276,7 @@ class FlowQueue:
         if self._policy is not None or self._waiting:
             return False
         self._policy = ActivePolicy(revision, name, dict(params))
-        self._rules = build_policy(name, params).rules
+        self._set_rules(build_policy(name, params).rules)
         return True
 
     def set_weight(self, flow: str, weight: float) -> bool:
@@ -293,9 +294,10 @@ class FlowQueue:
         self._unplaced.clear()
         for record in sorted(self._waiting.values(), key=lambda record: record.number):
             self._flows.place(record.entry.id, record.number, policy.place(record.entry))
-        self._policy, self._rules = ActivePolicy(revision, policy.name, dict(policy.params)), policy.rules
+        self._policy = ActivePolicy(revision, policy.name, dict(policy.params))
+        self._set_rules(policy.rules)
         self._arrivals.clear()
-        if self._rules.promote_after_s is not None:
+        if self._promotes:
             self._arrivals.extend((record.entry.arrival_s, id_) for id_, record in self._waiting.items())
             heapify(self._arrivals)
         return len(self._waiting)
@@ -317,7 +319,8 @@ class FlowQueue:
         self, owner: str, state: _Owner, max_requests: int, max_tokens: int, now: float
     ) -> list[tuple[str, int]]:
         flows, rules = self._flows, self._rules
-        turn = _Turn(self, now) if rules.reorders else None
+        turn = _Turn(self, now) if self._reorders else None
+        per_request, per_prompt, per_output = rules.request_price, rules.prompt_price, rules.output_price
         rows: list[tuple[str, int]] = []
         while len(rows) < max_requests and (head := flows.head() if turn is None else turn.next()) is not None:
             id_, rank, weight, flow = head
@@ -328,7 +331,7 @@ class FlowQueue:
                 break
             max_tokens -= tokens
             cost = entry.cost_tokens
-            charge = cost if rules is PLAIN else self._charge(entry)
+            charge = per_request + per_prompt * entry.prompt_tokens + per_output * entry.max_tokens
             if turn is None:
                 flows.take(charge)
             else:
@@ -406,6 +409,10 @@ class FlowQueue:
     def _charge(self, entry: QueueEntry) -> float:
         return self._rules.charge(entry.prompt_tokens, entry.max_tokens)
 
+    def _set_rules(self, rules: QueueRules) -> None:
+        self._rules, self._reorders = rules, rules.reorders
+        self._promotes = rules.promote_after_s is not None
+
     def _holds(self, owner: str, request_id: str, attempt: int) -> bool:
         record = self._records.get(request_id)
         return bool(record and record.lease and record.lease.owner == owner and record.attempt == attempt)
@@ -424,7 +431,7 @@ class FlowQueue:
     def _start_waiting(self, record: _Record) -> None:
         entry = record.entry
         self._waiting[entry.id] = record
-        if self._rules.promote_after_s is not None:
+        if self._promotes:
             heappush(self._arrivals, (entry.arrival_s, entry.id))
         self._by_priority[entry.priority] += 1
         self._by_tenant[entry.tenant] += 1
