@@ -1,7 +1,7 @@
 """The sweeper: gives back what dead processes held. Idempotent, so any number may run."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,9 @@ SLOT_GRACE_S = 15.0
 SECOND_LOOK_S = 3.0
 """A web process whose heartbeat ran out because Redis was away has this long to beat again: a few heartbeats."""
 
+SLOTS_AT_ONCE = 500
+"""Requests looked up in one round trip."""
+
 SHED_GRACE_S = 3.0
 """Whoever dropped a request ends it at once, if it can."""
 
@@ -39,13 +42,10 @@ class Sweeper:
         self._lapsed: dict[str, float] = {}
         """Web processes whose heartbeat has run out, and when that was first seen."""
         self._limits = TenantLimits(keys)
-        self._models: set[str] = set()
 
     def run_once(self) -> None:
         """One round over all queues. Raises RedisError."""
-        # A model stays on the list after it was withdrawn: its last requests must still come to an end.
-        self._models |= {_text(name) for name in self._client.hkeys(self._keys.deployments)}
-        queues = [FleetQueue(self._keys, model) for model in sorted(self._models)]
+        queues = self._queues()
         for queue in queues:
             for owner, num_requeued in execute(self._client, queue.expire()):
                 logger.warning("%s of %s is gone; %d requests go back to the queue.", owner, queue.model, num_requeued)
@@ -59,21 +59,32 @@ class Sweeper:
 
         They leak where a process died between charging a request and enqueueing it, or Redis came back with older data.
         """
-        num_freed, before_s = 0, self._clock() - SLOT_GRACE_S
-        for tenant in tenants:
-            for request_id in execute(self._client, self._limits.slots(tenant, before_s)):
-                if self._is_over(request_id, before_s):
-                    execute(self._client, self._limits.settle(tenant, request_id, refund_tokens=0))
-                    num_freed += 1
+        queues, num_freed, before_s = self._queues(), 0, self._clock() - SLOT_GRACE_S
+        for tenant in tenants if queues else ():
+            ids = execute(self._client, self._limits.slots(tenant, before_s))
+            for batch in (ids[i : i + SLOTS_AT_ONCE] for i in range(0, len(ids), SLOTS_AT_ONCE)):
+                over = self._over(queues, batch, before_s)
+                execute_many(self._client, [self._limits.settle(tenant, id_, refund_tokens=0) for id_ in over])
+                num_freed += len(over)
         if num_freed:
             logger.warning("%d concurrency slots of lost requests are free again.", num_freed)
         return num_freed
 
-    def _is_over(self, request_id: str, before_s: float) -> bool:
-        """Whether the request ended before then, or no queue knows it."""
-        queues = [FleetQueue(self._keys, model) for model in self._models]
-        ends = [execute(self._client, queue.ended_s(request_id)) for queue in queues]
-        return all(end_s is not None and end_s < before_s for end_s in ends)
+    def _queues(self) -> list[FleetQueue]:
+        """Of all models, withdrawn ones too."""
+        with self._client.pipeline() as pipe:
+            if deployed := self._client.hkeys(self._keys.deployments):
+                pipe.sadd(self._keys.models, *deployed)
+            pipe.smembers(self._keys.models)
+            names = pipe.execute()[-1]
+        return [FleetQueue(self._keys, model) for model in sorted(map(_text, names))]
+
+    def _over(self, queues: Sequence[FleetQueue], ids: Sequence[str], before_s: float) -> list[str]:
+        """Requests that ended before then, or that no queue knows."""
+        commands = [queue.ended_s(id_) for id_ in ids for queue in queues]
+        ends = iter(execute_many(self._client, commands))
+        ends_of = {id_: [next(ends) for _ in queues] for id_ in ids}
+        return [id_ for id_, each in ends_of.items() if all(end is not None and end < before_s for end in each)]
 
     def _end_shed(self, queue: FleetQueue) -> None:
         """End what was dropped from a full queue by a web process that died, or lost the answer."""

@@ -48,7 +48,7 @@ def sweep() -> None:
 def free_slots() -> None:
     """Give back concurrency slots that no request holds."""
     try:
-        _sweeper().free_slots(Tenant.objects.filter(quota__concurrency__isnull=False).values_list("name", flat=True))
+        _sweeper().free_slots(Tenant.objects.values_list("name", flat=True))
     except AWAY as error:
         logger.warning("Concurrency slots could not be compared: %s", error)
 

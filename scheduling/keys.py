@@ -57,6 +57,11 @@ class Keys:
         return f"{self.prefix}:deployments"
 
     @property
+    def models(self) -> str:
+        """Set: every model that was ever deployed; requests of one that was withdrawn must still come to an end."""
+        return f"{self.prefix}:models"
+
+    @property
     def history(self) -> str:
         """Stream: field `m` is a MessagePack list of HistoryEvent."""
         return f"{self.prefix}:history"
