@@ -365,7 +365,8 @@ INLINE void attend(const int n, Query *queries, const Heads *h, const float *key
     long first = queries[0].first, last = queries[n - 1].position, d = 0; /* in the order of their positions */
     for (long b = first / BLOCK; b <= last / BLOCK; b++) {
         const float *k = keys + ((long)table[b] * h->kv_heads + head) * h->head_dim * BLOCK;
-        if (b < last / BLOCK) fetch_ahead(keys + ((long)table[b + 1] * h->kv_heads + head) * h->head_dim * BLOCK, h->head_dim);
+        if (b < last / BLOCK)
+            fetch_ahead(keys + ((long)table[b + 1] * h->kv_heads + head) * h->head_dim * BLOCK, h->head_dim);
         block_scores(n, queries, k, h, b * BLOCK);
     }
     for (int i = 0; i < n; i++) {
