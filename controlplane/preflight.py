@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 import redis
+from django.core.management import call_command
 from django.db import OperationalError, connection
 
 from controlplane.config import Config
@@ -14,6 +15,8 @@ from inference.checkpoint import CheckpointError, inspect_checkpoint
 from inference.models import ModelDeployment
 
 MIN_REDIS = (6, 2)
+MIGRATION_LOCK = 0x50454E53
+"""Number of an advisory lock in the database, ours alone."""
 
 
 class CannotStart(Exception):  # noqa: N818
@@ -86,6 +89,19 @@ def check_database(config: Config) -> None:
             f"{what} cannot be used: {first_line} Start it, create it or correct the URL; without DATABASE_URL, "
             "Penstock uses SQLite under var/."
         ) from None
+
+
+def migrate() -> None:
+    """Bring the database's tables up to date; machines that start at the same time do so one after the other."""
+    if connection.vendor != "postgresql":  # SQLite's folder is locked for one supervisor
+        call_command("migrate", verbosity=0, interactive=False)
+        return
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_lock(%s)", [MIGRATION_LOCK])
+        try:
+            call_command("migrate", verbosity=0, interactive=False)
+        finally:
+            cursor.execute("SELECT pg_advisory_unlock(%s)", [MIGRATION_LOCK])
 
 
 def check_checkpoint(config: Config) -> None:

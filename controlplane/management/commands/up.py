@@ -13,7 +13,6 @@ from typing import Any
 import redis
 from asgiref.sync import sync_to_async
 from django.conf import settings
-from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError
 
 from controlplane import preflight
@@ -67,7 +66,7 @@ class Command(BaseCommand):
         preflight.check_database(config)
         if not config.redis_url:
             server_command(config)
-        call_command("migrate", verbosity=0, interactive=False)
+        preflight.migrate()
         if "gpu" in kinds:
             train_model(config)
 
