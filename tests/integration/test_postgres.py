@@ -98,3 +98,20 @@ def test_the_database_tests_pass_on_postgresql(postgres_url: str, redis_url: str
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *DATABASE_TESTS]
     result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-16000:] + result.stderr[-2000:]
+
+
+MIGRATE = "import django; django.setup(); from controlplane.preflight import migrate; migrate()"
+
+
+@pytest.mark.postgres
+def test_machines_that_start_at_the_same_time_prepare_the_database_once(postgres_url: str, tmp_path: Path) -> None:
+    machines = []
+    for number in range(3):
+        environment = os.environ | {
+            "DATABASE_URL": postgres_url,
+            "PENSTOCK_VAR": str(tmp_path / str(number)),
+            "DJANGO_SETTINGS_MODULE": "controlplane.settings",
+        }
+        command = [sys.executable, "-c", MIGRATE]
+        machines.append(subprocess.Popen(command, env=environment, cwd=HERE.parent.parent))
+    assert [machine.wait(120) for machine in machines] == [0, 0, 0]
