@@ -32,6 +32,7 @@ def _gemma2() -> Any:
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "llama_long": lambda: transformers.LlamaConfig(**SIZES | {"max_position_embeddings": 4096}),
     "llama_rope_scaled": lambda: transformers.LlamaConfig(
         **SIZES, tie_word_embeddings=True, attention_bias=True,
         rope_parameters={

@@ -13,9 +13,9 @@ from tests.checkpoints import make_checkpoint, make_tokenizer
 COMMAND = [sys.executable, "-m", "inference.worker"]
 
 
-def make_tiny_checkpoint(path: Path) -> Path:
-    """A Llama with context for 256 tokens, whose texts are noise but always the same."""
-    make_checkpoint("llama", path)
+def make_tiny_checkpoint(path: Path, architecture: str = "llama") -> Path:
+    """A Llama with context for 256 (`llama_long`: 4096) tokens, whose texts are noise but always the same."""
+    make_checkpoint(architecture, path)
     make_tokenizer("bytes", path)
     return path
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama_long")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def app(redis_url: str, keys: Keys) -> Iterator[Celery]:
 
 
 def deploy(store: redis.Redis, keys: Keys, path: Path) -> None:
-    spec = DeploymentSpec(name=MODEL, path=str(path), max_batch_size=8, kv_memory_bytes=4 * 2**20, created_s=1)
+    spec = DeploymentSpec(name=MODEL, path=str(path), max_batch_size=8, kv_memory_bytes=32 * 2**20, created_s=1)
     store.hset(keys.deployments, MODEL, msgspec.json.encode(spec))
 
 
@@ -99,7 +99,7 @@ def test_a_gpu_worker_serves_answers_commands_and_drains(
     assert control.send_control(["gpu-7"], "resume")["gpu-7"]["state"] == "ready"
     fleet.until_finished()
     for i in range(40):
-        fleet.submit(f"s{i}", [5, 6 + i], 240)
+        fleet.submit(f"s{i}", [5, 6 + i], 3000)  # long enough for a drain to be seen
     fleet.until(lambda: fleet.answers["s0"].token_ids)
     engine = engine_of(worker)
     worker.send_signal(signal.SIGTERM)
