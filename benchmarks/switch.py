@@ -64,7 +64,7 @@ def fill(client: redis.Redis, queue: FleetQueue, num_queued: int, revision: int,
             id=f"{revision}-{i}",
             tenant=f"tenant-{random.randrange(40)}",
             priority=random.choice(list(Priority)),
-            arrival_s=1e9 + i,
+            arrival_s=time.time(),
             prompt_tokens=random.randint(16, 2048),
             max_tokens=random.randint(8, 512),
         )
@@ -79,6 +79,14 @@ def fill(client: redis.Redis, queue: FleetQueue, num_queued: int, revision: int,
             ],
         )
     return [entry.id for entry in entries]
+
+
+def drain(client: redis.Redis, queue: FleetQueue) -> list[str]:
+    """Claim what is left."""
+    ids: list[str] = []
+    while claimed := execute(client, queue.claim("rest", max_requests=500, max_tokens=2**31 - 1, lease_s=600)).requests:
+        ids += [request.id for request in claimed]
+    return ids
 
 
 def measure(server: RedisServer, num_queued: int, num_claimers: int, revision: int) -> dict[str, float]:
@@ -102,8 +110,7 @@ def measure(server: RedisServer, num_queued: int, num_claimers: int, revision: i
     stop.set()
     for thread in threads:
         thread.join()
-    rest = execute(client, queue.claim("rest", max_requests=2 * num_queued, max_tokens=2**40, lease_s=600))
-    got = Counter([id_ for claimer in claimers for id_ in claimer.ids] + [request.id for request in rest.requests])
+    got = Counter([id_ for claimer in claimers for id_ in claimer.ids] + drain(client, queue))
     if got != Counter(ids):
         raise RuntimeError(f"{len(set(ids) - got.keys())} requests were lost and {got.total() - len(got)} doubled.")
     return {
