@@ -82,10 +82,13 @@ def fill(client: redis.Redis, queue: FleetQueue, num_queued: int, revision: int,
 
 
 def drain(client: redis.Redis, queue: FleetQueue) -> list[str]:
-    """Claim what is left."""
+    """Claim what is left. A claim may give nothing while it moves requests that are late behind the others."""
     ids: list[str] = []
-    while claimed := execute(client, queue.claim("rest", max_requests=500, max_tokens=2**31 - 1, lease_s=600)).requests:
-        ids += [request.id for request in claimed]
+    depth = 1
+    while depth:
+        claimed = execute(client, queue.claim("rest", max_requests=500, max_tokens=2**31 - 1, lease_s=600))
+        ids += [request.id for request in claimed.requests]
+        depth = claimed.depth
     return ids
 
 
