@@ -29,9 +29,10 @@ lint: $(VENV)/installed-tests ## check style, types and import directions
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/djlint templates --check --lint
 
-bench: setup $(VENV)/installed-tests ## measure the four batch modes and the gateway (minutes)
+bench: setup $(VENV)/installed-tests ## measure the batch modes, the gateway and a policy switch (minutes)
 	$(RUN) -m benchmarks.modes
 	$(RUN) -m benchmarks.gateway
+	$(RUN) -m benchmarks.switch
 
 load: setup ## send mixed traffic to a running system (DURATION=60 CLIENTS=32 TRACE=file.csv.gz RATE=1)
 	@exec $(RUN) manage.py load $(if $(DURATION),--duration $(DURATION)) $(if $(CLIENTS),--clients $(CLIENTS)) \
