@@ -1,6 +1,7 @@
 """What policies promise, for any requests."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,27 +16,7 @@ from scheduling.core.policies import (
 )
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import Priority, QueueEntry
-
-
-def entry_of(
-    number: int = 0,
-    *,
-    tenant: str = "ada",
-    priority: int = 3,
-    arrival_s: float = 0.0,
-    tokens: int = 10,
-    share: float = 1,
-) -> QueueEntry:
-    return QueueEntry(
-        id=f"r{number:05d}",
-        tenant=tenant,
-        priority=priority,
-        arrival_s=arrival_s,
-        prompt_tokens=tokens,
-        max_tokens=tokens,
-        share=share,
-    )
-
+from tests.unit.policy_cases import entry_of
 
 ENTRIES = st.lists(
     st.builds(
@@ -43,7 +24,8 @@ ENTRIES = st.lists(
         tenant=st.sampled_from(["ada", "bob", "cleo"]),
         priority=st.integers(0, 5),
         arrival_s=st.floats(0, 1e9),
-        tokens=st.integers(1, 4000),
+        prompt=st.integers(1, 4000),
+        output=st.integers(1, 4000),
         share=st.floats(0.0, 100.0),
     ),
     max_size=40,
@@ -67,10 +49,7 @@ def claim_ids(queue: FlowQueue, num: int = 10**6) -> list[str]:
 @given(entries=ENTRIES)
 def test_every_policy_is_pure_and_serves_every_request_exactly_once(name: str, entries: list[QueueEntry]) -> None:
     policy = build_policy(name)
-    numbered = [
-        entry_of(i, tenant=e.tenant, priority=e.priority, arrival_s=e.arrival_s, tokens=e.prompt_tokens, share=e.share)
-        for i, e in enumerate(entries)
-    ]
+    numbered = [replace(e, id=f"r{i:05d}") for i, e in enumerate(entries)]
     for entry in numbered:
         assert policy.place(entry) == policy.place(entry)
         assert policy.place(entry).weight > 0
@@ -107,7 +86,7 @@ def test_a_higher_priority_overtakes_only_within_the_credit_of_the_levels_betwee
 def test_fair_gives_backlogged_tenants_tokens_in_proportion_to_their_weights() -> None:
     rng, weights = random.Random(7), {"ada": 1.0, "bob": 2.0, "cleo": 5.0}
     entries = [
-        entry_of(i, tenant=tenant, tokens=rng.randrange(10, 500), share=weights[tenant])
+        entry_of(i, tenant=tenant, prompt=(n := rng.randrange(10, 500)), output=n, share=weights[tenant])
         for i, tenant in enumerate(rng.choice(sorted(weights)) for _ in range(6000))
     ]
     costs = {entry.id: (entry.tenant, entry.cost_tokens) for entry in entries}
@@ -131,7 +110,7 @@ def test_fair_gives_a_tenant_that_was_idle_no_credit_for_it() -> None:
 
 def test_an_unused_output_budget_is_given_back_to_the_flow() -> None:
     policy = build_policy("fair")
-    entries = [entry_of(i, tenant="ada" if i % 2 else "bob", tokens=100) for i in range(40)]
+    entries = [entry_of(i, tenant="ada" if i % 2 else "bob", prompt=100, output=100) for i in range(40)]
     queue = filled(policy, entries)
     for id_ in claim_ids(queue, 2):
         used = 200 if id_ == "r00000" else 20
