@@ -23,8 +23,8 @@ import torch
 import transformers
 
 from benchmarks.modes import SIZES, make_checkpoint, processor_name
-from scheduling.core.batcher import Batcher
-from scheduling.core.table import format_table
+from scheduling.core.batching.batcher import Batcher
+from scheduling.core.simulation.table import format_table
 
 SIZES_OF_BATCH = (1, 2, 4, 8, 16)
 PROMPT_TOKENS = 64

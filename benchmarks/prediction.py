@@ -26,16 +26,16 @@ from benchmarks.modes import SIZES, make_checkpoint, processor_name
 from inference.engine.runner import ModelRunner
 from inference.messages import DeploymentSpec
 from scheduling.core.blocks import BlockAllocator
-from scheduling.core.cost_model import StepCost, StepTimeModel, measure_parts
-from scheduling.core.outcome import Outcome, ServiceTargets, SimulationResult
 from scheduling.core.planner import StepPlanner
 from scheduling.core.policies import build_policy
-from scheduling.core.report import Report, build_report
 from scheduling.core.sequence import SamplingParams
-from scheduling.core.simulated_replica import SimulatedSequence
-from scheduling.core.simulator import SimulationSettings, simulate
-from scheduling.core.table import format_seconds, format_table
-from scheduling.core.trace import TraceRequest
+from scheduling.core.simulation.outcome import Outcome, ServiceTargets, SimulationResult
+from scheduling.core.simulation.replica import SimulatedSequence
+from scheduling.core.simulation.report import Report, build_report
+from scheduling.core.simulation.simulator import SimulationSettings, simulate
+from scheduling.core.simulation.table import format_seconds, format_table
+from scheduling.core.simulation.trace import TraceRequest
+from scheduling.core.sizing.cost_model import StepCost, StepTimeModel, measure_parts
 
 SLOTS = 16
 STEP_TOKENS = 512

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scheduling.core.backpressure import BackpressureLimits, Level, assess, depth_limit
-from scheduling.core.cost_model import DEFAULT_COST
 from scheduling.core.policies import POLICIES, build_policy
 from scheduling.core.policy import Policy
 from scheduling.core.queue import FlowQueue
-from scheduling.core.report import Report, build_report, light_half
 from scheduling.core.request import Priority, QueueEntry
-from scheduling.core.simulator import SimulationSettings, simulate
-from scheduling.core.table import compare_reports, format_table
-from scheduling.core.trace import TraceRequest, read_trace
+from scheduling.core.simulation.report import Report, build_report, light_half
+from scheduling.core.simulation.simulator import SimulationSettings, simulate
+from scheduling.core.simulation.table import compare_reports, format_table
+from scheduling.core.simulation.trace import TraceRequest, read_trace
+from scheduling.core.sizing.cost_model import DEFAULT_COST
 
 NO_LIMIT = 2**62
 NUM_TENANTS = 43

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from inference.models import BatchRecord, ModelDeployment, RequestRecord
-from scheduling.core.cost_model import StepCost, StepFeatures, StepTimeModel
-from scheduling.core.outcome import Outcome, SimulationResult
-from scheduling.core.trace import TraceRequest
+from scheduling.core.simulation.outcome import Outcome, SimulationResult
+from scheduling.core.simulation.trace import TraceRequest
+from scheduling.core.sizing.cost_model import StepCost, StepFeatures, StepTimeModel
 
 MIN_BUSY_SECONDS = 5
 """From fewer seconds of steps no cost is learned."""

@@ -12,11 +12,11 @@ from django.core.management import CommandError, call_command
 from inference.models import BatchRecord, RequestRecord
 from inference.recorded import HistoryError, read_history
 from scheduling.core.blocks import BlockAllocator
-from scheduling.core.cost_model import DEFAULT_COST, StepCost, measure_parts
-from scheduling.core.outcome import Outcome
 from scheduling.core.planner import StepPlanner
-from scheduling.core.simulated_replica import EOS, SimulatedReplica, SimulatedSequence
-from scheduling.core.trace import TraceRequest
+from scheduling.core.simulation.outcome import Outcome
+from scheduling.core.simulation.replica import EOS, SimulatedReplica, SimulatedSequence
+from scheduling.core.simulation.trace import TraceRequest
+from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost, measure_parts
 
 Capture = pytest.CaptureFixture[str]
 START = datetime(2026, 3, 1, 12, 0, 0, 250_000, tzinfo=UTC)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.core.batcher import Batcher
-from scheduling.core.batcher_errors import BatcherClosedError, BatcherError, BatcherFullError, BatchResultError
+from scheduling.core.batching.batcher import Batcher
+from scheduling.core.batching.errors import BatcherClosedError, BatcherError, BatcherFullError, BatchResultError
 from scheduling.core.policies import POLICIES
 from scheduling.core.request import Priority
 from scheduling.core.triggers import BatchView, Fired

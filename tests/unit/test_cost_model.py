@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.core.cost_model import (
+from scheduling.core.sequence import SamplingParams, Sequence, StepPart
+from scheduling.core.sizing.cost_model import (
     DEFAULT_COST,
     CostFileError,
     StepCost,
@@ -17,8 +18,7 @@ from scheduling.core.cost_model import (
     cheaper_preemption,
     measure_parts,
 )
-from scheduling.core.least_squares import RecursiveLeastSquares, solve_nonnegative
-from scheduling.core.sequence import SamplingParams, Sequence, StepPart
+from scheduling.core.sizing.least_squares import RecursiveLeastSquares, solve_nonnegative
 
 
 def draw_step(random: Random) -> StepFeatures:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.core.memory_model import BatchShape, MemoryModel, ModelConfigError, ModelShape
+from scheduling.core.sizing.memory_model import BatchShape, MemoryModel, ModelConfigError, ModelShape
 
 LLAMA_8B = {
     "num_hidden_layers": 32,

@@ -9,11 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduling.core.chart import draw_page
-from scheduling.core.outcome import Outcome, ServiceTarget, ServiceTargets, SimulationResult
-from scheduling.core.report import Report, build_report, fair_level, jain, jain_of_service, light_half, spread_of
-from scheduling.core.table import compare_reports, format_seconds
-from scheduling.core.trace import TraceRequest
+from scheduling.core.simulation.chart import draw_page
+from scheduling.core.simulation.outcome import Outcome, ServiceTarget, ServiceTargets, SimulationResult
+from scheduling.core.simulation.report import (
+    Report,
+    build_report,
+    fair_level,
+    jain,
+    jain_of_service,
+    light_half,
+    spread_of,
+)
+from scheduling.core.simulation.table import compare_reports, format_seconds
+from scheduling.core.simulation.trace import TraceRequest
 
 TARGETS = ServiceTargets(default=ServiceTarget(ttft_s=1.0), by_priority={0: ServiceTarget(ttft_s=0.1, e2e_s=1.0)})
 

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.core.backpressure import BackpressureLimits
-from scheduling.core.cost_model import DEFAULT_COST, StepCost, SwapLink
-from scheduling.core.outcome import ServiceTarget, ServiceTargets, SimulationResult
 from scheduling.core.planner import Mode
 from scheduling.core.policies import POLICIES, build_policy
-from scheduling.core.simulated_admission import AdmissionSettings
-from scheduling.core.simulated_replica import SwapSettings
-from scheduling.core.simulator import SimulationSettings, simulate
-from scheduling.core.sizing import SIZINGS, build_sizing
-from scheduling.core.trace import TraceRequest
+from scheduling.core.simulation.admission import AdmissionSettings
+from scheduling.core.simulation.outcome import ServiceTarget, ServiceTargets, SimulationResult
+from scheduling.core.simulation.replica import SwapSettings
+from scheduling.core.simulation.simulator import SimulationSettings, simulate
+from scheduling.core.simulation.trace import TraceRequest
+from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost, SwapLink
+from scheduling.core.sizing.strategies import SIZINGS, build_sizing
 
 SWAP = SwapSettings(link=SwapLink(bytes_per_s=50e9), kv_bytes_per_token=131_072)
 RESTLESS = build_policy("adaptive", {"calm_depth": 1, "dwell_s": 1, "hold_s": 0, "imbalance": 1.1})

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.core.controller import Controller, Observation, Readings, memory_limit
-from scheduling.core.cost_model import DEFAULT_COST, StepCost
-from scheduling.core.sizing import SIZINGS, InvalidSizingParameter, UnknownSizing, build_sizing
+from scheduling.core.sizing.controller import Controller, Observation, Readings, memory_limit
+from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost
+from scheduling.core.sizing.strategies import SIZINGS, InvalidSizingParameter, UnknownSizing, build_sizing
 
 BUSY = Observation(
     now_s=0.0, seconds=1.0, steps=50, num_running=16, num_waiting=40, kv_blocks_used=160, kv_blocks_total=4096

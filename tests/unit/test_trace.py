@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scheduling.core.request import Priority
-from scheduling.core.trace import TraceError, TraceRequest, read_trace
+from scheduling.core.simulation.trace import TraceError, TraceRequest, read_trace
 
 HEADER = "arrival_s,tenant,prompt_tokens,output_tokens\n"
 

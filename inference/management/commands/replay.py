@@ -12,19 +12,19 @@ from typing import Any, get_args
 from django.core.management.base import BaseCommand, CommandError
 
 from inference.recorded import HistoryError, RecordedRun, read_history
-from scheduling.core.chart import draw_page
-from scheduling.core.controller import Sizing
-from scheduling.core.cost_model import DEFAULT_COST, CostFileError, StepCost
-from scheduling.core.outcome import ServiceTarget, ServiceTargets, SimulationResult
 from scheduling.core.planner import Mode
 from scheduling.core.policies import POLICIES, build_policy
 from scheduling.core.policy import Policy, PolicyError
-from scheduling.core.report import Report, Spread, build_report
-from scheduling.core.simulated_admission import AdmissionSettings
-from scheduling.core.simulator import SimulationSettings, simulate
-from scheduling.core.sizing import SIZINGS, SizingError, build_sizing
-from scheduling.core.table import compare_reports, format_seconds
-from scheduling.core.trace import TraceError, TraceRequest, read_trace
+from scheduling.core.simulation.admission import AdmissionSettings
+from scheduling.core.simulation.chart import draw_page
+from scheduling.core.simulation.outcome import ServiceTarget, ServiceTargets, SimulationResult
+from scheduling.core.simulation.report import Report, Spread, build_report
+from scheduling.core.simulation.simulator import SimulationSettings, simulate
+from scheduling.core.simulation.table import compare_reports, format_seconds
+from scheduling.core.simulation.trace import TraceError, TraceRequest, read_trace
+from scheduling.core.sizing.controller import Sizing
+from scheduling.core.sizing.cost_model import DEFAULT_COST, CostFileError, StepCost
+from scheduling.core.sizing.strategies import SIZINGS, SizingError, build_sizing
 
 Run = tuple[Report, SimulationResult]
 

@@ -3,10 +3,10 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from scheduling.core.cost_model import StepCost, StepFeatures, SwapLink, cheaper_preemption, measure_parts
-from scheduling.core.outcome import Outcome
 from scheduling.core.planner import StepOutput, StepPlanner
 from scheduling.core.sequence import PartResult, SamplingParams, Sequence, StepPart
+from scheduling.core.simulation.outcome import Outcome
+from scheduling.core.sizing.cost_model import StepCost, StepFeatures, SwapLink, cheaper_preemption, measure_parts
 
 EOS = 0
 """The simulated end-of-sequence token."""

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from scheduling.core.least_squares import RecursiveLeastSquares
 from scheduling.core.sequence import StepPart
+from scheduling.core.sizing.least_squares import RecursiveLeastSquares
 
 FORMAT = "penstock-step-cost-1"
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scheduling.core.least_squares import RecursiveLeastSquares
+from scheduling.core.sizing.least_squares import RecursiveLeastSquares
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}
 LIVE_HIDDEN_STATES = 4

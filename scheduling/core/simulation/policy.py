@@ -1,11 +1,11 @@
 """The policy in force during a simulation; where it is `adaptive`, its switches, as ops makes them in a fleet."""
 
 from scheduling.core.adaptive import AdaptiveState, choose, observe
-from scheduling.core.outcome import PolicyChange, ServiceTargets
 from scheduling.core.policies import build_policy, deadline_of
 from scheduling.core.policy import Policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
+from scheduling.core.simulation.outcome import PolicyChange, ServiceTargets
 
 SAMPLE = 200
 """Waiting requests that the adaptive policy looks at."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
-from scheduling.core.controller import Controller, Observation, memory_limit
+from scheduling.core.sizing.controller import Controller, Observation, memory_limit
 
 LATE_VALUE = 0.1
 """What any token is worth against one within the SLA: where all are late, the size that works off most is learned."""

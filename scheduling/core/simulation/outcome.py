@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from scheduling.core.trace import TraceRequest
+from scheduling.core.simulation.trace import TraceRequest
 
 OutcomeState = Literal["waiting", "running", "finished", "refused"]
 

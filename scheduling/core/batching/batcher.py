@@ -13,14 +13,14 @@ from random import Random
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from scheduling.core.batcher_errors import BatcherClosedError, BatcherError, BatcherFullError, BatchResultError
-from scheduling.core.batcher_health import BatcherHealth
-from scheduling.core.controller import Observation, Sizing
+from scheduling.core.batching.errors import BatcherClosedError, BatcherError, BatcherFullError, BatchResultError
+from scheduling.core.batching.health import BatcherHealth
 from scheduling.core.policies import build_policy
 from scheduling.core.policy import Policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import Priority, QueueEntry
-from scheduling.core.sizing import build_sizing
+from scheduling.core.sizing.controller import Observation, Sizing
+from scheduling.core.sizing.strategies import build_sizing
 from scheduling.core.triggers import BatchView, Fired, Trigger, TriggerLog, batch_triggers
 
 In = TypeVar("In")

@@ -13,17 +13,17 @@ from itertools import islice
 
 from scheduling.core.answers import Enqueued
 from scheduling.core.blocks import BlockAllocator
-from scheduling.core.controller import Observation, Sizing
-from scheduling.core.cost_model import StepCost
-from scheduling.core.outcome import Outcome, ServiceTargets, SimulationResult, SizeChange
 from scheduling.core.planner import Mode, RequestTooLongError, StepPlanner
 from scheduling.core.policy import Policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
-from scheduling.core.simulated_admission import NO_LIMIT, AdmissionSettings, SimulatedAdmission
-from scheduling.core.simulated_policy import SimulatedPolicy
-from scheduling.core.simulated_replica import EOS, SimulatedReplica, SimulatedSequence, SwapSettings
-from scheduling.core.trace import TraceRequest
+from scheduling.core.simulation.admission import NO_LIMIT, AdmissionSettings, SimulatedAdmission
+from scheduling.core.simulation.outcome import Outcome, ServiceTargets, SimulationResult, SizeChange
+from scheduling.core.simulation.policy import SimulatedPolicy
+from scheduling.core.simulation.replica import EOS, SimulatedReplica, SimulatedSequence, SwapSettings
+from scheduling.core.simulation.trace import TraceRequest
+from scheduling.core.sizing.controller import Observation, Sizing
+from scheduling.core.sizing.cost_model import StepCost
 
 PROGRESS_EVERY = 256
 """Arrivals between two reports of progress."""

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from scheduling.core.outcome import SimulationResult
-from scheduling.core.report import Report
-from scheduling.core.table import ROWS, format_seconds
+from scheduling.core.simulation.outcome import SimulationResult
+from scheduling.core.simulation.report import Report
+from scheduling.core.simulation.table import ROWS, format_seconds
 
 COLOURS = ("#3b6fb6", "#c8553d", "#3d8f5f", "#8a5aa8", "#b98a1e", "#4a9aa8", "#a34a6b", "#6b7280")
 WIDTH, HEIGHT = 560, 260

@@ -7,10 +7,10 @@ from random import Random
 from types import MappingProxyType
 from typing import Any
 
-from scheduling.core.controller import Controller, Observation
-from scheduling.core.cost_model import StepFeatures
 from scheduling.core.policy import Parameter
-from scheduling.core.thompson import Adaptive
+from scheduling.core.sizing.controller import Controller, Observation
+from scheduling.core.sizing.cost_model import StepFeatures
+from scheduling.core.sizing.thompson import Adaptive
 
 SHRINK_ABOVE = 1.2
 """Latency above this share of its target: too slow."""

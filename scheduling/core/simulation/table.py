@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from scheduling.core.report import Group, Report, Spread
+from scheduling.core.simulation.report import Group, Report, Spread
 
 _Row = tuple[str, Callable[[Report], str]]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scheduling.core.outcome import Outcome, ServiceTargets, SimulationResult
 from scheduling.core.request import Priority
+from scheduling.core.simulation.outcome import Outcome, ServiceTargets, SimulationResult
 
 WINDOW_S = 10.0
 """Fairness is judged in windows of this length: long enough for many requests, short against a backlog."""

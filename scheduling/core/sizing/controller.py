@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple, Protocol
 
-from scheduling.core.cost_model import StepCost
+from scheduling.core.sizing.cost_model import StepCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Batches inside one process, around any async callable."""

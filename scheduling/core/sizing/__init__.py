@@ -1,0 +1,1 @@
+"""How many requests a batch may hold: strategies, and the models of time and memory that they read."""
