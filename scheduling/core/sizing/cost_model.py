@@ -123,6 +123,10 @@ class SwapLink:
         """Seconds to move that much in one direction."""
         return self.latency_s + num_bytes / self.bytes_per_s
 
+    def swap_s(self, num_bytes: int) -> float:
+        """Seconds to move that much out and, later, back in."""
+        return 2 * self.transfer_s(num_bytes)
+
 
 def cheaper_preemption(
     cost: StepCost, link: SwapLink | None, *, num_tokens: int, kv_bytes_per_token: int
@@ -130,8 +134,7 @@ def cheaper_preemption(
     """How a sequence of so many computed tokens gives up its blocks at the least cost, out and back in together."""
     if link is None or num_tokens == 0:
         return "recompute"
-    swap_s = 2 * link.transfer_s(num_tokens * kv_bytes_per_token)
-    return "swap" if swap_s < cost.recompute_s(num_tokens) else "recompute"
+    return "swap" if link.swap_s(num_tokens * kv_bytes_per_token) < cost.recompute_s(num_tokens) else "recompute"
 
 
 class StepTimeModel:
