@@ -1,5 +1,6 @@
-"""The paged KV cache: its tensors and how large they are made."""
+"""The paged KV cache: its tensors, their copies in host memory, and how large both are made."""
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import psutil
@@ -13,6 +14,10 @@ HOST_FRACTION = 0.25
 """Of the host memory that is free after loading; the rest belongs to activations and to other processes."""
 DEVICE_FRACTION = 0.85
 """Of the CUDA memory that is free after loading."""
+SWAP_FRACTION = 0.2
+"""Of the host memory that is free once the cache is made, for what preempted sequences swap out."""
+MAX_SWAP_BYTES = 4 * 2**30
+"""Pinned memory is lost to everybody else on the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +39,44 @@ class KVShape:
 class KVCache:
     """Keys [num_blocks, num_kv_heads, head_dim, block_size] and values [.., block_size, head_dim] of every layer.
 
-    Keys lie with the tokens of a block side by side, so that one vector instruction scores a block.
+    Keys lie with the tokens of a block side by side, so that one vector instruction scores a block. `num_host_blocks`
+    more have their place in host memory (pinned beside CUDA), all layers of a block together, for `swap_out`.
     """
 
-    def __init__(self, shape: KVShape, num_blocks: int, device: torch.device) -> None:
+    def __init__(self, shape: KVShape, num_blocks: int, device: torch.device, num_host_blocks: int = 0) -> None:
+        per_block = shape.num_kv_heads * shape.head_dim * BLOCK_SIZE
         per_key = (num_blocks, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE)
         per_value = (num_blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
         self.shape = shape
         self.num_blocks = num_blocks
-        self.keys = [torch.zeros(per_key, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
-        self.values = [torch.zeros(per_value, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
+        self.num_host_blocks = num_host_blocks
+        self._blocks = torch.zeros((shape.num_layers, 2, num_blocks, per_block), dtype=shape.dtype, device=device)
+        self.keys = [layer[0].view(per_key) for layer in self._blocks]
+        self.values = [layer[1].view(per_value) for layer in self._blocks]
+        self._host = torch.empty(
+            (num_host_blocks, shape.num_layers, 2, per_block), dtype=shape.dtype, pin_memory=device.type == "cuda"
+        )
+
+    def swap_out(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copy (device block, host block) pairs out. Raises IndexError for a block that is not there.
+
+        On CUDA copies run in the stream of the steps, after those before and before those that come: whoever frees or
+        overwrites a block afterwards needs no wait.
+        """
+        self._check(pairs, self.num_blocks, self.num_host_blocks)
+        for block, place in pairs:
+            self._host[place].copy_(self._blocks[:, :, block], non_blocking=True)
+
+    def swap_in(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copy (host block, device block) pairs back, in the same way."""
+        self._check(pairs, self.num_host_blocks, self.num_blocks)
+        for place, block in pairs:
+            self._blocks[:, :, block].copy_(self._host[place], non_blocking=True)
+
+    def _check(self, pairs: Seq[tuple[int, int]], num_from: int, num_to: int) -> None:
+        for source, target in pairs:
+            if not (0 <= source < num_from and 0 <= target < num_to):
+                raise IndexError(f"Block {source} of {num_from} cannot be copied to block {target} of {num_to}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +108,16 @@ def size_cache(
             f"({shape.block_bytes // BLOCK_SIZE} bytes a token)."
         )
     return chosen
+
+
+def size_host_cache(shape: KVShape, num_blocks: int) -> CacheSize:
+    """Blocks of host memory for swapping, from what is free now; no more than the cache has itself."""
+    free = psutil.virtual_memory().available
+    room = min(int(free * SWAP_FRACTION), MAX_SWAP_BYTES) // shape.block_bytes
+    if num_blocks <= room:
+        return CacheSize(num_blocks, "as many as the cache has")
+    reason = f"{SWAP_FRACTION:.0%} of {free / 2**30:.1f} GiB free host memory, at most {MAX_SWAP_BYTES / 2**30:.0f} GiB"
+    return CacheSize(room, reason)
 
 
 def _free_bytes(device: torch.device) -> tuple[int, float, str]:

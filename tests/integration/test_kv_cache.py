@@ -1,0 +1,67 @@
+"""Blocks that are swapped out come back as they were, and both caches are sized from memory that is there."""
+
+import psutil
+import pytest
+import torch
+
+from inference.engine import kv_cache
+from inference.engine.kv_cache import KVCache, KVShape, size_host_cache
+
+SHAPE = KVShape(num_layers=3, num_kv_heads=2, head_dim=8, dtype=torch.float32)
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def content(cache: KVCache, block: int) -> list[torch.Tensor]:
+    return [tensor[block].cpu().clone() for layer in zip(cache.keys, cache.values, strict=True) for tensor in layer]
+
+
+@pytest.fixture(params=DEVICES)
+def cache(request: pytest.FixtureRequest) -> KVCache:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("There is no CUDA device here.")
+    cache = KVCache(SHAPE, 6, torch.device(request.param), num_host_blocks=4)
+    for layer in (*cache.keys, *cache.values):
+        layer.normal_()
+    return cache
+
+
+def test_blocks_come_back_from_the_host_as_they_were_and_nothing_else_changes(cache: KVCache) -> None:
+    before = [content(cache, block) for block in range(6)]
+    cache.swap_out([(5, 0), (1, 3)])
+    for layer in (*cache.keys, *cache.values):
+        layer[[1, 5]] = float("nan")
+    cache.swap_in([(0, 2), (3, 5)])
+    after = [content(cache, block) for block in range(6)]
+    for block, origin in {0: 0, 2: 5, 3: 3, 4: 4, 5: 1}.items():
+        assert all(torch.equal(x, y) for x, y in zip(after[block], before[origin], strict=True))
+    assert all(x.isnan().all() for x in after[1])
+
+
+def test_a_host_block_can_be_taken_again_at_once(cache: KVCache) -> None:
+    before = [content(cache, block) for block in range(6)]
+    cache.swap_out([(0, 1)])
+    cache.swap_in([(1, 4)])
+    cache.swap_out([(2, 1)])
+    cache.swap_in([(1, 5)])
+    for block, origin in {4: 0, 5: 2}.items():
+        assert all(torch.equal(x, y) for x, y in zip(content(cache, block), before[origin], strict=True))
+
+
+@pytest.mark.parametrize(("device", "host"), [(6, 0), (-1, 0), (0, 4), (0, -1)])
+def test_a_block_that_is_not_there_is_refused(cache: KVCache, device: int, host: int) -> None:
+    with pytest.raises(IndexError, match="cannot be copied"):
+        cache.swap_out([(device, host)])
+    with pytest.raises(IndexError, match="cannot be copied"):
+        cache.swap_in([(host, device)])
+
+
+def test_the_host_cache_is_no_larger_than_the_cache_the_free_memory_or_its_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert size_host_cache(SHAPE, 10).num_blocks == 10
+    most = size_host_cache(SHAPE, 1 << 40)
+    assert most.num_blocks * SHAPE.block_bytes <= kv_cache.MAX_SWAP_BYTES
+    assert most.num_blocks * SHAPE.block_bytes < psutil.virtual_memory().total * kv_cache.SWAP_FRACTION
+    assert "GiB free host memory" in most.reason
+    monkeypatch.setattr(kv_cache, "MAX_SWAP_BYTES", 10 * SHAPE.block_bytes)
+    assert size_host_cache(SHAPE, 1 << 40).num_blocks == 10
