@@ -58,6 +58,21 @@ class Config(BaseSettings):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="Device of a gpu worker: `auto`, `cpu`, `cuda`, `cuda:N`.",
     )
+    gpu: str = Field(
+        "",
+        pattern=r"^(\d{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{1,128})?$",
+        description="GPU whose telemetry a gpu worker shows, by NVML's number or UUID (`GPU-...`, `MIG-...`); "
+        "empty: that of its CUDA device.",
+    )
+    step_timeout_s: float = Field(
+        120.0,
+        ge=1,
+        le=86400,
+        description="An engine process that ends no step for this long is killed and started again; its requests go on.",
+    )
+    load_timeout_s: float = Field(
+        1800.0, ge=10, le=86400, description="The same for an engine process that loads its model."
+    )
     key_prefix: str = Field("penstock", pattern=r"^[a-z0-9_-]{1,32}$", description="Prefix of all Redis keys.")
     queue_limit: int = Field(20_000, ge=1, description="Waiting requests per model before new ones are refused.")
     queue_tokens: int = Field(

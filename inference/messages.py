@@ -74,6 +74,13 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
     max_tokens: int
 
 
+class ProcessMemory(msgspec.Struct, frozen=True, array_like=True):
+    """Device memory that one process holds; `bytes` is None where the driver does not say."""
+
+    pid: int
+    bytes: int | None = None
+
+
 class Telemetry(msgspec.Struct, frozen=True, kw_only=True):
     """What the device says. Fields the source cannot read are None."""
 
@@ -85,6 +92,28 @@ class Telemetry(msgspec.Struct, frozen=True, kw_only=True):
     temperature_c: float | None = None
     power_w: float | None = None
     throttle_reasons: list[str] = []
+    time_s: float = 0.0
+    """When it was read."""
+    stale_s: float = 0.0
+    """Age of a reading whose successor is overdue, because the driver hangs; 0 for a fresh one."""
+    lost: bool = False
+    """The GPU has fallen off the bus or needs a reset; `detail` has the driver's word for it."""
+    detail: str = ""
+    """Why this is not the source one would expect, or what is wrong with it."""
+    uuid: str = ""
+    """NVML's name of the GPU or of the MIG instance."""
+    mig: str = ""
+    """`instance 1, compute 0` for a slice of a GPU; power, clocks, temperature and ECC are then the whole GPU's."""
+    power_limit_w: float | None = None
+    sm_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    ecc_corrected: int | None = None
+    """Since the driver was loaded, as is the next."""
+    ecc_uncorrected: int | None = None
+    process_memory_bytes: int | None = None
+    """What this engine process itself holds."""
+    processes: list[ProcessMemory] = []
+    """All compute processes on the device, largest first, 16 at most."""
 
 
 class Histogram(msgspec.Struct, frozen=True, array_like=True):
@@ -139,6 +168,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     end_to_end: Histogram | None = None
     overhead_percent: float = 0.0
     """Share of the busy loop's time outside the forward pass."""
+    restarts: dict[str, int] = {}
+    """How often this worker has started its engine process again, by reason: `failed`, `hung`, `lost`."""
 
 
 class RequestEvent(msgspec.Struct, frozen=True, kw_only=True, tag="request"):

@@ -190,6 +190,11 @@ class BatchRecord(models.Model):
     temperature_c = models.FloatField(null=True)
     power_w = models.FloatField(null=True)
     throttle_reasons = models.JSONField(default=list)
+    power_limit_w = models.FloatField(null=True)
+    sm_clock_mhz = models.FloatField(null=True)
+    memory_clock_mhz = models.FloatField(null=True)
+    ecc_uncorrected = models.PositiveBigIntegerField(null=True)
+    process_memory_bytes = models.PositiveBigIntegerField(null=True)
 
     class Meta:
         ordering = ["-second", "replica"]

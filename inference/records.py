@@ -77,12 +77,19 @@ def _batch_row(event: BatchEvent) -> BatchRecord:
 def _add_telemetry(row: BatchRecord, telemetry: Telemetry) -> None:
     row.telemetry_source = telemetry.source
     row.device = _text(telemetry.device, 255)
+    if telemetry.stale_s or telemetry.lost:  # old figures are none of this second's
+        return
     row.utilization_percent = _number_or_none(telemetry.utilization_percent)
     row.memory_used_bytes = _bytes(telemetry.memory_used_bytes)
     row.memory_total_bytes = _bytes(telemetry.memory_total_bytes)
     row.temperature_c = _number_or_none(telemetry.temperature_c)
     row.power_w = _number_or_none(telemetry.power_w)
     row.throttle_reasons = [_text(reason, 64) for reason in telemetry.throttle_reasons]
+    row.power_limit_w = _number_or_none(telemetry.power_limit_w)
+    row.sm_clock_mhz = _number_or_none(telemetry.sm_clock_mhz)
+    row.memory_clock_mhz = _number_or_none(telemetry.memory_clock_mhz)
+    row.ecc_uncorrected = _bytes(telemetry.ecc_uncorrected)
+    row.process_memory_bytes = _bytes(telemetry.process_memory_bytes)
 
 
 def _text(value: str, max_chars: int) -> str:

@@ -21,6 +21,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 5.0
     """How long `drain` finishes what runs before the rest goes back to the queue."""
     log_level: str = "INFO"
+    gpu: str = ""
+    """NVML's number or UUID of the GPU to watch, and to wait for before loading; empty: the CUDA device's."""
+    restarts: dict[str, int] = {}
+    """How often this worker started an engine before, by reason."""
 
 
 class ControlMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +51,12 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True, tag="notice"):
 
     state: Literal["ready", "failed", "stopped"]
     detail: str = ""
+    gpu: str = ""
+    """NVML's UUID of the GPU it runs on, so that its successor takes no other; empty on a CPU."""
 
 
-Report = Ack | Notice
+class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
+    """The loop turns; said once a second. Silence for long means that a step hangs."""
+
+
+Report = Ack | Notice | Beat

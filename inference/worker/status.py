@@ -31,6 +31,7 @@ def first_status(spec: EngineSpec) -> ReplicaStatus:
         detail="Loading the model.",
         mode=spec.deployment.mode,
         max_batch_size=spec.deployment.max_batch_size,
+        restarts=dict(spec.restarts),
     )
 
 
