@@ -5,12 +5,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
+DropReason = Literal["shed", "deadline_exceeded"]
+
+
 @dataclass(frozen=True, slots=True)
 class Shed:
-    """A waiting request that was dropped for one of higher priority."""
+    """A waiting request that was dropped: for one of higher priority, or since its deadline had passed.
+
+    Whoever gets this ends it towards its client and tenant, see `end_shed`.
+    """
 
     id: str
     body: bytes
+    reason: DropReason = "shed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,10 @@ class Claimed:
     policy: str
     requests: list[ClaimedRequest]
     depth: int
+    dropped: tuple[Shed, ...] = ()
+    """Who was dropped since its deadline had passed; the caller ends them (`end_shed`)."""
+    more: bool = False
+    """The claim reached the bound of what one call moves or drops: claim again at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ class QueueEntry:
     deadline_s: float | None = None
     share: float = 1.0
     """The tenant's weight under `fair` when this was admitted."""
+    drop_expired: bool = False
+    """Waiting past `deadline_s` it is dropped, whatever the policy; an answer would come too late to be of use."""
 
     @property
     def cost_tokens(self) -> int:
