@@ -11,8 +11,11 @@ from inference.gateway.errors import InvalidRequest
 MAX_STOPS = 4
 MAX_DEADLINE_MS = 7 * 24 * 3600 * 1000
 
+MAX_STOP_CHARACTERS = 256
+"""Of one stop string: a token that may begin one is held back, so this bounds what is held back."""
+
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -26,13 +26,24 @@ def request_id(given: bytes | None, token: str) -> bytes:
 class Exchange:
     """A request being answered. `token` is unique; ids of this request are made from it."""
 
-    __slots__ = ("_receive", "_send", "authorization", "content_length", "id", "scope", "started", "token")
+    __slots__ = (
+        "_receive",
+        "_send",
+        "authorization",
+        "content_length",
+        "id",
+        "idempotency_key",
+        "scope",
+        "started",
+        "token",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, token: str) -> None:
         self.scope = scope
         self.token = token
         self.authorization = b""
         self.content_length: int | None = None
+        self.idempotency_key: bytes | None = None
         self.started = False
         self._receive = receive
         self._send = send
@@ -42,6 +53,8 @@ class Exchange:
                 self.authorization = value
             elif name == b"x-request-id":
                 given = value
+            elif name == b"idempotency-key":
+                self.idempotency_key = value
             elif name == b"content-length":
                 self.content_length = int(value) if value.isdigit() else None
         self.id = request_id(given, token)
