@@ -3,16 +3,17 @@
 New fields are added at the end with a default, so that processes of two versions understand each other.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
-from scheduling.core.sequence import SamplingParams
+from scheduling.core.sequence import SamplingParams, TokenLogprob
 
 State = Literal["queued", "running", "finished", "cancelled", "failed"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 ReplicaState = Literal["starting", "ready", "paused", "draining", "stopped", "failed"]
 BatchMode = Literal["serial", "static", "dynamic", "continuous"]
+PrefixCache = Literal["on", "per_tenant", "off"]
 
 
 class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -61,6 +62,8 @@ class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
     token_ids: list[int]
     texts: list[str]
     finish: Finish | None = None
+    logprobs: list[TokenLogprob] = []
+    """One for each token where the request asked for them."""
 
 
 class Slot(msgspec.Struct, frozen=True, array_like=True):
@@ -123,6 +126,14 @@ class Histogram(msgspec.Struct, frozen=True, array_like=True):
     sum_s: float
 
 
+class SizeChange(msgspec.Struct, frozen=True, array_like=True):
+    """A batch size from `time_s` (unix seconds) on, and why."""
+
+    time_s: float
+    batch_size: int
+    reason: str
+
+
 LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
 )  # fmt: skip
@@ -170,6 +181,28 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Share of the busy loop's time outside the forward pass."""
     restarts: dict[str, int] = {}
     """How often this worker has started its engine process again, by reason: `failed`, `hung`, `lost`."""
+    sizing: str = "fixed"
+    """The strategy that sets `max_batch_size`, and its parameters."""
+    sizing_params: dict[str, float] = {}
+    size_changes: list[SizeChange] = []
+    """The latest few, newest last."""
+    trigger: str = ""
+    """What started the latest collected batch (`size`, `wait`, `urgent`, `memory`), and in words."""
+    trigger_reason: str = ""
+    triggers: dict[str, int] = {}
+    """How many batches each trigger started."""
+    slot_preemptions: int = 0
+    """Of all preemptions, those in which a higher request took the slot of a lower one."""
+    prefix_tokens: int = 0
+    """Tokens of admitted sequences whose keys and values were looked for in the cache, and those found there."""
+    prefix_hit_tokens: int = 0
+    kv_blocks_cached: int = 0
+    """Blocks that nobody holds, kept for prompts that begin alike; they count as free."""
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+    host_blocks_total: int = 0
+    """Places in host memory for blocks of preempted sequences."""
+    host_blocks_used: int = 0
 
 
 class RequestEvent(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
@@ -242,12 +275,31 @@ class BatchEvent(msgspec.Struct, frozen=True, kw_only=True, tag="batch"):
     policy: str
     policy_revision: int
     telemetry: Telemetry | None = None
+    max_batch_size: int = 0
+    sizing: str = ""
+    size_changes: list[SizeChange] = []
+    triggers: dict[str, int] = {}
+    """How many batches each trigger started, and the latest one's reason."""
+    trigger_reason: str = ""
+    prefix_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
 
 
 HistoryEvent = RequestEvent | BatchEvent
 
 HISTORY_LENGTH = 1_000_000
 """Entries that the history stream keeps at most, about, while the database is away."""
+
+
+class LatencyTarget(msgspec.Struct, frozen=True, array_like=True):
+    """What an SLA promises a priority level of a tenant (empty: of every tenant that has none of its own), seconds."""
+
+    tenant: str
+    priority: int
+    ttft_s: float | None = None
+    e2e_s: float | None = None
 
 
 class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -265,3 +317,18 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory_bytes: int = 0
     """0 sizes the cache from free memory."""
     created_s: int = 0
+    speculation: Literal["off", "ngram"] = "off"
+    """Guess tokens from what the text repeats, and verify them in the step."""
+    num_draft_tokens: int = 4
+    """Tokens guessed ahead at most, per request and step."""
+    sizing: str = "fixed"
+    """Strategy that sets the batch size, see scheduling/core/sizing; `max_batch_size` is where it starts."""
+    sizing_params: dict[str, float] = {}
+    triggers: dict[str, Any] = {}
+    """When `dynamic` and `static` batches start, see `parse_trigger`; empty: the mode's own way."""
+    prefix_cache: PrefixCache = "on"
+    """Whether prompts that begin alike share KV blocks: among all, within a tenant, or not at all."""
+    long_prefill_threshold: int = 512
+    """Most tokens of one prompt in a step while others run; 0: as many as the step has room for."""
+    targets: list[LatencyTarget] = []
+    """SLAs, for sizing strategies."""

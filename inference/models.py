@@ -1,10 +1,13 @@
 """What is deployed, what serves it, and what happened: deployments, replicas, and history written in bulk."""
 
+from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
 from django.db import models
 from django.db.models import Q
 
 from inference.messages import DeploymentSpec
+from scheduling.core.sizing.strategies import SizingError, build_sizing
+from scheduling.core.triggers import TriggerError, parse_trigger
 from scheduling.models import PriorityLevel
 
 MODEL_NAME = RegexValidator(
@@ -32,6 +35,23 @@ class ModelDeployment(models.Model):
         DYNAMIC = "dynamic"
         CONTINUOUS = "continuous"
 
+    class Sizing(models.TextChoices):
+        """Who sets the batch size, see scheduling/core/sizing."""
+
+        FIXED = "fixed"
+        THROUGHPUT_FIRST = "throughput_first"
+        LATENCY_FIRST = "latency_first"
+        BALANCED = "balanced"
+        MEMORY_EFFICIENT = "memory_efficient"
+        ADAPTIVE = "adaptive"
+
+    class PrefixCache(models.TextChoices):
+        """Among whom KV blocks of equal beginnings are shared."""
+
+        ON = "on", "among all"
+        PER_TENANT = "per_tenant", "within a tenant"
+        OFF = "off"
+
     name = models.CharField(
         max_length=128, unique=True, validators=[MODEL_NAME], help_text="What clients put into `model`."
     )
@@ -54,6 +74,24 @@ class ModelDeployment(models.Model):
     )  # fmt: skip
     kv_memory_bytes = models.PositiveBigIntegerField(
         "KV cache (bytes)", default=0, help_text="0 sizes the cache from free memory."
+    )
+    sizing = models.CharField(
+        max_length=32, choices=Sizing.choices, default=Sizing.FIXED, help_text="Strategy that sets the batch size."
+    )
+    sizing_params = models.JSONField(
+        "sizing parameters", default=dict, blank=True, help_text="Those that differ from the strategy's defaults."
+    )
+    triggers = models.JSONField(
+        default=dict, blank=True,
+        help_text='When dynamic and static batches start: {"any": [{"urgent": 1}, {"size": 8}, {"wait_s": 0.05}]}; '
+        "empty: dynamic ones when full or after 50 ms, static ones at once.",
+    )  # fmt: skip
+    prefix_cache = models.CharField(
+        max_length=16, choices=PrefixCache.choices, default=PrefixCache.ON,
+        help_text="Whether prompts that begin alike share KV blocks; within a tenant, none can time another's prompts.",
+    )  # fmt: skip
+    long_prefill_threshold = models.PositiveIntegerField(
+        default=512, help_text="Most tokens of one prompt in a step while others run; 0 sets no limit."
     )
     enabled = models.BooleanField(default=True, help_text="A disabled model is not offered to clients.")
     architecture = models.CharField(max_length=128, blank=True, editable=False)
@@ -80,6 +118,17 @@ class ModelDeployment(models.Model):
     def __str__(self) -> str:
         return self.name
 
+    def clean(self) -> None:
+        """Sizing and triggers must be ones that an engine can build. Raises ValidationError."""
+        try:
+            build_sizing(self.sizing, self.sizing_params)
+        except SizingError as error:
+            raise ValidationError({"sizing_params": str(error)}) from error
+        try:
+            parse_trigger(self.triggers)
+        except TriggerError as error:
+            raise ValidationError({"triggers": str(error)}) from error
+
     def to_spec(self) -> DeploymentSpec:
         """The deployment as the gpu workers read it."""
         return DeploymentSpec(
@@ -92,6 +141,11 @@ class ModelDeployment(models.Model):
             step_tokens=self.step_tokens,
             kv_memory_bytes=self.kv_memory_bytes,
             created_s=int(self.created_at.timestamp()),
+            sizing=self.sizing,
+            sizing_params=self.sizing_params,
+            triggers=self.triggers,
+            prefix_cache=self.prefix_cache,  # type: ignore[arg-type]
+            long_prefill_threshold=self.long_prefill_threshold,
         )
 
 
@@ -195,6 +249,15 @@ class BatchRecord(models.Model):
     memory_clock_mhz = models.FloatField(null=True)
     ecc_uncorrected = models.PositiveBigIntegerField(null=True)
     process_memory_bytes = models.PositiveBigIntegerField(null=True)
+    max_batch_size = models.PositiveIntegerField(default=0)
+    sizing = models.CharField(max_length=32, blank=True)
+    size_changes = models.JSONField(default=list, help_text="[unix seconds, batch size, reason] of each change.")
+    triggers = models.JSONField(default=dict, help_text="Batches that each trigger started.")
+    trigger_reason = models.CharField(max_length=200, blank=True)
+    prefix_tokens = models.PositiveIntegerField(default=0)
+    prefix_hit_tokens = models.PositiveIntegerField(default=0)
+    swapped_out_blocks = models.PositiveIntegerField(default=0)
+    swapped_in_blocks = models.PositiveIntegerField(default=0)
 
     class Meta:
         ordering = ["-second", "replica"]

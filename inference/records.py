@@ -10,6 +10,8 @@ MAX_COUNT = 2**31 - 1
 """Largest value of an integer column."""
 
 MAX_BYTES = 2**63 - 1
+MAX_CHANGES = 32
+"""Entries of a list in one row."""
 
 
 class UnusableEventError(ValueError):
@@ -68,6 +70,17 @@ def _batch_row(event: BatchEvent) -> BatchRecord:
         mode=event.mode,
         policy=_text(event.policy, 63),
         policy_revision=_count(event.policy_revision),
+        max_batch_size=_count(event.max_batch_size),
+        sizing=_text(event.sizing, 32),
+        size_changes=[
+            [_number(c.time_s), _count(c.batch_size), _text(c.reason, 200)] for c in event.size_changes[:MAX_CHANGES]
+        ],
+        triggers={_text(name, 32): _count(num) for name, num in list(event.triggers.items())[:MAX_CHANGES]},
+        trigger_reason=_text(event.trigger_reason, 200),
+        prefix_tokens=_count(event.prefix_tokens),
+        prefix_hit_tokens=_count(event.prefix_hit_tokens),
+        swapped_out_blocks=_count(event.swapped_out_blocks),
+        swapped_in_blocks=_count(event.swapped_in_blocks),
     )
     if event.telemetry is not None:
         _add_telemetry(row, event.telemetry)

@@ -6,7 +6,10 @@ import msgspec
 
 from inference.messages import DeploymentSpec
 
-CommandName = Literal["pause", "resume", "drain", "set_mode", "set_batch_size", "policy", "stop"]
+LOST_STATUS = 4
+"""Exit status of an engine process whose GPU is lost."""
+
+CommandName = Literal["pause", "resume", "drain", "set_mode", "set_batch_size", "policy", "sizing", "deployment", "stop"]
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):

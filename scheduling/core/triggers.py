@@ -2,11 +2,19 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from scheduling.core.request import Priority
+
+
+MAX_TRIGGERS, MAX_DEPTH = 8, 4
+"""Of an expression: triggers in one list, lists within lists."""
+
+
+class TriggerError(Exception):
+    """The trigger cannot be used; the message says why and what can."""
 
 
 class BatchView(NamedTuple):
@@ -158,6 +166,50 @@ def batch_triggers(
 ) -> AnyOf:
     """What suits most: an urgent request at once, a full batch, the oldest waited `wait_s`, or memory runs out."""
     return AnyOf((UrgentPresent(urgent, alone), SizeThreshold(size), OldestWait(wait_s), MemoryPressure()))
+
+
+def parse_trigger(expression: Any) -> Trigger | None:
+    """A trigger from its JSON form; None for an empty one. Raises TriggerError with a sentence.
+
+    One key each: `{"size": 8}`, `{"wait_s": 0.05}`, `{"urgent": 1}` (a priority), `{"urgent_alone": 1}`,
+    `{"memory": 0.1}` (share of KV blocks left), `{"any": [...]}`, `{"all": [...]}`.
+    """
+    return None if expression == {} else _parse(expression, depth=0)
+
+
+def _parse(expression: Any, depth: int) -> Trigger:
+    if not isinstance(expression, dict) or len(expression) != 1:
+        raise TriggerError(f'A trigger is an object with one key, such as {{"size": 8}}, not {expression!r:.100}.')
+    [(kind, value)] = expression.items()
+    if kind in ("any", "all"):
+        if not isinstance(value, list) or not 1 <= len(value) <= MAX_TRIGGERS or depth == MAX_DEPTH:
+            raise TriggerError(f'"{kind}" needs a list of 1 to {MAX_TRIGGERS} triggers, at most {MAX_DEPTH} deep.')
+        triggers = tuple(_parse(one, depth + 1) for one in value)
+        return AnyOf(triggers) if kind == "any" else AllOf(triggers)
+    build = _BUILDERS.get(kind)
+    if build is None:
+        raise TriggerError(f"There is no trigger {kind!r:.50}; there are {', '.join([*_BUILDERS, 'any', 'all'])}.")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TriggerError(f'"{kind}" needs a number, not {value!r:.50}.')
+    try:
+        return build(value)
+    except (ValueError, OverflowError) as error:
+        raise TriggerError(f'"{kind}": {error}') from error
+
+
+def _whole(value: float) -> int:
+    if value != int(value):
+        raise ValueError(f"A whole number is needed, not {value!r}.")
+    return int(value)
+
+
+_BUILDERS: dict[str, Callable[[float], Trigger]] = {
+    "size": lambda value: SizeThreshold(_whole(value)),
+    "wait_s": OldestWait,
+    "urgent": lambda value: UrgentPresent(Priority(_whole(value))),
+    "urgent_alone": lambda value: UrgentPresent(Priority(_whole(value)), alone=True),
+    "memory": MemoryPressure,
+}
 
 
 class TriggerLog:
