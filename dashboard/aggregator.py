@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from dashboard.document import DocumentBuilder, history_row
 from dashboard.readings import FleetReader
-from dashboard.selectors import Activity
+from dashboard.selectors.activity import Activity
 from dashboard.state import Document, diff, extend_history
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ class DashboardConfig(AppConfig):
         from dashboard.aggregator import Aggregator
         from dashboard.document import DocumentBuilder
         from dashboard.readings import FleetReader
-        from dashboard.selectors import read_activity
+        from dashboard.selectors.activity import read_activity
         from scheduling.keys import Keys
         from scheduling.store import aconnect
 

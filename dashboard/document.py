@@ -103,7 +103,7 @@ class DocumentBuilder:
 
 
 def history_row(time_s: float, model: Mapping[str, Any]) -> list[Any]:
-    """One second of a model, as charts take it: see `static/js/history.js` for the columns."""
+    """One second of a model, as charts take it: see `static/js/rows.js` for the columns."""
     waits = model["waits"]
     return [
         round(time_s, 2),

@@ -2,14 +2,13 @@
 
 import { drawBatches } from "./batch.js";
 import { Chart } from "./charts.js";
-import { Connection } from "./connection.js";
 import { ControlDialog, SwitchDialog } from "./dialogs.js";
 import { byId, el, keyed, setText } from "./dom.js";
-import { Feed } from "./feed.js";
 import { brief, count, rate } from "./format.js";
-import { column, split } from "./history.js";
+import { column, split } from "./rows.js";
 import { learnTenants, tenantColour, tenantHatched } from "./palette.js";
 import { drawBackpressure, drawFigures, drawPolicy, drawSplit } from "./panels.js";
+import { announce, chosenModel, offerModels, startShell } from "./shell.js";
 import { Uptake } from "./uptake.js";
 import { drawActions, drawWorkers } from "./workers.js";
 
@@ -25,32 +24,19 @@ const charts = {
 let snapshot = null;
 let drawnRow = "";
 let said = {};
-const connection = new Connection();
 const uptake = new Uptake(announce);
 const switching =
   byId("switch-dialog") && new SwitchDialog((answer, began) => uptake.begin(answer.model, answer, began));
 const controlling = byId("control-dialog") && new ControlDialog((answer) => announce(answer.message));
 
-function announce(text) {
-  setText(byId("announcer"), text);
-}
-
-function chosenModel() {
-  const names = Object.keys(snapshot.state.models);
-  const wanted = new URLSearchParams(location.search).get("model") ?? localStorage.getItem("penstock-model");
-  return names.includes(wanted) ? wanted : names[0];
-}
-
 const splitBy = () => document.querySelector('input[name="split"]:checked').value;
 
 function draw() {
   const { state, history } = snapshot;
+  offerModels(Object.keys(state.models));
   const name = chosenModel();
   const model = state.models[name];
   learnTenants(state.tenants);
-  document.body.classList.remove("loading");
-  connection.showFaults(state.faults);
-  drawModelChoice(Object.keys(state.models), name);
   byId("empty").hidden = Boolean(model);
   byId("figures").hidden = !model;
   const replicas = Object.entries(state.replicas).sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }));
@@ -131,26 +117,8 @@ function tellChanges(name, model) {
   document.title = `${model.backpressure.level ? `(${model.backpressure.name}) ` : ""}${count(model.depth)} waiting · ${name} · Penstock`;
 }
 
-function drawModelChoice(names, chosen) {
-  const select = byId("model");
-  if ([...select.options].map((o) => o.value).join() !== names.join() || !names.length) {
-    select.replaceChildren(
-      ...(names.length ? names.map((n) => el("option", { value: n, text: n })) : [el("option", { text: "none" })]),
-    );
-  }
-  if (chosen && select.value !== chosen) select.value = chosen;
-  select.disabled = names.length < 2;
-}
-
 // Controls
 
-byId("model").addEventListener("change", (event) => {
-  localStorage.setItem("penstock-model", event.target.value);
-  const url = new URL(location.href);
-  url.searchParams.set("model", event.target.value);
-  history.replaceState(null, "", url);
-  draw();
-});
 for (const radio of document.querySelectorAll('input[name="split"]'))
   radio.addEventListener("change", () => snapshot && draw());
 byId("switch")?.addEventListener("click", () => {
@@ -158,42 +126,11 @@ byId("switch")?.addEventListener("click", () => {
   switching.show(name, snapshot.state.models[name].policy);
 });
 
-const THEMES = ["auto", "light", "dark"];
-const THEME_SIGNS = { auto: "◐", light: "☀", dark: "☾" };
-
-function showTheme() {
-  const theme = document.documentElement.dataset.theme ?? "auto";
-  const button = byId("theme");
-  setText(button.firstElementChild, THEME_SIGNS[theme]);
-  setText(button.lastElementChild, `${theme[0].toUpperCase()}${theme.slice(1)}`);
-  button.setAttribute("aria-label", theme === "auto" ? "Theme: as the system has it" : `Theme: ${theme}`);
-  for (const chart of Object.values(charts)) chart.recolour();
-}
-
-byId("theme").addEventListener("click", () => {
-  const theme = document.documentElement.dataset.theme ?? "auto";
-  const next = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
-  if (next === "auto") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = next;
-  localStorage.setItem("penstock-theme", next);
-  showTheme();
-});
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme);
-showTheme();
-
-let waiting = false;
-const socket = new URL("live/", location.origin.replace(/^http/, "ws"));
-new Feed(
-  socket,
-  "/session/",
-  (next) => {
+startShell({
+  onState: (next) => {
     snapshot = next;
-    if (waiting) return;
-    waiting = true;
-    requestAnimationFrame(() => {
-      waiting = false;
-      draw();
-    });
+    draw();
   },
-  (status, heard) => connection.showStatus(status, heard),
-).start();
+  onTheme: () => Object.values(charts).forEach((chart) => chart.recolour()),
+  onModel: () => snapshot && draw(),
+});

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from inference.demo.stamp import is_trained
+from tests.acceptance.dashboard_web import chromium, fleet, page_keys, sessions, visit, visitor, web
 from tests.acceptance.whole_system import ROOT, WholeSystem
+
+__all__ = ["chromium", "fleet", "page_keys", "sessions", "visit", "visitor", "web"]
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from dashboard.consumers import CLOSE_SIGNED_OUT, LiveConsumer
 from dashboard.document import DocumentBuilder
 from dashboard.readings import FleetReader
 from dashboard.routing import build_sockets
-from dashboard.selectors import read_activity
+from dashboard.selectors.activity import read_activity
 from dashboard.state import apply
 from scheduling.keys import Keys
 from scheduling.models import PolicyRevision, Tenant

@@ -1,24 +1,21 @@
-"""The live page and what its buttons ask for. Buttons post forms and are answered in JSON, errors in a sentence."""
+"""What the pages' buttons ask for: posted forms, answered in JSON, errors in a sentence."""
 
 import logging
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
-from django.contrib.auth.decorators import login_required, permission_required
 from django.contrib.auth.models import User
 from django.db import DatabaseError
 from django.http import HttpRequest, HttpResponse, JsonResponse, QueryDict
-from django.shortcuts import render
-from django.views.decorators.cache import never_cache
-from django.views.decorators.http import require_GET, require_POST
+from django.views.decorators.http import require_POST
 from redis.exceptions import RedisError
 
-from dashboard.access import CONTROL_REPLICA, SWITCH_POLICY, VIEW
+from dashboard.access import CONTROL_REPLICA, SWITCH_POLICY
 from inference.control import send_control
 from inference.services import announce_policy, control_replicas, read_replicas
 from scheduling.connection import live_keys, live_redis
-from scheduling.core.policies import POLICIES, PolicyError
+from scheduling.core.policies import PolicyError
 from scheduling.models import PolicyRevision
 from scheduling.policy_switch import switch_policy
 
@@ -27,29 +24,6 @@ COMMANDS = {"pause": "paused", "resume": "resumed", "drain": "draining"}
 MAX_REASON = 500
 
 View = Callable[..., HttpResponse]
-
-
-@login_required
-@permission_required(VIEW, raise_exception=True)
-@never_cache
-@require_GET
-def live(request: HttpRequest) -> HttpResponse:
-    """The page; its figures come by the socket."""
-    can_switch, can_control = request.user.has_perm(SWITCH_POLICY), request.user.has_perm(CONTROL_REPLICA)
-    context = {
-        "can_switch": can_switch,
-        "can_control": can_control,
-        "role": "operator" if can_switch or can_control else "viewer",
-        "policies": POLICIES.values(),
-    }
-    return render(request, "dashboard/live.html", context)
-
-
-@never_cache
-@require_GET
-def session(request: HttpRequest) -> JsonResponse:
-    """Whether the session still holds: a page whose socket is refused asks here whether to sign in again."""
-    return JsonResponse({"signed_in": request.user.is_authenticated, "may_view": request.user.has_perm(VIEW)})
 
 
 def refuse(status: int, sentence: str) -> JsonResponse:

@@ -1,0 +1,85 @@
+"""How pages write times and numbers: in the reader's zone, every number with its unit."""
+
+from datetime import datetime
+from typing import Any
+
+from django import template
+from django.utils import timezone
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+
+register = template.Library()
+NONE = "–"  # noqa: RUF001
+
+
+@register.filter
+def moment(when: datetime | None) -> SafeString | str:
+    """A time, as briefly as it is clear; the whole of it on hover."""
+    if when is None:
+        return NONE
+    local, now = timezone.localtime(when), timezone.localtime()
+    brief = "%H:%M:%S" if local.date() == now.date() else "%b %d %H:%M" if local.year == now.year else "%Y-%m-%d %H:%M"
+    whole = f"{local:%Y-%m-%d %H:%M:%S} {timezone.get_current_timezone_name()}"
+    return format_html('<time datetime="{}" title="{}">{}</time>', when.isoformat(), whole, local.strftime(brief))
+
+
+@register.filter
+def duration(seconds: float | None) -> str:
+    """Seconds as the two largest units that matter."""
+    if seconds is None:
+        return NONE
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.1f} ms" if seconds < 0.00995 else f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    whole = int(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+
+
+@register.filter
+def number(value: float | None) -> str:
+    """With separators of thousands; fractions only where there are any."""
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}".rstrip("0").rstrip(".")
+
+
+@register.filter
+def percent(share: float | None) -> str:
+    """A share (0 to 1) as percent; near the whole with as many digits as tell it from the whole."""
+    if share is None:
+        return NONE
+    digits = 0 if share < 0.9 or share == 1 else 1 if share < 0.999 else 2
+    return f"{share * 100:.{digits}f} %"
+
+
+@register.filter
+def item(values: Any, key: Any) -> Any:
+    """`values[key]`, None where there is none."""
+    return values.get(key) if hasattr(values, "get") else None
+
+
+@register.filter
+def shown(value: Any) -> str:
+    """A value of the audit trail or a parameter, as people write it."""
+    if value is None or value == "":
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@register.simple_tag(takes_context=True)
+def query(context: template.Context, **changes: Any) -> str:
+    """The address's query with some fields changed; those set to None or "" are left out."""
+    fields = context["request"].GET.copy()
+    for name, value in changes.items():
+        if value in (None, ""):
+            fields.pop(name, None)
+        else:
+            fields[name] = str(value)
+    return f"?{fields.urlencode()}" if fields else "?"

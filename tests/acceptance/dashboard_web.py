@@ -1,0 +1,200 @@
+"""A web process with accounts and a speaking engine, and a browser in front of it: what tests of pages share."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import redis
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+from scheduling.keys import Keys
+from scheduling.store import execute
+from tests.fleet_data import FleetWriter, slots
+
+Visit = Callable[..., Page]
+ROOT = Path(__file__).resolve().parents[2]
+PASSWORD = "a-long-password-1"
+PREPARE = f"""
+import django
+django.setup()
+from datetime import UTC, datetime
+from django.contrib.auth.models import Group, User
+from django.core.management import call_command
+from inference.models import BatchRecord, RequestRecord
+from scheduling.models import Quota, ServiceLevel, Tenant
+from tests.history_data import TENANTS, make_batches, make_requests
+call_command("migrate", verbosity=0)
+for name, group in (("olga", "operator"), ("victor", "viewer"), ("nora", "")):
+    user = User.objects.create_user(name, password="{PASSWORD}")
+    if group:
+        user.groups.add(Group.objects.get(name=group))
+now = datetime.now(UTC)
+for place, name in enumerate(TENANTS):
+    tenant = Tenant.objects.create(name=name, weight=4 - place)
+    Quota.objects.create(tenant=tenant, rpm=600, tpm=60_000, tpd=2_000_000, concurrency=32)
+    ServiceLevel.objects.create(tenant=tenant, priority=place, ttft_ms=2000, e2e_ms=6000)
+RequestRecord.objects.bulk_create(make_requests(2000, end=now, seconds=5400))
+BatchRecord.objects.bulk_create(make_batches(4000, end=now))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class WebProcess:
+    """uvicorn with the product's own application."""
+
+    def __init__(self, folder: Path, redis_url: str, keys: Keys) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._environment = {
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "controlplane.settings",
+            "PENSTOCK_VAR": str(folder),
+            "PENSTOCK_KEY_PREFIX": keys.prefix,
+            "PENSTOCK_QUEUE_LIMIT": "100",
+            "REDIS_URL": redis_url,
+            "PYTHONWARNINGS": "default",
+        }
+        self._environment.pop("DATABASE_URL", None)
+        self._log = folder / "web.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def prepare(self) -> None:
+        """Make the database and its users."""
+        subprocess.run([sys.executable, "-c", PREPARE], env=self._environment, cwd=ROOT, check=True, timeout=60)
+
+    def start(self) -> None:
+        """Start, and wait until it answers."""
+        command = [sys.executable, "-m", "uvicorn", "controlplane.asgi:application", "--port", str(self.port)]
+        with self._log.open("ab") as log:
+            options = ["--loop", "asyncio", "--timeout-graceful-shutdown", "1"]
+            self._process = subprocess.Popen(
+                [*command, *options], env=self._environment, cwd=ROOT, stdout=log, stderr=log
+            )
+        pause = threading.Event()
+        for _ in range(400):
+            try:
+                with urllib.request.urlopen(f"{self.url}/login/", timeout=5):
+                    return
+            except (URLError, ConnectionError):
+                assert self._process.poll() is None, self._log.read_text()
+                pause.wait(0.05)
+        raise AssertionError(self._log.read_text())
+
+    def stop(self, sig: signal.Signals = signal.SIGTERM) -> None:
+        assert self._process is not None
+        self._process.send_signal(sig)
+        self._process.wait(20)
+
+
+class EngineVoice:
+    """Publishes a replica's status four times a second, under the policy in force, as an engine process does."""
+
+    def __init__(self, fleet: FleetWriter) -> None:
+        self._fleet = fleet
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._end.wait(0.25):
+            active = execute(self._fleet.client, self._fleet.queue.active_policy())
+            running = slots(5, ["chat", "research"])
+            status = self._fleet.status(slots=running, revision=active.revision, policy=active.name, waits_s=[0.2] * 9)
+            self._fleet.publish(status)
+
+    def __enter__(self) -> "EngineVoice":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        debian = Path("/usr/bin/chromium")
+        arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        browser = playwright.chromium.launch(executable_path=debian if debian.exists() else None, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def page_keys() -> Keys:
+    return Keys(prefix=f"page{os.getpid()}")
+
+
+@pytest.fixture(scope="session")
+def web(tmp_path_factory: pytest.TempPathFactory, redis_url: str, page_keys: Keys) -> Iterator[WebProcess]:
+    process = WebProcess(tmp_path_factory.mktemp("web"), redis_url, page_keys)
+    process.prepare()
+    process.start()
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="session")
+def fleet(redis_url: str, page_keys: Keys) -> Iterator[FleetWriter]:
+    with redis.Redis.from_url(redis_url) as client:
+        writer = FleetWriter(client, page_keys)
+        writer.deploy()
+        with EngineVoice(writer):
+            yield writer
+
+
+@pytest.fixture
+def visitor(chromium: Browser, web: WebProcess, fleet: FleetWriter) -> Iterator[BrowserContext]:
+    made = chromium.new_context(base_url=web.url, viewport={"width": 1400, "height": 1000})
+    made.set_default_timeout(8000)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def sessions() -> dict[str, list[Any]]:
+    """Cookies of who signed in before: one login for each name."""
+    return {}
+
+
+def sign_in(page: Page, name: str = "olga", password: str = PASSWORD) -> None:
+    page.goto("/login/")
+    page.get_by_label("User name").fill(name)
+    page.get_by_label("Password").fill(password)
+    page.keyboard.press("Enter")
+
+
+@pytest.fixture
+def visit(visitor: BrowserContext, sessions: dict[str, list[Any]]) -> Visit:
+    """Opens a page as a user, the live page by default, and waits until it is live."""
+
+    def open_live(name: str = "olga", path: str = "/") -> Page:
+        page = visitor.new_page()
+        if name in sessions:
+            visitor.add_cookies(sessions[name])
+        else:
+            sign_in(page, name)
+            expect(page.locator("#connection")).to_have_text("Live")
+            sessions[name] = visitor.cookies()
+        page.goto(path)
+        expect(page.locator("#connection")).to_have_text("Live")
+        if path == "/":
+            expect(page.locator('[data-figure="depth"]')).to_have_text(re.compile(r"^\d"))
+        return page
+
+    return open_live
