@@ -1,55 +1,59 @@
 """Recorded history as input of the simulator: what was asked, how it was served, and what the engine's steps cost."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from statistics import median
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
 
 from inference.models import BatchRecord, ModelDeployment, RequestRecord
-from scheduling.core.simulation.outcome import Outcome, SimulationResult
+from inference.recorded_cost import HistoryError, learn_cost
+from scheduling.core.planner import Mode
+from scheduling.core.simulation.outcome import Outcome, ServiceTarget, ServiceTargets, SimulationResult
 from scheduling.core.simulation.trace import TraceRequest
-from scheduling.core.sizing.cost_model import StepCost, StepFeatures, StepTimeModel
+from scheduling.core.sizing.cost_model import StepCost
+from scheduling.models import PolicyRevision, Tenant
+from scheduling.selectors import find_service_levels
 
-MIN_BUSY_SECONDS = 5
-"""From fewer seconds of steps no cost is learned."""
 MAX_REQUESTS = 500_000
+LONGEST = timedelta(days=1)
+"""A request of a window that ended later than this after it is not found."""
+TURNED_AWAY = frozenset({"shed", "expired", "deadline_exceeded"})
+"""Error codes of requests that waited and were never served: a replay asks what would have become of them."""
+BUCKET_S = 10
+"""Replicas that took steps within so many seconds were there at the same time."""
 
-
-class HistoryError(Exception):
-    """The history does not suffice for a replay; the message says what is missing."""
+__all__ = ["HistoryError", "RecordedRun", "learn_cost", "read_history", "read_window"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedRun:
-    """What a model served lately."""
+    """What a model served in some stretch of time."""
 
+    model: str
+    start: datetime
+    """The first arrival: second 0 of the times in `served`."""
     served: SimulationResult
     """The requests with their real times, from the first arrival on, in the form that a simulation gives."""
+    num_assumed: int
+    """Of these requests, those that were turned away before their first token: their length is a guess."""
     cost: StepCost
     typical_error_s: float
     """Of the cost, per step."""
     num_replicas: int
     num_blocks: int
     policy: str
-    mode: str
+    params: Mapping[str, Any]
+    """Of the policy that was in force for most of the requests."""
+    mode: Mode
     batch_size: int
     step_tokens: int
+    targets: ServiceTargets
+    """As they are now."""
 
     @property
     def trace(self) -> list[TraceRequest]:
         return [outcome.request for outcome in self.served.outcomes]
-
-
-@dataclass(slots=True)
-class _Second:
-    """What requests did in one second of one replica, as far as their records tell."""
-
-    first_tokens: int = 0
-    pairs: float = 0.0
-    decodes: float = 0.0
-    context: float = 0.0
-    presence: float = 0.0
-    """Share of the second in which at least one request was there (its records may add up to more than 1)."""
 
 
 def read_history(model: str, *, limit: int | None = None) -> RecordedRun:
@@ -57,116 +61,139 @@ def read_history(model: str, *, limit: int | None = None) -> RecordedRun:
 
     Raises HistoryError.
     """
-    rows = RequestRecord.objects.filter(model=model, completion_tokens__gte=1, first_token_at__isnull=False)
-    latest = list(rows.order_by("-arrived_at", "-id")[: min(limit or MAX_REQUESTS, MAX_REQUESTS)])[::-1]
-    if not latest:
+    rows = RequestRecord.objects.filter(model=model).order_by("-finished_at", "-id")
+    return _read(model, list(rows[: min(limit or MAX_REQUESTS, MAX_REQUESTS)]))
+
+
+def read_window(model: str, *, start: datetime, end: datetime) -> RecordedRun:
+    """The requests of a model that arrived from `start` to before `end`. Raises HistoryError."""
+    # Selected by the end, which is indexed, then by the arrival.
+    rows = RequestRecord.objects.filter(
+        model=model, finished_at__gte=start, finished_at__lt=end + LONGEST, arrived_at__gte=start, arrived_at__lt=end
+    )
+    return _read(model, list(rows.order_by("-finished_at", "-id")[:MAX_REQUESTS]))
+
+
+def _read(model: str, found: list[RequestRecord]) -> RecordedRun:
+    rows = sorted((row for row in found if _counts(row)), key=lambda row: (row.arrived_at, row.id))
+    if not any(row.completion_tokens for row in rows):
         known = sorted(set(RequestRecord.objects.order_by("model").values_list("model", flat=True).distinct()))
-        raise HistoryError(f"No request of {model!r} is recorded; there are records of: {', '.join(known) or 'none'}.")
-    start_s, end_s = latest[0].arrived_at.replace(microsecond=0), max(row.finished_at for row in latest)
+        raise HistoryError(
+            f"No request of {model!r} is recorded; there are records of: {', '.join(known) or 'none'}."
+        )
+    start_s, end_s = rows[0].arrived_at.replace(microsecond=0), max(row.finished_at for row in rows)
     batches = list(BatchRecord.objects.filter(model=model, second__gte=start_s, second__lte=end_s, steps__gte=1))
-    cost, error_s = learn_cost(latest, batches)
+    cost, error_s = learn_cost(rows, batches)
+    policy, revision = Counter((row.policy or "fifo", row.policy_revision) for row in rows).most_common(1)[0][0]
     deployment = ModelDeployment.objects.filter(name=model).first()
     return RecordedRun(
-        served=_as_result(latest, batches),
+        model=model,
+        start=rows[0].arrived_at,
+        served=_as_result(rows, batches),
+        num_assumed=sum(not row.completion_tokens for row in rows),
         cost=cost,
         typical_error_s=error_s,
-        num_replicas=len({batch.replica for batch in batches}),
+        num_replicas=_count_replicas(batches),
         num_blocks=max(batch.kv_blocks_total for batch in batches),
-        policy=Counter(row.policy or "fifo" for row in latest).most_common(1)[0][0],
-        mode=Counter(batch.mode for batch in batches).most_common(1)[0][0],
+        policy=policy,
+        params=_read_params(model, revision, policy),
+        mode=Counter(batch.mode for batch in batches).most_common(1)[0][0],  # type: ignore[arg-type]
         batch_size=deployment.max_batch_size if deployment else max(batch.batch_size_max for batch in batches),
         step_tokens=deployment.step_tokens if deployment else 2048,
+        targets=read_targets(),
     )
 
 
-def learn_cost(requests: Sequence[RequestRecord], batches: Sequence[BatchRecord]) -> tuple[StepCost, float]:
-    """The step cost behind recorded seconds, and its typical error per step. Raises HistoryError.
-
-    A second's record gives its steps, their time and prompt tokens; the requests' records give who decoded then, over
-    which context. What an engine needs between two steps is added to the fixed part: in seconds in which requests were
-    there throughout, all that was not a forward pass.
-    """
-    if len(batches) < MIN_BUSY_SECONDS:
-        raise HistoryError(f"Only {len(batches)} s of steps are recorded; at least {MIN_BUSY_SECONDS} are needed.")
-    seconds = _by_second(requests)
-    model = StepTimeModel(forgetting=0.9999)
-    idle = _Second()
-    for batch in sorted(batches, key=lambda batch: batch.second):
-        did = seconds.get((batch.replica, int(batch.second.timestamp())), idle)
-        decodes = max(0, min(round(did.decodes), batch.output_tokens))
-        features = StepFeatures(batch.steps, batch.prompt_tokens, decodes, round(did.context), round(did.pairs))
-        model.observe(features, batch.steps * batch.step_ms_mean / 1000)
-    try:
-        cost = model.mean_cost
-    except ValueError as error:
-        raise HistoryError("The recorded steps took no time; no cost can be learned from them.") from error
-    return replace(cost, step_s=cost.step_s + _overhead_s(batches, seconds)), model.typical_error_s
+def read_targets() -> ServiceTargets:
+    """The targets of all service levels that are set."""
+    targets = {
+        key: ServiceTarget(
+            ttft_s=None if level.ttft_ms is None else level.ttft_ms / 1000,
+            e2e_s=None if level.e2e_ms is None else level.e2e_ms / 1000,
+        )
+        for key, level in find_service_levels().items()
+    }
+    return ServiceTargets(
+        by_priority={priority: target for (tenant, priority), target in targets.items() if not tenant},
+        by_tenant={key: target for key, target in targets.items() if key[0]},
+    )
 
 
-def _overhead_s(batches: Iterable[BatchRecord], seconds: dict[tuple[str, int], _Second]) -> float:
-    """Seconds between two steps of a busy engine; 0 where it never was busy for a whole second."""
-    gaps = []
+def _counts(row: RequestRecord) -> bool:
+    """Whether it was served, or wanted to be until it was turned away."""
+    return row.completion_tokens > 0 or (row.state == "failed" and row.error_code in TURNED_AWAY)
+
+
+def _read_params(model: str, revision: int, policy: str) -> Mapping[str, Any]:
+    row = PolicyRevision.objects.filter(model=model, revision=revision, name=policy).first()
+    return {} if row is None else row.params
+
+
+def _count_replicas(batches: Sequence[BatchRecord]) -> int:
+    """The most that were there at a time; one that followed another counts as the same."""
+    there: dict[int, set[str]] = defaultdict(set)
     for batch in batches:
-        did = seconds.get((batch.replica, int(batch.second.timestamp())))
-        if did is not None and did.presence >= 1:
-            gaps.append((1 - batch.steps * batch.step_ms_mean / 1000) / batch.steps)
-    return max(0.0, median(gaps)) if gaps else 0.0
-
-
-def _by_second(requests: Iterable[RequestRecord]) -> dict[tuple[str, int], _Second]:
-    """Spreads each request over the seconds it ran in."""
-    seconds: dict[tuple[str, int], _Second] = defaultdict(_Second)
-    for row in requests:
-        assert row.first_token_at is not None
-        first_s, last_s = row.first_token_at.timestamp(), row.finished_at.timestamp()
-        begin = seconds[row.replica, int(first_s)]
-        begin.first_tokens += 1
-        begin.pairs += row.prompt_tokens * (row.prompt_tokens + 1) / 2
-        claimed_s = row.claimed_at.timestamp() if row.claimed_at else first_s
-        for second in range(int(claimed_s), int(last_s) + 1):
-            did = seconds[row.replica, second]
-            inside_s = min(last_s, second + 1.0) - max(claimed_s, float(second))
-            did.presence = max(did.presence, inside_s)
-            start_s, end_s = max(first_s, float(second)), min(last_s, second + 1.0)
-            if end_s <= start_s:
-                continue
-            share = (end_s - start_s) / (last_s - first_s)
-            tokens = share * (row.completion_tokens - 1)
-            progress = ((start_s + end_s) / 2 - first_s) / (last_s - first_s)
-            did.decodes += tokens
-            did.context += tokens * (row.prompt_tokens + 1 + progress * (row.completion_tokens - 1))
-    return seconds
+        there[int(batch.second.timestamp()) // BUCKET_S].add(batch.replica)
+    return max(len(names) for names in there.values())
 
 
 def _as_result(rows: Sequence[RequestRecord], batches: Sequence[BatchRecord]) -> SimulationResult:
     """What was served, in the form of a simulation, so that both are reported alike."""
     start_s = rows[0].arrived_at.timestamp()
     replicas = {name: index for index, name in enumerate(sorted({batch.replica for batch in batches}))}
+    shares = dict(Tenant.objects.values_list("name", "weight"))
+    guess = _guess_lengths(rows)
     sizes: Counter[int] = Counter()
     for batch in batches:
         sizes[round(batch.batch_size_mean)] += batch.steps
-    outcomes = []
-    for row in rows:
-        request = TraceRequest(
-            row.arrived_at.timestamp() - start_s,
-            row.tenant,
-            max(1, row.prompt_tokens),
-            row.completion_tokens,
-            row.priority,
-            max(row.max_tokens, row.completion_tokens),
-        )
-        outcome = Outcome(request, "finished", "", replicas.get(row.replica, -1))
-        outcome.claimed_s = row.claimed_at.timestamp() - start_s if row.claimed_at else None
-        outcome.first_token_s = row.first_token_at.timestamp() - start_s if row.first_token_at else None
-        outcome.finished_s = row.finished_at.timestamp() - start_s
-        outcomes.append(outcome)
     return SimulationResult(
-        outcomes=outcomes,
-        end_s=max(outcome.finished_s or 0.0 for outcome in outcomes),
+        outcomes=[_outcome(row, start_s, shares, replicas, guess) for row in rows],
+        end_s=max(row.finished_at.timestamp() for row in rows) - start_s,
         steps=sum(batch.steps for batch in batches),
         busy_s=sum(batch.steps * batch.step_ms_mean / 1000 for batch in batches),
         preemptions=sum(batch.preemptions for batch in batches),
         batch_sizes=sizes,
         size_changes=[],
-        num_replicas=max(1, len(replicas)),
+        num_replicas=_count_replicas(batches),
     )
+
+
+def _outcome(
+    row: RequestRecord,
+    start_s: float,
+    shares: Mapping[str, float],
+    replicas: Mapping[str, int],
+    guess: Mapping[str, float],
+) -> Outcome:
+    def since(moment: datetime | None) -> float | None:
+        return None if moment is None else moment.timestamp() - start_s
+
+    output = row.completion_tokens or max(1, round(row.max_tokens * guess.get(row.tenant, guess[""])))
+    request = TraceRequest(
+        row.arrived_at.timestamp() - start_s,
+        row.tenant,
+        max(1, row.prompt_tokens),
+        output,
+        row.priority,
+        max(row.max_tokens, output),
+        since(row.deadline_at),
+        shares.get(row.tenant, 1.0),
+    )
+    if not row.completion_tokens:
+        return Outcome(request, "refused", row.error_code)
+    outcome = Outcome(request, "finished", "", replicas.get(row.replica, -1))
+    outcome.claimed_s, outcome.first_token_s = since(row.claimed_at), since(row.first_token_at)
+    outcome.finished_s = row.finished_at.timestamp() - start_s
+    return outcome
+
+
+def _guess_lengths(rows: Sequence[RequestRecord]) -> dict[str, float]:
+    """What share of `max_tokens` answers take, by tenant and ("") over all: for requests that got none."""
+    made: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for row in rows:
+        if row.completion_tokens:
+            for name in (row.tenant, ""):
+                made[name] += row.completion_tokens
+                asked[name] += max(row.max_tokens, row.completion_tokens)
+    return {name: made[name] / asked[name] for name in made}

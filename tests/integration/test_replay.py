@@ -2,24 +2,19 @@
 
 import json
 import random
-from collections import defaultdict
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from django.core.management import CommandError, call_command
 
-from inference.models import BatchRecord, RequestRecord
+from inference.models import RequestRecord
 from inference.recorded import HistoryError, read_history
-from scheduling.core.blocks import BlockAllocator
-from scheduling.core.planner import StepPlanner
-from scheduling.core.simulation.outcome import Outcome
-from scheduling.core.simulation.replica import EOS, SimulatedReplica, SimulatedSequence
 from scheduling.core.simulation.trace import TraceRequest
-from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost, measure_parts
+from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost
+from tests.integration.recorded_run import START, record_run
 
 Capture = pytest.CaptureFixture[str]
-START = datetime(2026, 3, 1, 12, 0, 0, 250_000, tzinfo=UTC)
 COST = StepCost(step_s=0.004, prefill_token_s=4e-5, decode_sequence_s=4e-4, context_token_s=3e-7, attention_pair_s=2e-9)
 
 
@@ -87,79 +82,6 @@ def test_without_trace_or_history_it_asks_for_one() -> None:
         call_command("replay")
     with pytest.raises(CommandError, match="No request of 'demo' is recorded; there are records of: none"):
         call_command("replay", "--from-history=demo")
-
-
-def record_run(requests: list[TraceRequest], cost: StepCost) -> None:
-    """Serve requests step by step and record them as an engine does, a row a second; costs vary by 5 %."""
-    draw, clock = random.Random(5), START.timestamp()
-    start_s = clock
-    planner = StepPlanner(
-        "continuous", 8, 256, BlockAllocator(400, 16), 4000, lambda: clock, eos_token_ids=frozenset({EOS})
-    )
-    replica = SimulatedReplica(planner, cost, fast_forward=False)
-    pending, outcomes = [Outcome(request) for request in requests], list[Outcome]()
-    seconds: dict[int, list[tuple[float, int, int, int]]] = defaultdict(list)
-    while pending or planner.sequences:
-        while pending and start_s + pending[0].request.arrival_s <= clock and planner.room().requests:
-            outcome = pending.pop(0)
-            outcome.claimed_s = clock
-            planner.add(SimulatedSequence(str(len(outcomes)), 1, outcome))
-            outcomes.append(outcome)
-        if not replica.begin_step(clock, 0.0, 0.0):
-            clock = start_s + pending[0].request.arrival_s
-            continue
-        features, num_parts = measure_parts(replica._parts), len(replica._parts)
-        step_s = cost.price(features) * draw.uniform(0.95, 1.05)
-        clock += step_s + 0.0005
-        outputs = replica.end_step()
-        for output in outputs:
-            outcome = output.sequence.outcome  # type: ignore[attr-defined]
-            outcome.first_token_s = outcome.first_token_s or clock
-            outcome.finished_s = clock
-        seconds[int(clock)].append((step_s, num_parts, features.prefill_tokens, len(outputs)))
-    _write(seconds, outcomes, start_s)
-
-
-def _write(seconds: dict[int, list[tuple[float, int, int, int]]], outcomes: list[Outcome], start_s: float) -> None:
-    for second, steps in seconds.items():
-        times, sizes, prompts, outputs = zip(*steps, strict=True)
-        BatchRecord.objects.create(
-            replica="gpu-0",
-            model="demo",
-            second=datetime.fromtimestamp(second, UTC),
-            steps=len(steps),
-            batch_size_mean=sum(sizes) / len(steps),
-            batch_size_max=8,
-            prompt_tokens=sum(prompts),
-            output_tokens=sum(outputs),
-            step_ms_mean=1000 * sum(times) / len(steps),
-            step_ms_max=1000 * max(times),
-            kv_blocks_used=0,
-            kv_blocks_total=400,
-            preemptions=0,
-            mode="continuous",
-            policy="fifo",
-        )
-    for number, outcome in enumerate(outcomes):
-        request = outcome.request
-        RequestRecord.objects.create(
-            request_id=str(number),
-            model="demo",
-            tenant=request.tenant,
-            priority=3,
-            endpoint="completions",
-            state="finished",
-            finish_reason="length",
-            arrived_at=datetime.fromtimestamp(start_s + request.arrival_s, UTC),
-            claimed_at=datetime.fromtimestamp(outcome.claimed_s or 0, UTC),
-            first_token_at=datetime.fromtimestamp(outcome.first_token_s or 0, UTC),
-            finished_at=datetime.fromtimestamp(outcome.finished_s or 0, UTC),
-            prompt_tokens=request.prompt_tokens,
-            completion_tokens=request.output_tokens,
-            max_tokens=request.max_tokens,
-            replica="gpu-0",
-            policy="fifo",
-        )
 
 
 @pytest.mark.django_db

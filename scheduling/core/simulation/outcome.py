@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from scheduling.core.request import QueueEntry
 from scheduling.core.simulation.trace import TraceRequest
 
 OutcomeState = Literal["waiting", "running", "finished", "refused"]
@@ -24,13 +25,15 @@ class ServiceTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceTargets:
-    """The targets of all requests: by priority where set, else the default."""
+    """The targets of all requests: by tenant and priority where set, else by priority, else the default."""
 
     default: ServiceTarget = ServiceTarget(ttft_s=5.0)
     by_priority: Mapping[int, ServiceTarget] = field(default_factory=dict)
+    by_tenant: Mapping[tuple[str, int], ServiceTarget] = field(default_factory=dict)
 
-    def of(self, priority: int) -> ServiceTarget:
-        return self.by_priority.get(priority, self.default)
+    def of(self, request: TraceRequest | QueueEntry) -> ServiceTarget:
+        own = self.by_tenant.get((request.tenant, request.priority))
+        return own or self.by_priority.get(request.priority, self.default)
 
 
 @dataclass(slots=True, eq=False)

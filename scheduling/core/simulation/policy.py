@@ -58,6 +58,8 @@ class SimulatedPolicy:
             self.changes.append(PolicyChange(now_s, choice.policy, choice.reason))
 
     def _deadline(self, entry: QueueEntry) -> float:
-        """A request's arrival plus its end-to-end target, or the target that `edf` assumes."""
-        e2e_s = self._targets.of(entry.priority).e2e_s
-        return deadline_of(entry) if e2e_s is None else entry.arrival_s + e2e_s
+        """A request's own deadline, or its arrival plus its end-to-end target, or the target that `edf` assumes."""
+        e2e_s = self._targets.of(entry).e2e_s
+        if entry.deadline_s is not None or e2e_s is None:
+            return deadline_of(entry)
+        return entry.arrival_s + e2e_s

@@ -82,7 +82,7 @@ def build_report(label: str, result: SimulationResult, targets: ServiceTargets) 
     duration_s = max((o.finished_s or 0.0 for o in finished), default=0.0)
     output = sum(o.request.output_tokens for o in finished)
     prompt = sum(o.request.prompt_tokens for o in finished)
-    good = sum(o.request.output_tokens for o in finished if o.meets(targets.of(o.request.priority)))
+    good = sum(o.request.output_tokens for o in finished if o.meets(targets.of(o.request)))
     sequences = sum(size * steps for size, steps in result.batch_sizes.items())
 
     def rate(amount: float) -> float:
@@ -190,7 +190,7 @@ def _groups(outcomes: Sequence[Outcome], targets: ServiceTargets, key: Callable[
 
 def _group(outcomes: Sequence[Outcome], targets: ServiceTargets) -> Group:
     finished = [o for o in outcomes if o.state == "finished"]
-    num_met = sum(o.meets(targets.of(o.request.priority)) for o in outcomes)
+    num_met = sum(o.meets(targets.of(o.request)) for o in outcomes)
     return Group(
         requests=len(outcomes),
         finished=len(finished),

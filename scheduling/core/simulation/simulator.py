@@ -178,6 +178,8 @@ class Simulator:
             arrival_s=request.arrival_s,
             prompt_tokens=request.prompt_tokens,
             max_tokens=request.max_tokens,
+            deadline_s=request.deadline_s,
+            share=request.share,
         )
         answer = self._enqueue(entry)
         for shed in answer.shed:
@@ -276,12 +278,13 @@ class Simulator:
                 self._finish(owner, request.id, request.attempt, 0)
 
     def _end_step(self, index: int) -> None:
-        for sequence, _, finish, _ in self._replicas[index].end_step():
+        for output in self._replicas[index].end_step():
+            sequence = output.sequence
             assert isinstance(sequence, SimulatedSequence)
             outcome = sequence.outcome
             if outcome.first_token_s is None:
                 outcome.first_token_s = self._now
-            if finish is not None:
+            if output.finish is not None:
                 self._end(index, sequence)
         self._begin_step(index)
 
@@ -296,7 +299,7 @@ class Simulator:
         self._queue.finish(owner, request_id, attempt, state="finished", used_tokens=used_tokens, finish=b"", output="")
 
     def _judge(self, watch: _Watch, outcome: Outcome) -> None:
-        target = self._settings.targets.of(outcome.request.priority)
+        target = self._settings.targets.of(outcome.request)
         if outcome.meets(target):
             watch.good_tokens += outcome.request.output_tokens
         ratio = outcome.service_ratio(target)

@@ -28,6 +28,10 @@ class TraceRequest(NamedTuple):
     priority: int = Priority.NORMAL
     max_tokens: int = 0
     """What the client asked for at most; where the trace does not say, what was generated."""
+    deadline_s: float | None = None
+    """By when it should be complete, on the clock of `arrival_s`."""
+    share: float = 1.0
+    """The tenant's weight under `fair`."""
 
 
 def read_trace(path: Path, *, rate: float = 1.0, limit: int | None = None) -> list[TraceRequest]:

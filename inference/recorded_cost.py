@@ -1,0 +1,106 @@
+"""What an engine's steps cost, learned from the seconds and requests that it recorded."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from inference.models import BatchRecord, RequestRecord
+from scheduling.core.sizing.cost_model import StepCost, StepFeatures, StepTimeModel
+
+MIN_BUSY_SECONDS = 5
+"""From fewer seconds of steps no cost is learned."""
+
+
+class HistoryError(Exception):
+    """The history does not suffice for a replay; the message says what is missing."""
+
+
+@dataclass(slots=True)
+class _Second:
+    """What requests did in one second of one replica, as far as their records tell."""
+
+    first_tokens: int = 0
+    pairs: float = 0.0
+    decodes: float = 0.0
+    context: float = 0.0
+    presence: float = 0.0
+    """Share of the second in which at least one request was there."""
+
+
+def learn_cost(requests: Sequence[RequestRecord], batches: Sequence[BatchRecord]) -> tuple[StepCost, float]:
+    """The step cost behind recorded seconds, and its typical error per step. Raises HistoryError.
+
+    A second's record gives its steps, their time and prompt tokens; the requests' records give who decoded then, over
+    which context. What an engine needs between two steps is added to the fixed part: in seconds in which requests were
+    there throughout, all that was not a forward pass.
+    """
+    if len(batches) < MIN_BUSY_SECONDS:
+        raise HistoryError(f"Only {len(batches)} s of steps are recorded; at least {MIN_BUSY_SECONDS} are needed.")
+    seconds = _by_second(requests)
+    model = StepTimeModel(forgetting=0.9999)
+    idle = _Second()
+    for batch in sorted(batches, key=lambda batch: batch.second):
+        did = seconds.get((batch.replica, int(batch.second.timestamp())), idle)
+        decodes = max(0, min(round(did.decodes), batch.output_tokens))
+        features = StepFeatures(batch.steps, batch.prompt_tokens, decodes, round(did.context), round(did.pairs))
+        model.observe(features, batch.steps * batch.step_ms_mean / 1000)
+    try:
+        cost = model.mean_cost
+    except ValueError as error:
+        raise HistoryError("The recorded steps took no time; no cost can be learned from them.") from error
+    return replace(cost, step_s=cost.step_s + _overhead_s(batches, seconds)), model.typical_error_s
+
+
+def _overhead_s(batches: Iterable[BatchRecord], seconds: dict[tuple[str, int], _Second]) -> float:
+    """Seconds between two steps of a busy engine; 0 where it never was busy for a whole second."""
+    gaps = []
+    for batch in batches:
+        did = seconds.get((batch.replica, int(batch.second.timestamp())))
+        if did is not None and did.presence >= 0.999:
+            gaps.append((1 - batch.steps * batch.step_ms_mean / 1000) / batch.steps)
+    return max(0.0, median(gaps)) if gaps else 0.0
+
+
+def _by_second(requests: Iterable[RequestRecord]) -> dict[tuple[str, int], _Second]:
+    """Spreads each request over the seconds it ran in."""
+    seconds: dict[tuple[str, int], _Second] = defaultdict(_Second)
+    for row in requests:
+        if row.first_token_at is None:  # turned away, or begun by an engine that another took over from
+            continue
+        first_s, last_s = row.first_token_at.timestamp(), row.finished_at.timestamp()
+        begin = seconds[row.replica, int(first_s)]
+        begin.first_tokens += 1
+        begin.pairs += row.prompt_tokens * (row.prompt_tokens + 1) / 2
+        for second in range(int(first_s), int(last_s) + 1):
+            did = seconds[row.replica, second]
+            start_s, end_s = max(first_s, float(second)), min(last_s, second + 1.0)
+            if end_s <= start_s:
+                continue
+            share = (end_s - start_s) / (last_s - first_s)
+            tokens = share * (row.completion_tokens - 1)
+            progress = ((start_s + end_s) / 2 - first_s) / (last_s - first_s)
+            did.decodes += tokens
+            did.context += tokens * (row.prompt_tokens + 1 + progress * (row.completion_tokens - 1))
+    for replica, start_s, end_s in _busy_stretches(requests):
+        for second in range(int(start_s), int(end_s) + 1):
+            seconds[replica, second].presence += min(end_s, second + 1.0) - max(start_s, float(second))
+    return seconds
+
+
+def _busy_stretches(requests: Iterable[RequestRecord]) -> Iterator[tuple[str, float, float]]:
+    """From when to when each replica had any request, as unix seconds."""
+    stays = sorted(
+        (row.replica, (row.claimed_at or row.first_token_at).timestamp(), row.finished_at.timestamp())
+        for row in requests
+        if row.first_token_at is not None
+    )
+    replica, start_s, end_s = "", 0.0, 0.0
+    for name, from_s, to_s in stays:
+        if name != replica or from_s > end_s:
+            if end_s > start_s:
+                yield replica, start_s, end_s
+            replica, start_s, end_s = name, from_s, to_s
+        end_s = max(end_s, to_s)
+    if end_s > start_s:
+        yield replica, start_s, end_s
