@@ -281,6 +281,13 @@ class BatchEvent(msgspec.Struct, frozen=True, kw_only=True, tag="batch"):
     triggers: dict[str, int] = {}
     """How many batches each trigger started, and the latest one's reason."""
     trigger_reason: str = ""
+    busy_ms: float = 0.0
+    """Time of the turns that took a step: the steps, and all that lies between them."""
+    prefill_tokens: int = 0
+    """What the steps computed, as `scheduling.core.sizing.cost_model.StepFeatures` counts it; so the next three."""
+    decode_sequences: int = 0
+    context_tokens: int = 0
+    attention_pairs: int = 0
     prefix_tokens: int = 0
     prefix_hit_tokens: int = 0
     swapped_out_blocks: int = 0

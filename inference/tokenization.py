@@ -12,6 +12,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from inference.checkpoint import CheckpointError, read_chat_template, read_eos_token_ids, token_text
+from scheduling.core.sequence import SamplingParams
 
 REPLACEMENT = "\ufffd"
 MAX_WINDOW_TOKENS = 16
@@ -135,9 +136,26 @@ class TextStream:
     text already emitted: decoders treat the first token of a text apart (a leading space), so none is decoded alone.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        *,
+        min_tokens: int = 0,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        end_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """Text of the first `min_tokens` tokens is not searched for stop strings. `include_stop`: the text ends with
+        the stop string or with the token of `end_token_ids` that ended it, rather than before it."""
         self._tokenizer = tokenizer
         self._stop = tuple(s for s in stop if s)
+        self._include_stop = include_stop
+        self._num_unsearched = min_tokens
+        self._skip_special_tokens = skip_special_tokens
+        self._silent = frozenset() if include_stop else end_token_ids
+        if skip_special_tokens:
+            self._silent |= tokenizer.special_token_ids
         self._window: list[int] = []
         self._num_read = 0
         """Tokens of the window whose text is emitted."""
@@ -147,12 +165,26 @@ class TextStream:
         """Text that may be the beginning of a stop string."""
         self.stopped = False
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, sampling: SamplingParams) -> "TextStream":
+        """The stream of a request."""
+        ends = frozenset(sampling.stop_token_ids)
+        return cls(
+            tokenizer,
+            sampling.stop,
+            min_tokens=sampling.min_tokens,
+            include_stop=sampling.include_stop,
+            skip_special_tokens=sampling.skip_special_tokens,
+            end_token_ids=ends if sampling.ignore_eos else ends | tokenizer.eos_token_ids,
+        )
+
     def push(self, token_id: int) -> str:
         """Text that may be emitted now; empty while a character or a possible stop string is incomplete."""
-        if self.stopped or token_id in self._tokenizer.special_token_ids:
+        self._num_unsearched -= 1
+        if self.stopped or token_id in self._silent:
             return ""
         self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
+        text = self._decode()
         end = len(text.rstrip(REPLACEMENT))
         too_long = len(self._window) > MAX_WINDOW_TOKENS
         if too_long and end < len(text):
@@ -169,27 +201,30 @@ class TextStream:
         """The rest that was held back; nothing where a stop string was met."""
         if self.stopped:
             return ""
-        rest = self._tokenizer.decode(self._window)[self._num_emitted :] if self._window else ""
+        rest = self._decode()[self._num_emitted :] if self._window else ""
         self._window = []
         piece = self._release(rest)
         rest, self._held = self._held, ""
         return piece + rest
 
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, self._skip_special_tokens)
+
     def _slide(self, start: int) -> None:
         self._window = self._window[start:]
         self._num_read = len(self._window)
-        text = self._tokenizer.decode(self._window)
+        text = self._decode()
         self._num_emitted = len(text) - text.endswith(REPLACEMENT)
 
     def _release(self, piece: str) -> str:
         """Add to the held text; give what no stop string can begin in."""
-        if not self._stop:
+        if not self._stop or self._num_unsearched >= 0:
             return piece
         text = self._held + piece
-        found = [at for s in self._stop if (at := text.find(s)) >= 0]
+        found = [(at, at + len(s) * self._include_stop) for s in self._stop if (at := text.find(s)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max(_overlap(text, s) for s in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

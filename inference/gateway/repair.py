@@ -32,5 +32,5 @@ async def read_missing(
 
 def _texts(model: ServedModel, request: InferenceRequest, token_ids: list[int]) -> list[str]:
     """The text that belongs to each token, as the worker made it."""
-    stream = TextStream(model.tokenizer, request.sampling.stop)
+    stream = TextStream.of(model.tokenizer, request.sampling)
     return [stream.push(token_id) for token_id in token_ids]

@@ -58,16 +58,26 @@ class ActiveRequest:
             max_tokens=request.max_tokens,
             sampling=request.sampling,
         )
+        self.num_pushed = 0
+        """Output tokens whose text was made."""
         for token_id in claimed.tokens:
-            self.texts.append(stream.push(token_id))
+            self._push(token_id)
 
     def push(self, token_id: int, now_s: float) -> str:
         """Note a new token, which the sequence has already; returns the text that may be sent with it."""
         if self.first_token_s is None:
             self.first_token_s = now_s
+        return self._push(token_id)
+
+    def _push(self, token_id: int) -> str:
         text = self.stream.push(token_id)
         self.texts.append(text)
+        self.num_pushed += 1
         return text
+
+    def forget_unsent(self) -> None:
+        """Drop the tokens after the one that ended the request, which a step with a draft may have brought."""
+        del self.sequence.tokens[self.sequence.num_prompt_tokens + self.num_pushed :]
 
     def finish(self, reason: FinishReason, error_code: str = "", error_message: str = "") -> Finish:
         """How the request ends; lets go the text that was held back."""
@@ -139,7 +149,7 @@ def open_request(
     *,
     owner: str,
     model: str,
-    new_stream: Callable[[tuple[str, ...]], TextStream],
+    new_stream: Callable[[SamplingParams], TextStream],
     now_s: float,
 ) -> ActiveRequest:
     """Read a claimed request's body. One that cannot be read stands in with nothing but its id and tenant unknown."""
@@ -156,7 +166,7 @@ def open_request(
             max_tokens=0,
             sampling=SamplingParams(),
         )
-    return ActiveRequest(request, claimed, new_stream(request.sampling.stop), owner=owner, now_s=now_s)
+    return ActiveRequest(request, claimed, new_stream(request.sampling), owner=owner, now_s=now_s)
 
 
 def check_request(active: ActiveRequest, *, vocab_size: int) -> None:

@@ -119,7 +119,7 @@ class Engine:
             claimed,
             owner=owner,
             model=self._model,
-            new_stream=lambda stop: TextStream(self._tokenizer, stop),
+            new_stream=lambda sampling: TextStream.of(self._tokenizer, sampling),
             now_s=time.time(),
         )
 

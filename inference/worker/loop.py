@@ -97,7 +97,8 @@ class EngineLoop:
             timeout_s = 0.0 if parts else self._idle_s()
 
     def _heed(self, words: list[Word]) -> None:
-        """Commands, cancelled and lost requests, a lost lease."""
+        """Commands, cancelled and lost requests, a lost lease. Called in every turn, whatever the loop waits for."""
+        self._pipe.beat()
         for word in words:
             match word:
                 case Told():
@@ -208,30 +209,44 @@ class EngineLoop:
         return outputs
 
     def _collect(self, outputs: list[StepOutput]) -> None:
-        """Turn tokens into text, and see who has ended."""
+        """Turn tokens into text, and see who has ended; whose text cannot be made ends alone."""
         now_s = time.time()
-        for sequence, token_id, finish, error in outputs:
-            active = self._active[sequence.id]
-            if token_id is None:
-                self._end(active, "error", "engine_error", error or "")
+        for output in outputs:
+            active = self._active.get(output.sequence.id)
+            if active is None:  # it ended at a stop string before this token of the same step
                 continue
-            is_first = active.first_token_s is None and not active.num_resumed
-            text = active.push(token_id, now_s)
-            if is_first:
-                self._meters.time_to_first_token.observe(now_s - active.request.arrival_s)
-            self._handover.outputs.append(Output(active, sequence.num_output_tokens - 1, [token_id], [text]))
-            if active.stream.stopped or finish is not None:
-                self._end(active, "stop" if active.stream.stopped else finish or "stop")
+            if output.token_id is None:
+                self._end(active, "error", "engine_error", output.error or "")
+                continue
+            try:
+                self._emit(active, output, now_s)
+            except Exception as error:
+                logger.exception("The text of request %s cannot be made", active.request.id)
+                self._end(active, "error", "engine_error", f"The text could not be made ({type(error).__name__}).")
+
+    def _emit(self, active: ActiveRequest, output: StepOutput, now_s: float) -> None:
+        """Hand over a token with its text; end the request where it was the last one."""
+        assert output.token_id is not None
+        is_first = active.first_token_s is None and not active.num_resumed
+        start = active.num_pushed
+        text = active.push(output.token_id, now_s)
+        if is_first:
+            self._meters.time_to_first_token.observe(now_s - active.request.arrival_s)
+        logprobs = [] if output.logprob is None else [output.logprob]
+        self._handover.outputs.append(Output(active, start, [output.token_id], [text], logprobs=logprobs))
+        if active.stream.stopped or output.finish is not None:
+            self._end(active, "stop" if active.stream.stopped else output.finish or "stop")
 
     def _end(self, active: ActiveRequest, reason: FinishReason, code: str = "", message: str = "") -> None:
         """Hand over a request's end, and forget it."""
         now_s = time.time()
+        active.forget_unsent()
         finish = active.finish(reason, code, message)
         policy, revision = self._board.current_policy()
         event = active.event(finish, now_s=now_s, replica=self._lease.replica, policy=policy, revision=revision)
         outputs = self._handover.outputs
         if not (outputs and outputs[-1].active is active):
-            outputs.append(Output(active, active.sequence.num_output_tokens, [], []))
+            outputs.append(Output(active, active.num_pushed, [], []))
         outputs[-1].finish, outputs[-1].event = finish, event
         self._meters.count_end(active, reason, now_s)
         self._forget(active)

@@ -18,6 +18,7 @@ from inference.worker.active import STATES, ActiveRequest
 from inference.worker.inbox import Cancelled, Inbox, Lost
 from inference.worker.lease import Lease
 from scheduling import store
+from scheduling.core.sequence import TokenLogprob
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
@@ -49,6 +50,7 @@ class Output:
     finish: Finish | None = None
     event: RequestEvent | None = None
     journals: bool = True
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -185,7 +187,9 @@ class Outbox(threading.Thread):
         updates: defaultdict[str, list[SequenceUpdate]] = defaultdict(list)
         for o in outputs:
             if o.active.request.reply_to:
-                update = SequenceUpdate(o.active.request.id, o.active.attempt, o.start, o.token_ids, o.texts, o.finish)
+                update = SequenceUpdate(
+                    o.active.request.id, o.active.attempt, o.start, o.token_ids, o.texts, o.finish, o.logprobs
+                )
                 updates[o.active.request.reply_to].append(update)
         commands: list[store.Command[Any]] = []
         for web, message in updates.items():
@@ -253,5 +257,6 @@ def merge(earlier: Handover, later: Handover) -> None:
         else:
             before.token_ids += output.token_ids
             before.texts += output.texts
+            before.logprobs += output.logprobs
             before.finish, before.event = output.finish, output.event
     earlier.releases += later.releases

@@ -9,10 +9,10 @@ from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from scheduling.core.blocks import BlockAllocator
-from scheduling.core.sequence import PartResult, Sequence, StepPart
+from scheduling.core.sequence import PartResult, Sequence, StepPart, TokenLogprob
 
 Mode = Literal["serial", "static", "dynamic", "continuous"]
 DYNAMIC_WAIT_S = 0.05
@@ -32,8 +32,16 @@ class Room(NamedTuple):
     tokens: int
 
 
+class Drafter(Protocol):
+    """Guesses tokens that a decode may find right."""
+
+    def propose(self, sequence: Sequence, limit: int) -> tuple[int, ...]:
+        """At most `limit` tokens that may come next."""
+        ...
+
+
 class StepOutput(NamedTuple):
-    """What a step meant for one sequence. One with `finish` or `error` has left the planner.
+    """A token that a step gave a sequence, or its end. One with `finish` or `error` has left the planner.
 
     `finish` is `stop` after an end-of-sequence token and `length` after `max_tokens`; stop strings are not seen here.
     """
@@ -42,6 +50,7 @@ class StepOutput(NamedTuple):
     token_id: int | None
     finish: Literal["stop", "length"] | None = None
     error: str | None = None
+    logprob: TokenLogprob | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +100,7 @@ class StepPlanner:
         *,
         eos_token_ids: frozenset[int] = frozenset(),
         watermark: float = 0.01,
+        drafter: Drafter | None = None,
     ) -> None:
         self.mode = mode
         self.step_tokens = step_tokens
@@ -100,6 +110,7 @@ class StepPlanner:
         self.set_batch_size(max_batch_size)
         self._clock = clock
         self._eos_token_ids = eos_token_ids
+        self._drafter = drafter
         self._watermark_blocks = max(1, int(allocator.num_blocks * watermark))
         self._budget = step_tokens
         self._num_added = 0
@@ -134,31 +145,43 @@ class StepPlanner:
         return parts
 
     def apply(self, parts: Items[StepPart], results: Items[PartResult]) -> list[StepOutput]:
-        """Record what a step computed; returns the sequences that got a token, ended, or failed."""
-        outputs = []
+        """Record what a step computed; returns each token that a sequence got, and which ended or failed."""
+        outputs: list[StepOutput] = []
         for part, result in zip(parts, results, strict=True):
             sequence = part.sequence
             if result.error is not None:
                 self.remove(sequence)
                 outputs.append(StepOutput(sequence, None, error=result.error))
                 continue
-            sequence.num_computed += part.num_tokens
-            if result.token_id is None:
-                continue
-            sequence.tokens.append(result.token_id)
-            finish = self.finish_reason(sequence)
-            if finish is not None:
-                self.remove(sequence)
-            outputs.append(StepOutput(sequence, result.token_id, finish))
+            sequence.num_computed += part.num_tokens - len(part.draft) + len(result.more)
+            if result.token_id is not None:
+                self._append(sequence, (result.token_id, *result.more), result.logprobs, outputs)
         if self._budget < self.step_tokens:
             self._budget = min(self.step_tokens, self._budget + 1 + self._budget // 8)
         return outputs
+
+    def _append(
+        self,
+        sequence: Sequence,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+        outputs: list[StepOutput],
+    ) -> None:
+        """Give a sequence its new tokens, up to one that ends it."""
+        for i, token_id in enumerate(token_ids):
+            sequence.tokens.append(token_id)
+            finish = self.finish_reason(sequence)
+            outputs.append(StepOutput(sequence, token_id, finish, logprob=logprobs[i] if logprobs else None))
+            if finish is not None:
+                self.remove(sequence)
+                return
 
     def finish_reason(self, sequence: Sequence) -> Literal["stop", "length"] | None:
         """Why a sequence is over, judged by its last token; None while it is not."""
         if not sequence.num_output_tokens:
             return None
-        if sequence.tokens[-1] in self._eos_token_ids and not sequence.sampling.ignore_eos:
+        last, sampling = sequence.tokens[-1], sequence.sampling
+        if (last in self._eos_token_ids and not sampling.ignore_eos) or last in sampling.stop_token_ids:
             return "stop"
         return "length" if sequence.num_output_tokens >= sequence.max_tokens else None
 
@@ -252,18 +275,33 @@ class StepPlanner:
             assert entry.sequence.num_computed <= min(held, len(entry.sequence.tokens))
 
     def _plan_decodes(self, parts: list[StepPart], budget: int) -> int:
-        """One token of each sequence whose other tokens are all computed; returns the budget left.
+        """One token of each sequence whose other tokens are all computed, and drafts; returns the budget left.
 
         Goes by right, so that a sequence that loses its blocks here was not planned yet.
         """
-        for entry in tuple(self._running):
+        running = tuple(self._running)
+        for i, entry in enumerate(running):
             sequence = entry.sequence
             if budget == 0:
                 break
             if entry.running and sequence.num_computed == len(sequence.tokens) - 1 and self._grow(entry):
-                parts.append(StepPart(sequence, 1, samples=True))
-                budget -= 1
+                draft = self._draft(sequence, budget - (len(running) - i)) if self._drafter else ()
+                parts.append(StepPart(sequence, 1 + len(draft), samples=True, draft=draft))
+                budget -= 1 + len(draft)
         return budget
+
+    def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:
+        """Tokens to verify beside a decode: as many as fit the budget, `max_tokens`, and blocks that nobody needs."""
+        assert self._drafter is not None
+        allocator = self.allocator
+        held = len(sequence.block_table) * allocator.block_size - len(sequence.tokens)
+        more_blocks = max(0, allocator.num_free - self._watermark_blocks)
+        left = sequence.max_tokens - sequence.num_output_tokens - 1
+        limit = min(spare, left, held + more_blocks * allocator.block_size)
+        draft = self._drafter.propose(sequence, limit) if limit > 0 else ()
+        if len(draft) > held:
+            sequence.block_table += allocator.allocate(allocator.blocks_for(len(draft) - held))
+        return draft
 
     def _grow(self, entry: _Entry) -> bool:
         """Give a running sequence the block for its last token; False where it had to give up its own instead."""
