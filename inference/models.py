@@ -258,6 +258,11 @@ class BatchRecord(models.Model):
     prefix_hit_tokens = models.PositiveIntegerField(default=0)
     swapped_out_blocks = models.PositiveIntegerField(default=0)
     swapped_in_blocks = models.PositiveIntegerField(default=0)
+    busy_ms = models.FloatField(default=0.0, help_text="Steps and all that lay between them; 0: not recorded.")
+    prefill_tokens = models.PositiveBigIntegerField(default=0)
+    decode_sequences = models.PositiveBigIntegerField(default=0)
+    context_tokens = models.PositiveBigIntegerField(default=0)
+    attention_pairs = models.PositiveBigIntegerField(default=0)
 
     class Meta:
         ordering = ["-second", "replica"]

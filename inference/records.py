@@ -81,6 +81,11 @@ def _batch_row(event: BatchEvent) -> BatchRecord:
         prefix_hit_tokens=_count(event.prefix_hit_tokens),
         swapped_out_blocks=_count(event.swapped_out_blocks),
         swapped_in_blocks=_count(event.swapped_in_blocks),
+        busy_ms=_number(event.busy_ms),
+        prefill_tokens=_count(event.prefill_tokens, MAX_BYTES),
+        decode_sequences=_count(event.decode_sequences, MAX_BYTES),
+        context_tokens=_count(event.context_tokens, MAX_BYTES),
+        attention_pairs=_count(event.attention_pairs, MAX_BYTES),
     )
     if event.telemetry is not None:
         _add_telemetry(row, event.telemetry)
@@ -110,8 +115,8 @@ def _text(value: str, max_chars: int) -> str:
     return value.replace("\0", "")[:max_chars]
 
 
-def _count(value: int) -> int:
-    if not 0 <= value <= MAX_COUNT:
+def _count(value: int, most: int = MAX_COUNT) -> int:
+    if not 0 <= value <= most:
         raise UnusableEventError(f"{value} is no count")
     return value
 
