@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -14,15 +15,21 @@ from inference.engine.runner import ModelRunner
 from inference.tokenization import Tokenizer
 from inference.worker.engine import Engine, connect
 from inference.worker.inbox import Inbox, Told
-from inference.worker.pipe import Pipe, watch_signals
+from inference.worker.nvml import torch_gpus
+from inference.worker.pipe import STOP_NOW, Pipe, watch_signals
 from inference.worker.reporter import Reporter
-from inference.worker.spec import EngineSpec, Notice
+from inference.worker.spec import LOST_STATUS, EngineSpec, Notice
 from inference.worker.status import first_status
-from inference.worker.telemetry import TelemetryReader, open_source
+from inference.worker.telemetry import TelemetryReader
 from scheduling.keys import Keys
 
 logger = logging.getLogger("inference.worker")
 
+DRIVER_PATIENCE_S = 5.0
+"""How long a start waits for the first reading of a GPU."""
+LOST_POLL_S = 0.25
+LEAVE_S = 5.0
+"""How long an engine that lost its GPU may take to give its requests back."""
 RETRY_S = 30.0
 """How long a process that cannot serve its checkpoint waits before it ends, to be started again."""
 
@@ -42,7 +49,12 @@ def main() -> int:
     telemetry.start()
     reporter.start()
     try:
+        if not _await_gpu(spec, pipe, inbox, reporter, telemetry):
+            return 0
         _load_and_serve(spec, pipe, inbox, reporter, telemetry)
+        if (last := telemetry.read()) is not None and last.lost:
+            reporter.publish(msgspec.structs.replace(status, state="failed", detail=last.detail))
+            return LOST_STATUS
     except (CheckpointError, ModelLoadError) as error:
         logger.error("%s cannot be served: %s", spec.deployment.name, error)
         reporter.publish(msgspec.structs.replace(status, state="failed", detail=str(error)))
@@ -59,16 +71,44 @@ def main() -> int:
     return 0
 
 
+def _await_gpu(spec: EngineSpec, pipe: Pipe, inbox: Inbox, reporter: Reporter, telemetry: TelemetryReader) -> bool:
+    """Wait until the GPU that is named is there; False when told to stop meanwhile. A silent driver is not awaited."""
+    if not spec.gpu:
+        return True
+    telemetry.follow(spec.device, (spec.gpu,))
+    reading = telemetry.first(DRIVER_PATIENCE_S)
+    while reading is not None and reading.lost:
+        detail = f"{reading.detail} The replica comes back when it does."
+        reporter.publish(msgspec.structs.replace(first_status(spec), state="failed", detail=detail))
+        pipe.beat()  # it waits, and does not hang
+        if _told_to_stop(inbox, LOST_POLL_S):
+            return False
+        reading = telemetry.read()
+    reporter.publish(first_status(spec))
+    return True
+
+
 def _load_and_serve(spec: EngineSpec, pipe: Pipe, inbox: Inbox, reporter: Reporter, telemetry: TelemetryReader) -> None:
     path = Path(spec.deployment.path)
     tokenizer = Tokenizer.load(path)
     runner = ModelRunner(spec.deployment, spec.device)
-    telemetry.follow(open_source(str(runner.device)))
+    device = str(runner.device)
+    on_cuda = device.startswith("cuda")
+    gpus = (spec.gpu,) if spec.gpu else torch_gpus(device) if on_cuda else ()
+    telemetry.follow(device, gpus, partial(_leave, inbox))
     detail = runner.describe()
     logger.info("%s serves %s: %s", spec.replica, spec.deployment.name, detail)
     engine = Engine(spec, runner, tokenizer, pipe=pipe, inbox=inbox, reporter=reporter, detail=detail)
-    pipe.send(Notice(state="ready", detail=detail))
+    reading = telemetry.first(DRIVER_PATIENCE_S) if on_cuda else None
+    pipe.send(Notice(state="ready", detail=detail, gpu=reading.uuid if reading is not None else ""))
     engine.run()
+
+
+def _leave(inbox: Inbox, detail: str) -> None:
+    """The GPU is lost: give the requests back and end; where a step never returns from it, end all the same."""
+    logger.error("%s The requests go back to the queue.", detail)
+    inbox.tell(STOP_NOW)
+    threading.Timer(LEAVE_S, os._exit, [LOST_STATUS]).start()
 
 
 def _end_process(failure: threading.ExceptHookArgs) -> None:
@@ -83,9 +123,13 @@ def _await_stop(inbox: Inbox) -> None:
     """Show the failed state for a while, rather than load what cannot be loaded over and over."""
     deadline = time.monotonic() + RETRY_S
     while (left_s := deadline - time.monotonic()) > 0:
-        for word in inbox.read(left_s):
-            if isinstance(word, Told) and word.message.command == "stop":
-                return
+        if _told_to_stop(inbox, left_s):
+            return
+
+
+def _told_to_stop(inbox: Inbox, timeout_s: float) -> bool:
+    words = inbox.read(timeout_s)
+    return any(isinstance(word, Told) and word.message.command == "stop" for word in words)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,20 @@ import os
 import signal
 import sys
 import threading
+import time
 from typing import BinaryIO
 
 import msgspec
 
 from inference.worker.inbox import Inbox
-from inference.worker.spec import ControlMessage, EngineSpec, Report
+from inference.worker.spec import Beat, ControlMessage, EngineSpec, Report
 
 logger = logging.getLogger(__name__)
 
 ORPHAN_GRACE_S = 10
 """How long an engine process whose parent is gone may take to release its requests before it ends itself."""
 PR_SET_PDEATHSIG = 1
+BEAT_S = 1.0
 
 _encode = msgspec.json.Encoder().encode
 STOP_NOW = ControlMessage(id=0, command="stop", arguments={"drain_s": 0})
@@ -30,6 +32,7 @@ class Pipe:
         self._lines: BinaryIO = os.fdopen(os.dup(0), "rb")
         self._out: BinaryIO = os.fdopen(os.dup(1), "wb", buffering=0)
         self._lock = threading.Lock()
+        self._beat_s = 0.0
         os.dup2(2, 1)
         devnull = os.open(os.devnull, os.O_RDONLY)
         os.dup2(devnull, 0)
@@ -46,6 +49,13 @@ class Pipe:
                 self._out.write(_encode(report) + b"\n")
         except BrokenPipeError:
             logger.warning("The Celery worker does not read any more.")
+
+    def beat(self) -> None:
+        """The loop turns: tell the parent once a second, whose watchdog kills an engine that is silent for long."""
+        now_s = time.monotonic()
+        if now_s - self._beat_s >= BEAT_S:
+            self._beat_s = now_s
+            self.send(Beat())
 
     def follow(self, inbox: Inbox) -> None:
         """Pass commands on from a thread; stop the engine when the pipe ends, for then the parent is gone."""

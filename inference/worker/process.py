@@ -4,6 +4,7 @@ import contextlib
 import logging
 import subprocess
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import IO, Any
@@ -36,6 +37,8 @@ class EngineProcess:
         self.ended = threading.Event()
         self.notice: Notice | None = None
         """The last one: what it serves, or why it cannot."""
+        self.heard_s = time.monotonic()
+        """When it last said anything; its loop does once a second. Before it is ready, when it was started."""
         self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), name="engine", daemon=True)
         self._reader.start()
         self._write(spec)
@@ -106,6 +109,7 @@ class EngineProcess:
                 future.set_exception(EngineGoneError(f"The engine process {self.pid} has ended."))
 
     def _note(self, report: Report) -> None:
+        self.heard_s = time.monotonic()
         match report:
             case Ack():
                 future = self._acks.get(report.id)

@@ -9,7 +9,9 @@ from inference.messages import DeploymentSpec
 LOST_STATUS = 4
 """Exit status of an engine process whose GPU is lost."""
 
-CommandName = Literal["pause", "resume", "drain", "set_mode", "set_batch_size", "policy", "sizing", "deployment", "stop"]
+CommandName = Literal[
+    "pause", "resume", "drain", "set_mode", "set_batch_size", "policy", "sizing", "deployment", "stop"
+]
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):

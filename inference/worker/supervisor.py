@@ -1,4 +1,4 @@
-"""Keeps one engine process running beside a Celery worker: starts it, starts it again, passes commands, drains it."""
+"""Keeps one engine process running beside a Celery worker: starts it, again when it ends or hangs, commands, drains."""
 
 import contextlib
 import logging
@@ -13,7 +13,9 @@ import redis
 
 from inference.messages import DeploymentSpec
 from inference.worker.process import EngineGoneError, EngineProcess
-from inference.worker.spec import CommandName, EngineSpec
+from inference.worker.reporter import STATUS_KEEP_MS
+from inference.worker.spec import LOST_STATUS, CommandName, EngineSpec
+from inference.worker.status import first_status
 from scheduling import store
 from scheduling.keys import Keys
 
@@ -51,6 +53,11 @@ class SupervisorOptions:
     lease_s: float = 5.0
     drain_s: float = 5.0
     log_level: str = "INFO"
+    gpu: str = ""
+    step_timeout_s: float = 120.0
+    """An engine that ends no step, idle turns included, for this long is killed."""
+    load_timeout_s: float = 1800.0
+    """The same while it loads its model."""
 
 
 class EngineSupervisor(threading.Thread):
@@ -64,6 +71,9 @@ class EngineSupervisor(threading.Thread):
         self._closing = threading.Event()
         self._process: EngineProcess | None = None
         self._remembered: dict[str, tuple[CommandName, dict[str, Any]]] = {}
+        self._gpu = ""
+        """UUID of the GPU that an engine served on; its successors wait for it rather than take another device."""
+        self._restarts: dict[str, int] = {}
         self._complained_s = -COMPLAINT_PERIOD_S
 
     def run(self) -> None:
@@ -71,21 +81,44 @@ class EngineSupervisor(threading.Thread):
         num_failures = 0
         while (deployment := self._await_deployment()) is not None:
             started_s = time.monotonic()
-            process = self._process = EngineProcess(self._options.command, self._spec(deployment))
-            self._attend(process, deployment)
+            spec = self._spec(deployment)
+            process = self._process = EngineProcess(self._options.command, spec)
+            hung = self._attend(process, spec)
             if self._closing.is_set():
                 return
             if process.ready.is_set() and time.monotonic() - started_s > STABLE_S:
                 num_failures = 0
             pause_s = BACKOFF_S[min(num_failures, len(BACKOFF_S) - 1)]
             num_failures += 1
-            logger.error(
-                "The engine process %d ended with status %s; starting it again in %g s.",
-                process.pid,
-                process.wait(0),
-                pause_s,
-            )
-            self._closing.wait(pause_s)
+            status = process.wait(0)
+            reason = "hung" if hung else "lost" if status == LOST_STATUS else "failed"
+            self._restarts[reason] = self._restarts.get(reason, 0) + 1
+            what = hung or f"The engine process {process.pid} ended with status {status}."
+            self._rest(spec, pause_s, f"{what} It is started again in {pause_s:g} s.")
+
+    def _rest(self, spec: EngineSpec, pause_s: float, sentence: str) -> None:
+        """Say why nothing runs, and wait before the next start."""
+        logger.error("%s", sentence)
+        end_s = time.monotonic() + pause_s
+        while not self._closing.is_set():
+            self._report(spec, sentence)
+            left_s = end_s - time.monotonic()
+            if left_s <= 0:
+                return
+            self._closing.wait(min(left_s, POLL_S))
+
+    def _report(self, spec: EngineSpec, detail: str) -> None:
+        """A status in place of the engine's own, which says nothing now."""
+        status = msgspec.structs.replace(
+            first_status(spec), state="failed", detail=detail, restarts=dict(self._restarts)
+        )
+        try:
+            with self._client.pipeline(transaction=False) as pipe:
+                pipe.set(self._keys.replica(spec.replica), msgspec.msgpack.encode(status), px=STATUS_KEEP_MS)
+                pipe.zadd(self._keys.replicas, {spec.replica: status.time_s})
+                pipe.execute()
+        except redis.RedisError as error:
+            self._complain(f"The status cannot be reported: {error}")
 
     def control(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Pass a command to the engine and give its acknowledgement; never raises."""
@@ -124,21 +157,51 @@ class EngineSupervisor(threading.Thread):
         process.kill()
         process.wait(FAREWELL_S)
 
-    def _attend(self, process: EngineProcess, deployment: DeploymentSpec) -> None:
-        """Until the process ends. One that cannot serve is ended when its deployment changes."""
-        told = False
+    def _attend(self, process: EngineProcess, spec: EngineSpec) -> str:
+        """Until the process ends; a sentence where it hung and was killed."""
+        told, num_silent, hung = False, 0, ""
         while process.wait(POLL_S if told else 0.05) is None:
             if process.ready.is_set() and not told:
                 told = True
                 self._remind(process)
-            notice = process.notice
-            if notice is not None and notice.state == "failed" and self._find_deployment() not in (None, deployment):
-                logger.info("The deployment of %s has changed; trying again.", deployment.name)
-                with contextlib.suppress(EngineGoneError):
-                    process.tell("stop", {})
-                process.wait(FAREWELL_S)
+            # Twice: what the engine said while this process itself was stopped is read in the meantime.
+            num_silent = num_silent + 1 if self._is_silent(process) else 0
+            if num_silent > 1:
+                hung = hung or self._describe_hang(process)
+                self._report(spec, hung)
+                process.kill()
+            self._end_outdated(process, spec.deployment)
+        return hung
+
+    def _end_outdated(self, process: EngineProcess, deployment: DeploymentSpec) -> None:
+        """An engine that cannot serve its deployment ends when that changes."""
+        notice = process.notice
+        if notice is None or notice.state != "failed" or self._find_deployment() in (None, deployment):
+            return
+        logger.info("The deployment of %s has changed; trying again.", deployment.name)
+        with contextlib.suppress(EngineGoneError):
+            process.tell("stop", {})
+        process.wait(FAREWELL_S)
+
+    def _is_silent(self, process: EngineProcess) -> bool:
+        """The watchdog: whether a step, or the load of the model, has taken longer than it may."""
+        if process.notice is not None and process.notice.state == "failed":  # it waits, and ends by itself
+            return False
+        return time.monotonic() - process.heard_s > self._bound_s(process)
+
+    def _bound_s(self, process: EngineProcess) -> float:
+        return self._options.step_timeout_s if process.ready.is_set() else self._options.load_timeout_s
+
+    def _describe_hang(self, process: EngineProcess) -> str:
+        what = "has ended no step" if process.ready.is_set() else "has not loaded its model"
+        sentence = f"The engine process {process.pid} {what} for {self._bound_s(process):g} s and is killed."
+        logger.error("%s Its requests go on when their lease has run out.", sentence)
+        return sentence
 
     def _remind(self, process: EngineProcess) -> None:
+        """Tell a new engine what its predecessor was told; remember where it runs."""
+        if process.notice is not None and process.notice.gpu:
+            self._gpu = process.notice.gpu
         for name, arguments in list(self._remembered.values()):
             try:
                 process.tell(name, arguments)
@@ -176,15 +239,18 @@ class EngineSupervisor(threading.Thread):
 
     def _spec(self, deployment: DeploymentSpec) -> EngineSpec:
         options = self._options
+        device = "cuda" if self._gpu and options.device == "auto" else options.device
         return EngineSpec(
             deployment=deployment,
             replica=options.replica,
             redis_url=options.redis_url,
             key_prefix=options.key_prefix,
-            device=options.device,
+            device=device,
             lease_s=options.lease_s,
             drain_s=options.drain_s,
             log_level=options.log_level,
+            gpu=options.gpu or self._gpu,
+            restarts=dict(self._restarts),
         )
 
     def _ack(self, *, ok: bool, error: str = "", applied_ms: float = 0.0, state: str = "") -> dict[str, Any]:

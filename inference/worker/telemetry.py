@@ -2,38 +2,44 @@
 
 import logging
 import threading
-from typing import Any, Protocol
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
+import msgspec
 import psutil
 
 from inference.messages import Telemetry
+from inference.worker.nvml import GpuLostError, NvmlSource, NvmlUnavailableError
 
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 0.5
-THROTTLE_REASONS = {
-    "nvmlClocksThrottleReasonSwPowerCap": "power cap",
-    "nvmlClocksThrottleReasonHwSlowdown": "hardware slowdown",
-    "nvmlClocksThrottleReasonSwThermalSlowdown": "thermal (software)",
-    "nvmlClocksThrottleReasonHwThermalSlowdown": "thermal (hardware)",
-    "nvmlClocksThrottleReasonHwPowerBrakeSlowdown": "power brake",
-    "nvmlClocksThrottleReasonSyncBoost": "sync boost",
-}
+STALE_S = 3 * PERIOD_S
+"""A reading that is older shows its age: the driver hangs."""
+LOST_BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""Pauses between looks for a GPU that is lost."""
 
 
 class Source(Protocol):
     """Somewhere to read telemetry."""
 
     def read(self) -> Telemetry:
-        """One reading."""
+        """One reading. Raises GpuLostError."""
+        ...
+
+    def close(self) -> None:
+        """Read no more."""
         ...
 
 
 class HostSource:
     """The engine process and its host. `utilization_percent` is this process's, of all cores; memory is the host's."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", detail: str = "") -> None:
         self._device = device
+        self._detail = detail
         self._process = psutil.Process()
         self._num_cores = psutil.cpu_count() or 1
         self._process.cpu_percent()
@@ -44,66 +50,28 @@ class HostSource:
         return Telemetry(
             source="host",
             device=self._device,
+            detail=self._detail,
+            time_s=time.time(),
             utilization_percent=round(self._process.cpu_percent() / self._num_cores, 1),
             memory_used_bytes=memory.total - memory.available,
             memory_total_bytes=memory.total,
             temperature_c=_cpu_temperature(),
+            process_memory_bytes=self._process.memory_info().rss,
         )
 
-
-class NvmlSource:
-    """One NVIDIA GPU. A field that this GPU or driver does not give is None."""
-
-    def __init__(self, nvml: Any, handle: Any) -> None:
-        self._nvml = nvml
-        self._handle = handle
-        name = nvml.nvmlDeviceGetName(handle)
-        self._device = name.decode() if isinstance(name, bytes) else str(name)
-
-    def read(self) -> Telemetry:
-        """One reading."""
-        nvml = self._nvml
-        utilization = self._ask("nvmlDeviceGetUtilizationRates")
-        memory = self._ask("nvmlDeviceGetMemoryInfo")
-        power_mw = self._ask("nvmlDeviceGetPowerUsage")
-        mask = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons") or 0
-        return Telemetry(
-            source="nvml",
-            device=self._device,
-            utilization_percent=None if utilization is None else float(utilization.gpu),
-            memory_used_bytes=None if memory is None else int(memory.used),
-            memory_total_bytes=None if memory is None else int(memory.total),
-            temperature_c=self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-            power_w=None if power_mw is None else power_mw / 1000,
-            throttle_reasons=[text for name, text in THROTTLE_REASONS.items() if mask & getattr(nvml, name, 0)],
-        )
-
-    def _ask(self, name: str, *args: Any) -> Any:
-        try:
-            return getattr(self._nvml, name)(self._handle, *args)
-        except self._nvml.NVMLError:
-            return None
+    def close(self) -> None:
+        """There is nothing to let go."""
 
 
-def open_source(device: str) -> Source:
-    """NVML for a CUDA device such as `cuda` or `cuda:1`, the host for any other and where NVML cannot be used."""
-    if device.startswith("cuda"):
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            return NvmlSource(pynvml, _find_gpu(pynvml, int(device.partition(":")[2] or 0)))
-        except Exception as error:  # NVML raises its own classes, made as it runs, and ctypes raises OSError
-            logger.warning("No NVML telemetry (%s); the host's is shown.", error)
-    return HostSource(device)
-
-
-def _find_gpu(nvml: Any, index: int) -> Any:
-    """The handle of torch's device `index`, which CUDA_VISIBLE_DEVICES may have renumbered: found by PCI address."""
-    import torch
-
-    uuid = str(torch.cuda.get_device_properties(index).uuid)
-    return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+def open_source(device: str, gpus: tuple[str, ...]) -> Source:
+    """NVML for the first of `gpus` that there is, the host where there are none or no NVML. Raises GpuLostError."""
+    if not gpus:
+        return HostSource(device)
+    try:
+        return NvmlSource(gpus)
+    except NvmlUnavailableError as error:
+        logger.warning("%s The host's is shown.", error)
+        return HostSource(device, str(error))
 
 
 def _cpu_temperature() -> float | None:
@@ -118,24 +86,89 @@ def _cpu_temperature() -> float | None:
     return max(readings, default=None)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Followed:
+    """What is read, and who hears of its loss."""
+
+    device: str
+    gpus: tuple[str, ...]
+    on_loss: Callable[[str], None] | None
+
+
 class TelemetryReader(threading.Thread):
-    """Reads a source twice a second in a thread of its own; a driver call may take long."""
+    """Opens and reads a source twice a second in a thread of its own: a call to the driver may hang, a step may not."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
         super().__init__(name="telemetry", daemon=True)
-        self._source: Source = HostSource()
+        self._clock = clock
+        self._wanted = _Followed(device="cpu", gpus=(), on_loss=None)
+        self._followed: _Followed | None = None
+        self._source: Source | None = None
         self._latest: Telemetry | None = None
+        self._num_misses = 0
+        self._answered = threading.Event()
+        self._wake = threading.Event()
 
-    def follow(self, source: Source) -> None:
-        """Read this source from now on, in place of the host."""
-        self._source = source
+    def follow(self, device: str, gpus: tuple[str, ...], on_loss: Callable[[str], None] | None = None) -> None:
+        """Read this device from now on: by NVML under one of these names, or as a part of the host.
+
+        `on_loss` is called once, by the reader's thread and with a sentence, when the GPU is lost.
+        """
+        self._answered.clear()
+        self._wanted = _Followed(device=device, gpus=gpus, on_loss=on_loss)
+        self._wake.set()
 
     def read(self) -> Telemetry | None:
-        """The latest reading; None before the first."""
-        return self._latest
+        """The latest reading, with its age where the next is overdue; None before the first."""
+        latest = self._latest
+        if latest is None:
+            return None
+        age_s = self._clock() - latest.time_s
+        overdue = age_s > STALE_S + (self._pause_s if self._num_misses else 0.0)
+        return msgspec.structs.replace(latest, stale_s=round(age_s, 1)) if overdue else latest
+
+    def first(self, timeout_s: float) -> Telemetry | None:
+        """The first reading of what is followed; None where the driver has not answered within `timeout_s`."""
+        return self._latest if self._answered.wait(timeout_s) else None
 
     def run(self) -> None:
         """Read as long as the process lives."""
-        pause = threading.Event()
-        while not pause.wait(PERIOD_S):
+        while True:
+            self._look()
+            self._wake.wait(self._pause_s)
+            self._wake.clear()
+
+    @property
+    def _pause_s(self) -> float:
+        return LOST_BACKOFF_S[min(self._num_misses, len(LOST_BACKOFF_S)) - 1] if self._num_misses else PERIOD_S
+
+    def _look(self) -> None:
+        wanted = self._wanted
+        if wanted is not self._followed:
+            self._close()
+            self._followed, self._num_misses = wanted, 0
+        try:
+            if self._source is None:
+                self._source = open_source(wanted.device, wanted.gpus)
             self._latest = self._source.read()
+            self._num_misses = 0
+        except GpuLostError as error:
+            self._close()
+            self._num_misses += 1
+            self._lose(wanted, str(error))
+        if wanted is self._wanted:
+            self._answered.set()
+
+    def _lose(self, followed: _Followed, detail: str) -> None:
+        last = self._latest
+        device = last.device if last is not None and last.source == "nvml" else "GPU"
+        self._latest = Telemetry(
+            source="nvml", device=device, uuid=followed.gpus[0], lost=True, detail=detail, time_s=self._clock()
+        )
+        if followed.on_loss is not None and self._num_misses == 1:
+            followed.on_loss(detail)
+
+    def _close(self) -> None:
+        if self._source is not None:
+            self._source.close()
+            self._source = None
