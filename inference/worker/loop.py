@@ -21,6 +21,7 @@ from inference.worker.spec import Ack
 from inference.worker.status import StatusBoard
 from scheduling.core.planner import RequestTooLongError, StepOutput, StepPlanner
 from scheduling.core.sequence import PartResult, StepPart
+from scheduling.core.sizing.cost_model import measure_parts
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class EngineLoop:
             self._hand_over()
             self._offer_room()
             if parts:
-                self._meters.busy_total_s += time.perf_counter() - started
+                self._meters.count_busy(time.perf_counter() - started)
             self._board.update(self._reporter, self._active.values())
             timeout_s = 0.0 if parts else self._idle_s()
 
@@ -192,6 +193,7 @@ class EngineLoop:
     def _compute(self, parts: list[StepPart]) -> list[StepOutput]:
         """One forward pass. Where memory lacks, the planner plans less; a request that runs alone then fails."""
         prompt_tokens = sum(p.num_tokens for p in parts if p.sequence.num_computed < p.sequence.num_prompt_tokens)
+        features = measure_parts(parts)
         started = time.perf_counter()
         try:
             results = self._runner.step(parts)
@@ -204,7 +206,11 @@ class EngineLoop:
         outputs = self._planner.apply(parts, results)
         num_sampled = sum(output.token_id is not None for output in outputs)
         self._meters.count_step(
-            batch_size=len(parts), prompt_tokens=prompt_tokens, output_tokens=num_sampled, seconds=seconds
+            batch_size=len(parts),
+            prompt_tokens=prompt_tokens,
+            output_tokens=num_sampled,
+            seconds=seconds,
+            features=features,
         )
         return outputs
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from inference.messages import LATENCY_BUCKETS_S, BatchEvent, BatchMode, FinishReason, Histogram
 from inference.worker.active import ActiveRequest
+from scheduling.core.sizing.cost_model import NO_STEPS, StepFeatures
 
 STEP_WINDOW = 512
 """Steps over which percentiles are taken."""
@@ -42,6 +43,8 @@ class Second:
     step_s: float = 0.0
     step_s_max: float = 0.0
     preemptions: int = 0
+    busy_s: float = 0.0
+    features: StepFeatures = NO_STEPS
 
 
 @dataclass(slots=True)
@@ -63,8 +66,19 @@ class Meters:
     end_to_end: Latencies = field(default_factory=Latencies)
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=STEP_WINDOW))
 
-    def count_step(self, *, batch_size: int, prompt_tokens: int, output_tokens: int, seconds: float) -> None:
-        """A forward pass over `batch_size` sequences that read so many prompt tokens and gave so many output tokens."""
+    def count_step(
+        self,
+        *,
+        batch_size: int,
+        prompt_tokens: int,
+        output_tokens: int,
+        seconds: float,
+        features: StepFeatures = NO_STEPS,
+    ) -> None:
+        """A forward pass over `batch_size` sequences that read so many prompt tokens and gave so many output tokens.
+
+        `features` is what its cost is learned from, later, from the history.
+        """
         self.steps += 1
         self.step_total_s += seconds
         self.step_times_s.append(seconds)
@@ -78,6 +92,12 @@ class Meters:
         second.output_tokens += output_tokens
         second.step_s += seconds
         second.step_s_max = max(second.step_s_max, seconds)
+        second.features = second.features.plus(features)
+
+    def count_busy(self, seconds: float) -> None:
+        """A turn of the loop that took a step, with all that belongs to it."""
+        self.busy_total_s += seconds
+        self.second.busy_s += seconds
 
     def count_end(self, active: ActiveRequest, reason: FinishReason, now_s: float) -> None:
         """A request ended."""
@@ -138,4 +158,9 @@ class Meters:
             mode=mode,
             policy=policy,
             policy_revision=policy_revision,
+            busy_ms=1000 * second.busy_s,
+            prefill_tokens=second.features.prefill_tokens,
+            decode_sequences=second.features.decode_sequences,
+            context_tokens=second.features.context_tokens,
+            attention_pairs=second.features.attention_pairs,
         )

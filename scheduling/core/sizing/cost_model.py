@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from operator import add
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,6 +29,12 @@ class StepFeatures(NamedTuple):
     attention_pairs: int
     """Pairs of a prefill token and a token it attends to: quadratic in the length of a prompt."""
 
+    def plus(self, other: "StepFeatures") -> "StepFeatures":
+        """Both together."""
+        return StepFeatures(*map(add, self, other))
+
+
+NO_STEPS = StepFeatures(0, 0, 0, 0, 0)
 
 SCALES = StepFeatures(1, 500, 20, 20_000, 500_000)
 """Typical magnitudes in one step."""
