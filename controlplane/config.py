@@ -80,11 +80,19 @@ class Config(BaseSettings):
         ge=0,
         description="Waiting tokens (prompt and `max_tokens`) per model before new ones are refused; 0: no bound.",
     )
+    idempotency_keep_s: int = Field(
+        600,
+        ge=60,
+        le=86_400,
+        description="How long the answer of a request with an `Idempotency-Key` stays after its end.",
+    )
     lease_s: float = Field(
         5.0, ge=0.5, le=120, description="A worker silent for this long loses its requests to others."
     )
     max_body_bytes: int = Field(2 * 2**20, ge=1024, description="Largest request body.")
     history_days: int = Field(30, ge=1, le=3650, description="How long request and batch records are kept.")
+    minutes_days: int = Field(30, ge=1, le=3650, description="How long history summed up by minutes is kept.")
+    hours_days: int = Field(730, ge=1, le=36500, description="How long history summed up by hours is kept.")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Log level.")
 
     @cached_property

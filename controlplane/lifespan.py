@@ -41,6 +41,7 @@ class Lifespan:
                 directory,
                 queue_limit=self._config.queue_limit,
                 queue_tokens=self._config.queue_tokens or None,
+                idempotency_keep_s=self._config.idempotency_keep_s,
             )
             try:
                 await directory.start()

@@ -39,8 +39,8 @@ class Sweeper:
         self._client = client
         self._keys = keys
         self._clock = clock or partial(execute, client, TIME)
-        self._lapsed: dict[str, float] = {}
-        """Web processes whose heartbeat has run out, and when that was first seen."""
+        self._lapsed: dict[tuple[str, str], float] = {}
+        """Who let a heartbeat run out (the sorted set, and the name in it), and when that was first seen."""
         self._limits = TenantLimits(keys)
 
     def run_once(self) -> None:
@@ -51,8 +51,8 @@ class Sweeper:
                 logger.warning("%s of %s is gone; %d requests go back to the queue.", owner, queue.model, num_requeued)
             place_unplaced(self._client, queue)
             self._end_shed(queue)
-        for web in self._dead_webs():
-            self._sweep_web(web, queues)
+        for heartbeats, web in self._lapsed_long_enough():
+            self._sweep_web(heartbeats, web, queues)
 
     def free_slots(self, tenants: Iterable[str]) -> int:
         """Give back concurrency slots of requests that no queue knows any more; how many.
@@ -97,15 +97,19 @@ class Sweeper:
             if execute(self._client, write_end(queue, request)):
                 execute_many(self._client, tell_end(queue, request))
 
-    def _dead_webs(self) -> list[str]:
-        """Web processes that were silent at a first look and still are at a later one."""
+    def _lapsed_long_enough(self) -> list[tuple[str, str]]:
+        """Web processes, and requests that clients waited for, silent at a first look and still so at a later one."""
         now_s = self._clock()
-        silent = [_text(web) for web in self._client.zrangebyscore(self._keys.webs, "-inf", now_s)]
-        self._lapsed = {web: self._lapsed.get(web, now_s) for web in silent}
-        return [web for web, since_s in self._lapsed.items() if now_s - since_s >= SECOND_LOOK_S]
+        silent = [
+            (heartbeats, _text(name))
+            for heartbeats in (self._keys.webs, self._keys.awaits)
+            for name in self._client.zrangebyscore(heartbeats, "-inf", now_s)
+        ]
+        self._lapsed = {entry: self._lapsed.get(entry, now_s) for entry in silent}
+        return [entry for entry, since_s in self._lapsed.items() if now_s - since_s >= SECOND_LOOK_S]
 
-    def _sweep_web(self, web: str, queues: list[FleetQueue]) -> None:
-        """Cancel what the web process had asked for; forget it once nothing of it is left."""
+    def _sweep_web(self, heartbeats: str, web: str, queues: list[FleetQueue]) -> None:
+        """Cancel what should reply to it (a request that clients waited for replies to itself); then forget it."""
         num_cancelled = num_running = 0
         for queue in queues:
             for request_id in execute(self._client, queue.reply_to_requests(web)):
@@ -115,10 +119,10 @@ class Sweeper:
                     self._end(msgspec.msgpack.decode(answer.body, type=InferenceRequest))
                     num_cancelled += 1
         if num_cancelled:
-            logger.warning("Web process %s is gone; %d of its waiting requests are cancelled.", web, num_cancelled)
+            logger.warning("Nobody waits at %s any more; %d waiting requests are cancelled.", web, num_cancelled)
         if not num_running:
             with self._client.pipeline() as pipe:
-                pipe.zrem(self._keys.webs, web)
+                pipe.zrem(heartbeats, web)
                 pipe.delete(self._keys.replies(web))
                 pipe.execute()
 

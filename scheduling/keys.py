@@ -30,7 +30,7 @@ class Keys:
         return f"{self.queue(model)}:bell"
 
     def tenant(self, tenant: str) -> str:
-        """Start of a tenant's limit keys; scripts append `:name`."""
+        """Start of the keys of a tenant's limits (and of its idempotency keys, `:key:DIGEST`); scripts append `:name`."""
         return f"{{{self.prefix}:t:{tenant}}}"
 
     def replies(self, web: str) -> str:
@@ -41,6 +41,14 @@ class Keys:
     def webs(self) -> str:
         """Sorted set: web process -> unix time at which its heartbeat runs out."""
         return f"{self.prefix}:webs"
+
+    @property
+    def awaits(self) -> str:
+        """Sorted set: request with an idempotency key -> unix time at which the last web process stops waiting for it.
+
+        Such a request's `reply_to` is its own id, so its updates have a stream of their own.
+        """
+        return f"{self.prefix}:awaits"
 
     def replica(self, replica: str) -> str:
         """String with a time to live: ReplicaStatus."""

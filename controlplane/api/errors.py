@@ -14,8 +14,10 @@ STATUS: dict[type[gateway.GatewayError], int] = {
     gateway.InvalidKey: 401,
     gateway.Forbidden: 403,
     gateway.NotFound: 404,
+    gateway.IdempotencyKeyReused: 409,
     gateway.RateLimited: 429,
     gateway.Unavailable: 503,
+    gateway.DeadlineExceeded: 504,
 }
 """By kind; a subclass has its parent's."""
 
@@ -26,6 +28,7 @@ STATUS_BY_CODE = {
     "cancelled": 499,
     "client_closed_request": 499,
     "shed": 503,
+    "deadline_exceeded": 504,
     "context_length_exceeded": 400,
     "invalid_value": 400,
 }
@@ -38,10 +41,12 @@ TYPES = {
     404: "invalid_request_error",
     405: "invalid_request_error",
     408: "timeout_error",
+    409: "conflict_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     499: "cancelled_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
 }
 
 

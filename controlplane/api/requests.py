@@ -12,6 +12,7 @@ from controlplane.api.access import KeyAuth, find_gateway
 from controlplane.api.caller import Caller
 from controlplane.api.drafting import draft_chat, draft_completion
 from controlplane.api.errors import limit_headers
+from controlplane.api.idempotency import read_idempotency_key
 from controlplane.api.openai.body import ChatBody, CompletionBody, read_body, read_fields
 from controlplane.api.schemas import CancelView, Problem, RequestView, Usage
 from inference.gateway.errors import InvalidRequest, NotFound
@@ -59,7 +60,10 @@ async def submit_request(request: HttpRequest, response: HttpResponse) -> tuple[
         draft = await draft_chat(body, caller, model, request_id)
     else:
         draft = await draft_completion(body, caller, model, request_id)
-    reply = await gateway.submit(replace(draft, keep_s=KEEP_S))
+    header = request.headers.get("Idempotency-Key")
+    key = None if header is None else read_idempotency_key(header.encode("latin-1", "replace"), "requests", body)
+    reply = await gateway.submit(replace(draft, keep_s=KEEP_S), key)
+    request_id = reply.request.id
     response["Location"] = f"/api/v1/requests/{request_id}"
     if reply.admission is not None:
         for name, value in limit_headers(reply.admission):

@@ -93,7 +93,7 @@ class AdmissionDesk:
         if _is_unlimited(draft.tenant):
             # The charge cannot be refused, so both go in one round trip; the charge is the first of them.
             charging = self._pipeline.send(self._charge_command(draft))
-            charging.add_done_callback(_ignore_lost)
+            charging.add_done_callback(ignore_lost)
             await self._enqueue(draft, request, max_depth)
             return await charging
         admission = await self._charge(draft)
@@ -228,7 +228,7 @@ class AdmissionDesk:
         """Count a refusal for the metrics; nobody waits for it."""
         field = f"{draft.model.name}|{draft.tenant.name}|{reason}"
         future = self._pipeline.send(Command(("HINCRBY", self._keys.refusals, field, 1), int))
-        future.add_done_callback(_ignore_lost)
+        future.add_done_callback(ignore_lost)
 
 
 def check_length(draft: Draft) -> None:
@@ -283,7 +283,7 @@ def _limit_reached(admission: Admission, tokens: int, tpd: int | None) -> RateLi
     )
 
 
-def _ignore_lost(future: asyncio.Future[Any]) -> None:
+def ignore_lost(future: asyncio.Future[Any]) -> None:
     """What Redis did not take while nobody waits for it is not worth an error."""
     error = None if future.cancelled() else future.exception()
     if error is not None and not isinstance(error, RedisUnavailable):

@@ -63,6 +63,12 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class IdempotencyKeyReused(GatewayError):
+    """This Idempotency-Key was used with another request; a key belongs to one address and body."""
+
+    code = "idempotency_key_reused"
+
+
 class RateLimited(GatewayError):
     """A limit of the tenant is reached."""
 
@@ -108,6 +114,13 @@ class RedisUnavailable(Unavailable):
     code = "redis_unavailable"
 
 
+class NoReplica(Unavailable):
+    """No worker serves the model."""
+
+    code = "no_replica"
+    retry_after_s = 10.0
+
+
 class ShuttingDown(Unavailable):
     """This server process is shutting down; send the request again."""
 
@@ -124,6 +137,12 @@ class RequestEnded(GatewayError):
     """The request ended without an answer."""
 
     code = "engine_error"
+
+
+class DeadlineExceeded(GatewayError):
+    """The request's deadline passed before it ran."""
+
+    code = "deadline_exceeded"
 
 
 class ClientGone(GatewayError):

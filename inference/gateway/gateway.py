@@ -5,7 +5,9 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,23 +16,28 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from inference.directory import Directory, DirectoryWatch
-from inference.gateway.admission import AdmissionDesk, Draft, to_request
-from inference.gateway.errors import ClientGone, GatewayError, RedisUnavailable, RequestLost, ShuttingDown
+from inference.gateway.admission import AdmissionDesk, Draft, ignore_lost, to_request
+from inference.gateway.errors import GatewayError, RedisUnavailable, RequestLost, ShuttingDown
+from inference.gateway.following import FollowedReplies
+from inference.gateway.idempotency import IdempotencyKey, OnceDesk
 from inference.gateway.monitor import PERIOD_S, FleetMonitor, FleetStatus
 from inference.gateway.pipeline import CommandPipeline
 from inference.gateway.repair import read_missing
-from inference.gateway.replies import Mailbox, ReplyReader
+from inference.gateway.replies import ReplyReader
+from inference.gateway.reply import Reply
 from inference.gateway.served import ServedModel, ServedModels
-from inference.messages import HISTORY_LENGTH, Finish, InferenceRequest, unserved_event
+from inference.messages import HISTORY_LENGTH, InferenceRequest, unserved_event
 from scheduling.core.backpressure import BackpressureLimits
+from scheduling.fleet import RequestRecordView
 from scheduling.keys import Keys
-from scheduling.limits import Admission
 from scheduling.store import TIME, Command
 
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 HEARTBEAT_LIFE_S = 15.0
 """How long this process may be silent (Redis restarting, say) before the sweeper cancels its requests."""
+AWAITED_S = 30.0
+"""How long a request with an idempotency key goes on after its last client has left, so that a retry finds it."""
 SIGN_OF_LIFE_S = 15.0
 """An answer idle for this long gets a comment line, so that proxies keep the connection."""
 STALLED_S = 3.0
@@ -39,58 +46,6 @@ STALLED_UNHEARD_S = 10.0
 """The same before its first token: it probably waits in the queue."""
 PATIENCE_S = 600.0
 """How long a cancellation is tried while Redis is away."""
-
-
-class Reply:
-    """A running request for its client's coroutine: read until `finish` is set, `abandon` when the client has left."""
-
-    def __init__(self, gateway: "Gateway", model: ServedModel, request: InferenceRequest) -> None:
-        self.request = request
-        self.model = model
-        self.admission: Admission | None = None
-        """What the tenant's limits answered; None until the request is in the queue."""
-        self.mailbox = Mailbox(asyncio.get_running_loop().time())
-        self.abandoned = False
-        self._gateway = gateway
-
-    @property
-    def retry_after_s(self) -> float:
-        """When a request like this one will probably be let in again, where this one was dropped from the queue."""
-        return self._gateway.desk.drain_time_s(self.model.name, self.request.priority)
-
-    async def read(self) -> str:
-        """Wait for more text and take it. "" is a sign of life to pass on, or the end (`finish`).
-
-        Raises GatewayError where the request ended without `finish`.
-        """
-        mailbox = self.mailbox
-        await mailbox.wait()
-        text = mailbox.take()
-        if not text and mailbox.error is not None and mailbox.finish is None:
-            raise mailbox.error
-        return text
-
-    async def read_all(self) -> str:
-        """Wait for the end and take the whole text. Raises GatewayError where it ended without `finish`."""
-        mailbox = self.mailbox
-        mailbox.whole = True
-        while mailbox.finish is None:
-            await mailbox.wait()
-            if mailbox.error is not None and mailbox.finish is None:
-                raise mailbox.error
-        return mailbox.take()
-
-    @property
-    def finish(self) -> Finish | None:
-        """How it ended."""
-        return self.mailbox.finish
-
-    def abandon(self) -> None:
-        """Cancel unless it has ended. Returns at once."""
-        if not self.abandoned:
-            self.abandoned = True
-            self.mailbox.fail(ClientGone())
-            self._gateway.close_reply(self)
 
 
 class Gateway:
@@ -105,6 +60,7 @@ class Gateway:
         name: str = "",
         queue_limit: int = 20_000,
         queue_tokens: int | None = None,
+        idempotency_keep_s: int = 600,
         backpressure: BackpressureLimits | None = None,
     ) -> None:
         once = Retry(NoBackoff(), 0)
@@ -126,7 +82,13 @@ class Gateway:
         self._reader = ReplyReader(
             self._reader_client, keys.replies(self.name), on_gap=self._on_gap, on_return=self._on_return
         )
+        self._followed = FollowedReplies(
+            self._reader_client, keys.replies(f"{self.name}:wake"), on_return=self._on_return
+        )
+        self._once = OnceDesk(self.pipeline, keys, admit=self._admit_shared, follow=self._follow)
+        self._keep_s = idempotency_keep_s
         self._replies: dict[str, Reply] = {}
+        self._shared: set[Reply] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self.closing = False
@@ -140,7 +102,7 @@ class Gateway:
     @property
     def num_replies(self) -> int:
         """Requests in flight through this process."""
-        return len(self._replies)
+        return len(self._replies) + len(self._shared)
 
     async def start(self) -> None:
         """Load the models' tokenizers and begin to read replies; a Redis that is away is waited for meanwhile."""
@@ -152,6 +114,7 @@ class Gateway:
             asyncio.create_task(coroutine, name=name)
             for name, coroutine in (
                 ("gateway-replies", self._reader.run()),
+                ("gateway-followed", self._followed.run()),
                 ("gateway-status", self._repeat(self._watch_fleet, PERIOD_S)),
                 ("gateway-heartbeat", self._repeat(self._beat, HEARTBEAT_S)),
             )
@@ -161,7 +124,7 @@ class Gateway:
         """Cancel what is in flight, leave Redis clean, close connections."""
         self.begin_shutdown()
         self.end_replies()
-        for reply in list(self._replies.values()):
+        for reply in self._all_replies():
             reply.abandon()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2.0):
@@ -182,39 +145,94 @@ class Gateway:
 
     def end_replies(self) -> None:
         """Tell every client in flight that the process stops."""
-        for reply in self._replies.values():
+        for reply in self._all_replies():
             reply.mailbox.fail(ShuttingDown())
 
     # Requests
 
-    async def submit(self, draft: Draft) -> Reply:
-        """Let a request in and hand out its reply. Raises GatewayError: its kind says which check refused it."""
+    async def submit(self, draft: Draft, key: IdempotencyKey | None = None) -> Reply:
+        """Let a request in and hand out its reply; with a key, that of the request that the key stands for.
+
+        Raises GatewayError: its kind says which check refused it.
+        """
         if self.closing:
             raise ShuttingDown
-        reply = Reply(self, draft.model, to_request(draft))
+        return await (self._admit(draft) if key is None else self._once.submit(draft, key))
+
+    async def _admit(self, draft: Draft) -> Reply:
+        reply = self._reply(draft.model, to_request(draft))
         if draft.reply_to:
-            # Before the request is in the queue: its first token may come before the enqueue's own answer.
-            self._replies[draft.id] = reply
-            self._reader.mailboxes[draft.id] = reply.mailbox
+            self._register(reply)
         try:
             reply.admission = await self.desk.admit(draft, reply.request)
         except BaseException as error:
-            self._forget(draft.id)
+            self._forget(reply)
             if not isinstance(error, GatewayError) or isinstance(error, RedisUnavailable):
                 # It may have come into the queue although the answer was lost.
                 self._spawn(self._cancel(draft.model, reply.request))
             raise
+        reply.entered = True
         return reply
 
-    def close_reply(self, reply: Reply) -> None:
-        """Forget a request; cancel it where it has not ended."""
-        self._forget(reply.request.id)
-        if reply.finish is None:
-            self._spawn(self._cancel(reply.model, reply.request))
+    async def _admit_shared(self, draft: Draft) -> Reply:
+        """The first request of an idempotency key: its updates get a stream of their own, its record stays longer."""
+        reply_to = draft.id if draft.reply_to else ""
+        return await self._admit(replace(draft, reply_to=reply_to, keep_s=max(draft.keep_s, self._keep_s)))
 
-    def _forget(self, request_id: str) -> None:
-        self._replies.pop(request_id, None)
-        self._reader.mailboxes.pop(request_id, None)
+    async def _follow(self, model: ServedModel, record: RequestRecordView) -> Reply:
+        """A further one: the same request's reply, from its first token."""
+        reply = self._reply(model, msgspec.msgpack.decode(record.body, type=InferenceRequest))
+        reply.entered = True
+        if reply.is_shared:
+            self._register(reply)
+            if record.finish is not None and not await self._has_stream(reply.request):
+                await self._repair(reply)
+        return reply
+
+    def _reply(self, model: ServedModel, request: InferenceRequest) -> Reply:
+        return Reply(model, request, close=self._close, drain_time_s=self.desk.drain_time_s)
+
+    async def _has_stream(self, request: InferenceRequest) -> bool:
+        return bool(await self.pipeline.send(Command(("EXISTS", self.keys.replies(request.reply_to)), int)))
+
+    def _register(self, reply: Reply) -> None:
+        """Before the request is in the queue: its first token may come before the enqueue's own answer."""
+        if not reply.is_shared:
+            self._replies[reply.request.id] = reply
+            self._reader.mailboxes[reply.request.id] = reply.mailbox
+            return
+        self._shared.add(reply)
+        stream = self.keys.replies(reply.request.reply_to)
+        if self._followed.join(stream, reply.mailbox, partial(self._mend, reply)):
+            wake = ("XADD", self._followed.wake_stream, "MAXLEN", 1, "*", "m", b"")
+            lease = ("ZADD", self.keys.awaits, time.time() + AWAITED_S, reply.request.id)
+            for words in (wake, ("EXPIRE", self._followed.wake_stream, 600), lease):
+                self.pipeline.send(Command(words, bytes)).add_done_callback(ignore_lost)
+
+    def _close(self, reply: Reply) -> None:
+        """Forget a request; cancel it where it has not ended and nobody else may wait for it."""
+        self._forget(reply)
+        if not reply.is_shared:
+            if reply.finish is None:
+                self._spawn(self._cancel(reply.model, reply.request))
+        elif reply.finish is not None:
+            request = reply.request
+            for words in (
+                ("EXPIRE", self.keys.replies(request.reply_to), request.keep_s),
+                ("ZREM", self.keys.awaits, request.id),
+            ):
+                self.pipeline.send(Command(words, int)).add_done_callback(ignore_lost)
+
+    def _forget(self, reply: Reply) -> None:
+        if reply.is_shared:
+            self._shared.discard(reply)
+            self._followed.leave(self.keys.replies(reply.request.reply_to), reply.mailbox)
+        else:
+            self._replies.pop(reply.request.id, None)
+            self._reader.mailboxes.pop(reply.request.id, None)
+
+    def _all_replies(self) -> list[Reply]:
+        return [*self._replies.values(), *self._shared]
 
     async def cancel(self, model: ServedModel, request: InferenceRequest) -> str:
         """Cancel one request wherever it is: "queued", "running" or "gone". Raises RedisUnavailable."""
@@ -250,13 +268,17 @@ class Gateway:
 
     def _on_gap(self, request_id: str) -> None:
         reply = self._replies.get(request_id)
-        if reply is not None and reply.admission is not None and not reply.mailbox.repairing:
+        if reply is not None:
+            self._mend(reply)
+
+    def _mend(self, reply: Reply) -> None:
+        if reply.entered and not reply.mailbox.repairing:
             reply.mailbox.repairing = True
             self._spawn(self._repair(reply))
 
     def _on_return(self) -> None:
-        for request_id in list(self._replies):
-            self._on_gap(request_id)
+        for reply in self._all_replies():
+            self._mend(reply)
 
     async def _repair(self, reply: Reply) -> None:
         """Take what is missing from the request's record; end the reply where that is lost too."""
@@ -292,20 +314,24 @@ class Gateway:
 
     def _look_at_idle_replies(self) -> None:
         now = asyncio.get_running_loop().time()
-        for request_id, reply in self._replies.items():
+        for reply in self._all_replies():
             mailbox = reply.mailbox
             silent_s = now - mailbox.heard_s
             if silent_s >= (STALLED_S if mailbox.num_tokens else STALLED_UNHEARD_S) and self.pipeline.connected:
                 mailbox.heard_s = now
-                self._on_gap(request_id)
+                self._mend(reply)
             if now - mailbox.shown_s >= SIGN_OF_LIFE_S:
                 mailbox.shown_s = now
                 mailbox.idle = True
                 mailbox.wake()
 
     async def _beat(self) -> None:
-        runs_out = await self.pipeline.send(TIME) + HEARTBEAT_LIFE_S
-        await self.pipeline.send(Command(("ZADD", self.keys.webs, runs_out, self.name), int))
+        now = await self.pipeline.send(TIME)
+        await self.pipeline.send(Command(("ZADD", self.keys.webs, now + HEARTBEAT_LIFE_S, self.name), int))
+        awaited = {reply.request.id for reply in self._shared if reply.finish is None}
+        if awaited:
+            words = [word for request_id in awaited for word in (now + AWAITED_S, request_id)]
+            await self.pipeline.send(Command(("ZADD", self.keys.awaits, *words), int))
 
     def status(self, model: str) -> FleetStatus:
         """Queue, replicas and backpressure of a model as last read."""
@@ -321,5 +347,5 @@ class Gateway:
         task.add_done_callback(self._tasks.discard)
 
 
-def _as_is(reply: Any, **_: Any) -> Sequence[Any]:
-    return reply  # type: ignore[no-any-return]
+def _as_is(reply: Any, **_: Any) -> Any:
+    return reply

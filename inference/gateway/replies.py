@@ -107,11 +107,54 @@ class Mailbox:
         return texts[0] if len(texts) == 1 else "".join(texts)
 
 
-class ReplyReader:
+class StreamReader:
+    """Reads streams of updates for as long as the process lives; subclasses say which, and take what comes.
+
+    `on_return()` is called after the server was away.
+    """
+
+    def __init__(self, client: redis.asyncio.Redis, on_return: Callable[[], None]) -> None:
+        self._client = client
+        self._on_return = on_return
+
+    async def choose(self) -> dict[str, bytes]:
+        """The streams to read now, each with the id after which to go on."""
+        raise NotImplementedError
+
+    def take(self, stream: str, after_id: bytes, last_id: bytes, messages: list[bytes]) -> None:
+        """Take messages (MessagePack lists of SequenceUpdate) that came after one id and end with another."""
+        raise NotImplementedError
+
+    async def run(self) -> None:
+        """Read for ever."""
+        pause_s = 0.0
+        while True:
+            streams = await self.choose()
+            try:
+                reply = await self._client.execute_command(
+                    "XREAD", "COUNT", MAX_MESSAGES, "BLOCK", BLOCK_MS, "STREAMS", *streams, *streams.values()
+                )
+            except (redis.RedisError, OSError) as error:
+                if not isinstance(error, LOST):
+                    log.error("A reply stream cannot be read: %s", error)
+                pause_s = min(LONGEST_PAUSE_S, pause_s * 2 or FIRST_PAUSE_S)
+                await asyncio.sleep(pause_s)
+                continue
+            if pause_s:
+                pause_s = 0.0
+                self._on_return()
+            for stream, entries in reply or ():
+                try:
+                    name = stream.decode()
+                    self.take(name, streams[name], entries[-1][0], [fields[1] for _, fields in entries])
+                except Exception:  # what is lost by it is found missing and read from the journal
+                    log.exception("Updates could not be delivered")
+
+
+class ReplyReader(StreamReader):
     """Reads this process's reply stream and sorts the updates into mailboxes.
 
-    `on_gap(request_id)` is called where tokens are missing (the stream was trimmed, or lost with the server's data) and
-    `on_return()` after the server was away.
+    `on_gap(request_id)` is called where tokens are missing: the stream was trimmed, or lost with the server's data.
     """
 
     def __init__(
@@ -122,50 +165,36 @@ class ReplyReader:
         on_gap: Callable[[str], None],
         on_return: Callable[[], None],
     ) -> None:
-        self._client = client
-        self._stream = stream
+        super().__init__(client, on_return)
+        self._position = {stream: b"0-0"}
         self._on_gap = on_gap
-        self._on_return = on_return
-        self._decode = msgspec.msgpack.Decoder(list[SequenceUpdate]).decode
         self.mailboxes: dict[str, Mailbox] = {}
 
-    async def run(self) -> None:
-        """Read for ever."""
-        last_id: bytes = b"0-0"
-        pause_s = 0.0
-        while True:
-            try:
-                reply = await self._client.execute_command(
-                    "XREAD", "COUNT", MAX_MESSAGES, "BLOCK", BLOCK_MS, "STREAMS", self._stream, last_id
-                )
-            except (redis.RedisError, OSError) as error:
-                if not isinstance(error, LOST):
-                    log.error("The reply stream cannot be read: %s", error)
-                pause_s = min(LONGEST_PAUSE_S, pause_s * 2 or FIRST_PAUSE_S)
-                await asyncio.sleep(pause_s)
-                continue
-            if pause_s:
-                pause_s = 0.0
-                self._on_return()
-            if reply:
-                entries = reply[0][1]
-                last_id = entries[-1][0]
-                try:
-                    self.deliver([fields[1] for _, fields in entries])
-                except Exception:  # what is lost by it is found missing and read from the journal
-                    log.exception("Updates could not be delivered")
+    async def choose(self) -> dict[str, bytes]:
+        return self._position
+
+    def take(self, stream: str, after_id: bytes, last_id: bytes, messages: list[bytes]) -> None:
+        self._position[stream] = last_id
+        self.deliver(messages)
 
     def deliver(self, messages: list[bytes]) -> None:
-        """Sort messages (MessagePack lists of SequenceUpdate) into the mailboxes; unknown requests are ignored."""
+        """Sort messages into the mailboxes; unknown requests are ignored."""
         now = asyncio.get_running_loop().time()
         mailboxes = self.mailboxes
         for message in messages:
-            try:
-                updates = self._decode(message)
-            except msgspec.MsgspecError:
-                log.exception("A message of the reply stream cannot be read")
-                continue
-            for update in updates:
+            for update in read_updates(message):
                 mailbox = mailboxes.get(update.request_id)
                 if mailbox is not None and not mailbox.put(update, now):
                     self._on_gap(update.request_id)
+
+
+def read_updates(message: bytes) -> list[SequenceUpdate]:
+    """A message of a reply stream; nothing, with a line of log, where it cannot be read."""
+    try:
+        return _decode(message)
+    except msgspec.MsgspecError:
+        log.exception("A message of the reply stream cannot be read")
+        return []
+
+
+_decode = msgspec.msgpack.Decoder(list[SequenceUpdate]).decode

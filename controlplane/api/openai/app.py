@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -13,11 +12,13 @@ import msgspec
 from controlplane.api.caller import Caller, find_caller
 from controlplane.api.drafting import draft_chat, draft_completion
 from controlplane.api.errors import error_body, limit_headers
+from controlplane.api.idempotency import read_idempotency_key
 from controlplane.api.openai.body import ChatBody, CompletionBody, read_body
 from controlplane.api.openai.exchange import Exchange, Receive, Scope, Send
 from controlplane.api.openai.render import SIGN_OF_LIFE, ChatRendering, CompletionRendering, error_frame
 from inference.gateway.admission import Draft
 from inference.gateway.errors import (
+    DeadlineExceeded,
     GatewayError,
     InvalidRequest,
     ModelNotFound,
@@ -26,7 +27,8 @@ from inference.gateway.errors import (
     Shed,
     ShuttingDown,
 )
-from inference.gateway.gateway import Gateway, Reply
+from inference.gateway.gateway import Gateway
+from inference.gateway.reply import Reply
 from inference.messages import DeploymentSpec, Finish
 
 log = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ class OpenAIApp:
         await exchange.respond(200, msgspec.json.encode({"object": "list", "data": models}))
 
     async def _show_model(self, exchange: Exchange, gateway: Gateway, caller: Caller) -> None:
-        name = exchange.scope["path"].removeprefix("/v1/models/")
+        name = exchange.scope["path"].removeprefix("/v1/models/").rstrip("/")
         spec = gateway.directory.deployments.get(name)
         if spec is None:
             raise ModelNotFound(f"The model '{name[:200]}' does not exist.", param="model")
@@ -102,9 +104,13 @@ class OpenAIApp:
         draft: Draft,
         rendering: type[CompletionRendering],
     ) -> None:
+        key = None
+        if exchange.idempotency_key is not None:
+            key = read_idempotency_key(exchange.idempotency_key, draft.endpoint, body)
+        reply = await gateway.submit(replace(draft, reply_to=gateway.name), key)
+        request = reply.request
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        render = rendering(id=draft.id, created=int(time.time()), model=body.model, include_usage=include_usage)
-        reply = await gateway.submit(replace(draft, reply_to=gateway.name))
+        render = rendering(id=request.id, created=int(request.arrival_s), model=body.model, include_usage=include_usage)
         watcher = asyncio.create_task(_abandon_when_gone(exchange, reply))
         try:
             await (_stream if body.stream else _whole)(exchange, reply, render)
@@ -157,11 +163,13 @@ async def _stream(exchange: Exchange, reply: Reply, render: CompletionRendering)
 
 
 def _ended_well(reply: Reply) -> Finish:
-    """How the reply ended. Raises RequestEnded for an error or a cancellation, Overloaded where it was shed."""
+    """How the reply ended. Raises RequestEnded for an error or a cancellation, Shed or DeadlineExceeded for a drop."""
     finish = reply.finish
     assert finish is not None
     if finish.error_code == Shed.code:
         raise Shed(finish.error_message, retry_after_s=reply.retry_after_s)
+    if finish.error_code == DeadlineExceeded.code:
+        raise DeadlineExceeded(finish.error_message)
     if finish.reason == "error":
         raise RequestEnded(finish.error_message or "The engine failed on this request.", code=finish.error_code)
     if finish.reason == "cancelled":
