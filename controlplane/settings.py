@@ -73,6 +73,7 @@ MIDDLEWARE = [
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
+    "dashboard.origin.remember_origin",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
 
@@ -165,7 +166,7 @@ CELERY_TASK_SERIALIZER = "json"
 CELERY_ACCEPT_CONTENT = ["json"]
 # A worker that names no queue is a gpu worker; it must never take a periodic task, least of all one for the database.
 CELERY_TASK_DEFAULT_QUEUE = "gpu"
-CELERY_TASK_ROUTES = {"inference.tasks.*": {"queue": "ops"}}
+CELERY_TASK_ROUTES = {"inference.tasks.*": {"queue": "ops"}, "dashboard.tasks.*": {"queue": "ops"}}
 CELERY_TASK_CREATE_MISSING_QUEUES = True
 CELERY_TIMEZONE = "UTC"
 CELERY_WORKER_HIJACK_ROOT_LOGGER = False
@@ -187,6 +188,8 @@ CELERY_BEAT_SCHEDULE = {
     "publish-deployments": _every(5, "inference.tasks.publish_deployments"),
     "record-replicas": _every(5, "inference.tasks.record_replicas"),
     "prune-history": _every(3600, "inference.tasks.prune_history"),
+    "roll-up-history": _every(5, "dashboard.tasks.roll_up_history"),
+    "forget-old-rollups": _every(3600, "dashboard.tasks.forget_old_rollups"),
 }
 
 # Logging: lines on stderr, which the supervisor prefixes.

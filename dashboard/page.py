@@ -65,7 +65,7 @@ def list_models() -> list[str]:
     """Models there are, deployed ones of the database and those that the queue's store knows."""
     names = set(ModelDeployment.objects.values_list("name", flat=True))
     try:
-        names |= {name.decode() for name in live_redis().hkeys(live_keys().deployments)}
+        names |= {name.decode() for name in live_redis().hkeys(live_keys().deployments)}  # type: ignore[union-attr]
     except (RedisError, OSError) as error:
         log.warning("Redis does not answer (%s); pages offer the database's models.", error)
     return sorted(names)

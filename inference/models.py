@@ -201,6 +201,8 @@ class RequestRecord(models.Model):
             models.Index(fields=["finished_at"], name="inference_request_finished"),
             models.Index(fields=["tenant", "finished_at"], name="inference_request_tenant"),
             models.Index(fields=["model", "finished_at"], name="inference_request_model"),
+            models.Index(fields=["state", "finished_at"], name="inference_request_state"),
+            models.Index(fields=["priority", "finished_at"], name="inference_request_priority"),
         ]
 
     def __str__(self) -> str:

@@ -1,6 +1,7 @@
 """The audit trail: who changed what, from what to what, and why."""
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from django.contrib.auth.models import User
@@ -9,6 +10,12 @@ from scheduling.models import OperatorAction
 
 SYSTEM = "system"
 """Named where no person signed in: management commands and periodic tasks."""
+
+origin: ContextVar[str] = ContextVar("origin", default="")
+"""Address of the browser whose request is being served; empty in commands and tasks.
+
+Every change writes the trail, from the admin's forms to the switch of a policy; none of them could hand it down.
+"""
 
 
 def name_actor(actor: User | None) -> str:
@@ -38,4 +45,5 @@ def record_action(
         before=dict(before or {}),
         after=dict(after or {}),
         reason=reason,
+        address=origin.get(),
     )

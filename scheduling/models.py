@@ -1,6 +1,6 @@
 """Who may send what, which policy orders a queue, and who changed what: desired state and its audit trail."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 from django.conf import settings
 from django.core.serializers.json import DjangoJSONEncoder
@@ -170,6 +170,15 @@ class ServiceLevel(models.Model):
     priority = models.PositiveSmallIntegerField(choices=PriorityLevel.choices, default=PriorityLevel.NORMAL)
     ttft_ms = models.PositiveIntegerField("time to first token (ms)", null=True, blank=True)
     e2e_ms = models.PositiveIntegerField("end to end (ms)", null=True, blank=True)
+    objective_percent = models.FloatField(
+        "objective (%)",
+        default=99.0,
+        validators=[
+            MinValueValidator(1, "An objective is at least 1 %."),
+            MaxValueValidator(99.999, "An objective is at most 99.999 %: some misses must be allowed."),
+        ],
+        help_text="Share of requests that should meet the targets; the rest is the error budget.",
+    )
 
     class Meta:
         ordering = ["tenant__name", "priority"]
@@ -263,6 +272,18 @@ class ConfigVersion(models.Model):
         return f"configuration version {self.version}"
 
 
+class AppendOnlyQuerySet(models.QuerySet[Any]):
+    """Rows that can be added and read, and nothing else."""
+
+    def update(self, **kwargs: Any) -> NoReturn:
+        """Raises TypeError."""
+        raise TypeError("Rows of the audit trail are never changed.")
+
+    def delete(self) -> NoReturn:
+        """Raises TypeError."""
+        raise TypeError("Rows of the audit trail are never deleted.")
+
+
 class OperatorAction(models.Model):
     """The audit trail: one row per change that a person or a command made. Rows are only ever added."""
 
@@ -275,13 +296,20 @@ class OperatorAction(models.Model):
     before = models.JSONField(default=dict, blank=True, encoder=DjangoJSONEncoder)
     after = models.JSONField(default=dict, blank=True, encoder=DjangoJSONEncoder)
     reason = models.TextField(blank=True)
+    address = models.CharField(
+        "from", max_length=64, blank=True, help_text="The browser's address; empty for commands and periodic tasks."
+    )
     created_at = models.DateTimeField("when", auto_now_add=True)
+
+    objects = models.Manager.from_queryset(AppendOnlyQuerySet)()
 
     class Meta:
         ordering = ["-created_at", "-id"]
         indexes = [
             models.Index(fields=["-created_at"], name="scheduling_action_created"),
             models.Index(fields=["target", "-created_at"], name="scheduling_action_target"),
+            models.Index(fields=["action", "-created_at"], name="scheduling_action_action"),
+            models.Index(fields=["actor_name", "-created_at"], name="scheduling_action_actor"),
         ]
 
     def __str__(self) -> str:
@@ -291,3 +319,7 @@ class OperatorAction(models.Model):
         """Insert. A row that exists is never written again."""
         kwargs["force_insert"] = True
         super().save(*args, **kwargs)
+
+    def delete(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises TypeError: the trail is only ever added to."""
+        raise TypeError("Rows of the audit trail are never deleted.")

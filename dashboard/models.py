@@ -1,0 +1,106 @@
+"""History in larger grains, for charts and service levels over days: sums of minutes and of hours."""
+
+from django.db import models
+
+from scheduling.models import PriorityLevel
+
+
+class Resolution(models.IntegerChoices):
+    """Length of a grain in seconds. Seconds themselves are the rows of BatchRecord."""
+
+    MINUTE = 60
+    HOUR = 3600
+
+
+class Grain(models.Model):
+    """What the sums of a model over one grain have in common. Whoever adds to them moves a RollupCheckpoint with it."""
+
+    resolution = models.PositiveSmallIntegerField(choices=Resolution.choices)
+    start = models.DateTimeField()
+    model = models.CharField(max_length=128)
+
+    class Meta:
+        abstract = True
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.resolution} s from {self.start:%Y-%m-%d %H:%M}"
+
+
+class RequestRollup(Grain):
+    """Requests of a tenant and priority that ended within a grain."""
+
+    tenant = models.CharField(max_length=63)
+    priority = models.PositiveSmallIntegerField(choices=PriorityLevel.choices)
+    finished = models.PositiveIntegerField(default=0)
+    failed = models.PositiveIntegerField(default=0)
+    cancelled = models.PositiveIntegerField(default=0)
+    judged = models.PositiveIntegerField("with a service level", default=0)
+    met = models.PositiveIntegerField("within their service level", default=0)
+    allowed = models.FloatField("misses that the objective allows", default=0)
+    prompt_tokens = models.PositiveBigIntegerField(default=0)
+    completion_tokens = models.PositiveBigIntegerField(default=0)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=["resolution", "start", "model", "tenant", "priority"], name="dashboard_requestrollup_grain"
+            )
+        ]
+        indexes = [models.Index(fields=["resolution", "model", "start"], name="dashboard_requestrollup_model")]
+
+
+class LatencyRollup(Grain):
+    """How long requests that ended within a grain took: counts per bucket of LATENCY_BUCKETS_S and one for the rest."""
+
+    queue = models.JSONField(default=list)
+    ttft = models.JSONField(default=list)
+    tpot = models.JSONField(default=list)
+    e2e = models.JSONField(default=list)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["resolution", "model", "start"], name="dashboard_latencyrollup_grain")
+        ]
+
+
+class BatchRollup(Grain):
+    """What a replica computed within a grain, and what its device said."""
+
+    replica = models.CharField(max_length=128)
+    seconds = models.PositiveIntegerField(default=0)
+    steps = models.PositiveBigIntegerField(default=0)
+    sequence_steps = models.FloatField("steps times batch size", default=0)
+    step_ms = models.FloatField("time in steps (ms)", default=0)
+    batch_size_max = models.PositiveIntegerField(default=0)
+    step_ms_max = models.FloatField(default=0)
+    prompt_tokens = models.PositiveBigIntegerField(default=0)
+    output_tokens = models.PositiveBigIntegerField(default=0)
+    preemptions = models.PositiveIntegerField(default=0)
+    kv_used = models.FloatField("share of KV blocks, summed over seconds", default=0)
+    utilization = models.FloatField("percent, summed over told", default=0)
+    utilization_told = models.PositiveIntegerField(default=0)
+    memory = models.FloatField("bytes, summed over told", default=0)
+    memory_told = models.PositiveIntegerField(default=0)
+    power = models.FloatField("watts, summed over told", default=0)
+    power_told = models.PositiveIntegerField(default=0)
+    temperature_max = models.FloatField(default=0)
+    throttled = models.PositiveIntegerField("seconds throttled", default=0)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=["resolution", "start", "model", "replica"], name="dashboard_batchrollup_grain"
+            )
+        ]
+        indexes = [models.Index(fields=["resolution", "model", "start"], name="dashboard_batchrollup_model")]
+
+
+class RollupCheckpoint(models.Model):
+    """How far a table of history has been summed up. It moves in the transaction that adds to the sums."""
+
+    source = models.CharField(max_length=32, primary_key=True)
+    last_id = models.BigIntegerField(default=0)
+    updated_at = models.DateTimeField(auto_now=True)
+
+    def __str__(self) -> str:
+        return f"{self.source} up to {self.last_id}"
