@@ -91,12 +91,27 @@ class Stack:
 
     def start_web(self) -> subprocess.Popen[bytes]:
         """Start the web process as `make up` does, and wait until it answers."""
-        options = "--loop asyncio --http httptools --ws websockets-sansio --timeout-graceful-shutdown 5 --no-access-log"
-        command = [sys.executable, "-m", "uvicorn", "controlplane.asgi:application", *options.split()]
-        command += ["--port", str(self.port), "--log-level", "warning"]
-        self.web = subprocess.Popen(command, cwd=ROOT, env=self.environment)
+        self.web = self._launch_web(self.port)
         wait_for_http(f"{self.url}/healthz", self.web)
         return self.web
+
+    @contextmanager
+    def more_webs(self, count: int) -> Iterator[list[str]]:
+        """Further web processes of the same installation; their addresses."""
+        with ExitStack() as running:
+            started = []
+            for _ in range(count):
+                port = free_port()
+                started.append((f"http://127.0.0.1:{port}", running.enter_context(ended(self._launch_web(port)))))
+            for url, process in started:
+                wait_for_http(f"{url}/healthz", process)
+            yield [url for url, _ in started]
+
+    def _launch_web(self, port: int) -> subprocess.Popen[bytes]:
+        options = "--loop asyncio --http httptools --ws websockets-sansio --timeout-graceful-shutdown 5 --no-access-log"
+        command = [sys.executable, "-m", "uvicorn", "controlplane.asgi:application", *options.split()]
+        command += ["--port", str(port), "--log-level", "warning"]
+        return subprocess.Popen(command, cwd=ROOT, env=self.environment)
 
     def start_engine(
         self, *, slots: int = 256, tokens_per_step: int = 0, step_s: float = 0.0

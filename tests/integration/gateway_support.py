@@ -4,9 +4,10 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -51,16 +52,18 @@ class Api:
             return execute(client, QUEUE.snapshot())
 
     @contextmanager
-    def hanging(self, tenant: str = "alpha", **fields: Any) -> Iterator[socket.socket]:
+    def hanging(
+        self, tenant: str = "alpha", headers: Mapping[str, str] = MappingProxyType({}), **fields: Any
+    ) -> Iterator[socket.socket]:
         """A completion whose client has sent it and reads nothing; it goes away at the end of the block."""
         body = json.dumps({"model": MODEL, "prompt": "ba be bi", "max_tokens": 500, **fields}).encode()
         address = urlsplit(self.stack.url)
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(body)}\r\n"
-            f"Authorization: Bearer {self.stack.api_keys[tenant]}\r\n\r\n"
-        )
+            f"Authorization: Bearer {self.stack.api_keys[tenant]}\r\n"
+        ) + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         with closing(socket.create_connection((address.hostname, address.port))) as client:
-            client.sendall(head.encode() + body)
+            client.sendall(f"{head}\r\n".encode() + body)
             yield client
 
 
