@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
+from typing import Any, Literal, NamedTuple
 
 DropReason = Literal["shed", "deadline_exceeded"]
 
@@ -20,8 +19,7 @@ class Shed:
     reason: DropReason = "shed"
 
 
-@dataclass(frozen=True, slots=True)
-class Enqueued:
+class Enqueued(NamedTuple):
     """`queued`, or why not.
 
     `stale`: another revision is active (`revision`), place again and retry. `full`: `depth` has reached the limit
@@ -36,8 +34,7 @@ class Enqueued:
     """Who was dropped to make room; the caller ends them (`end_shed`)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimedRequest:
+class ClaimedRequest(NamedTuple):
     """A request an engine process now holds: its body, which attempt this is (from 1), the output tokens so far."""
 
     id: str
@@ -48,8 +45,7 @@ class ClaimedRequest:
     """How often an engine process ended, other than in good order, while it held this."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(NamedTuple):
     """Requests in the order they were served, the policy they were ordered by, and how many still wait."""
 
     revision: int
@@ -57,7 +53,7 @@ class Claimed:
     requests: list[ClaimedRequest]
     depth: int
     dropped: tuple[Shed, ...] = ()
-    """Who was dropped since its deadline had passed; the caller ends them (`end_shed`)."""
+    """Who was dropped since its deadline had passed; the caller ends them (`end_shed`). A repeated claim names none."""
     more: bool = False
     """The claim reached the bound of what one call moves or drops: claim again at once."""
 
@@ -104,6 +100,8 @@ class QueueSnapshot:
     requeued_total: int = 0
     shed_total: int = 0
     """Dropped while waiting, for requests of higher priority."""
+    expired_total: int = 0
+    """Dropped while waiting, since their deadline had passed."""
     revision: int = 0
     policy: str = "fifo"
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -119,6 +117,8 @@ class RequestRecordView:
     finish: bytes | None
     num_tokens: int
     body: bytes
+    dropped: DropReason | None = None
+    """Why it was dropped while it waited, if it was."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,52 @@
 """Flows: push-in-first-out lists served by virtual time, the order behind every policy."""
 
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterator
 from heapq import heapify, heappop, heappush, heapreplace
 
-from scheduling.core.request import Placement
+from scheduling.core.request import Placement, QueueEntry
+from scheduling.core.rows import Chunk, Rows
+
+RANK, NUMBER, ENTRY, BODY = 0, 1, 2, 3
+"""Columns of a flow."""
+Row = tuple[float, int, QueueEntry, bytes]
+Head = tuple["Flow", Chunk, int]
+"""A waiting request: its flow, and where it stands there."""
 
 
-@dataclass(slots=True)
-class _Flow:
-    vt: float
-    weight: float
-    members: list[tuple[float, int, str]] = field(default_factory=list)
-    """A heap of (rank, arrival number, id); those cancelled stay until they come up."""
-    num_live: int = 0
+class Flow(Rows):
+    """Waiting requests by rank, then arrival number."""
+
+    __slots__ = ("at", "name", "vt", "weight")
+
+    def __init__(self, name: str, weight: float, vt: float, at: dict[str, Chunk]) -> None:
+        """`at` is told the chunk of each request."""
+        super().__init__(array("d"), array("q"), [], [])
+        self.name = name
+        self.weight = weight
+        self.vt = vt
+        self.at = at
+
+    def push(self, rank: float, number: int, entry: QueueEntry, body: bytes) -> None:
+        """Put a request in its place."""
+        chunk, at = self.locate(rank, number)
+        ranks, numbers, entries, bodies = chunk.columns
+        ranks.insert(at, rank)
+        numbers.insert(at, number)
+        entries.insert(at, entry)
+        bodies.insert(at, body)
+        self.at[entry.id] = chunk
+        self.note_inserted(chunk, at)
+
+    def row(self, chunk: Chunk, at: int) -> Row:
+        """What stands there."""
+        ranks, numbers, entries, bodies = chunk.columns
+        return ranks[at], numbers[at], entries[at], bodies[at]
+
+    def _split(self, chunk: Chunk, cut: int) -> Chunk:
+        upper = super()._split(chunk, cut)
+        self.at.update((entry.id, upper) for entry in upper.columns[ENTRY])
+        return upper
 
 
 class Flows:
@@ -26,112 +60,107 @@ class Flows:
 
     def __init__(self) -> None:
         self.vt = 0.0
-        self._flows: dict[str, _Flow] = {}
+        self._flows: dict[str, Flow] = {}
         self._idle: dict[str, float] = {}
         """Drained flows that are ahead of the system."""
         self._order: list[tuple[float, str]] = []
         """A heap of (virtual time, flow); out-of-date pairs are dropped when they come up."""
-        self._at: dict[str, tuple[str, tuple[float, int, str]]] = {}
-        """id -> flow and the member that counts: one that came back has left another of its kind in the heap."""
+        self._at: dict[str, Chunk] = {}
+
+    def __len__(self) -> int:
+        return len(self._at)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._at
 
-    def place(self, request_id: str, number: int, placement: Placement) -> None:
+    def __iter__(self) -> Iterator[Row]:
+        for flow in self._flows.values():
+            yield from flow
+
+    def place(self, entry: QueueEntry, body: bytes, number: int, placement: Placement) -> None:
         """Push a request into its flow; equal ranks are served in the order of `number`."""
-        name = placement.flow
+        name, weight, rank = placement
         flow = self._flows.get(name)
         if flow is None:
-            flow = self._flows[name] = _Flow(max(self.vt, self._idle.pop(name, 0.0)), placement.weight)
+            flow = self._flows[name] = Flow(name, weight, max(self.vt, self._idle.pop(name, 0.0)), self._at)
             heappush(self._order, (flow.vt, name))
-        flow.weight = placement.weight
-        flow.num_live += 1
-        member = (placement.rank, number, request_id)
-        heappush(flow.members, member)
-        self._at[request_id] = (name, member)
+        flow.weight = weight
+        flow.push(rank, number, entry, body)
 
-    def head(self) -> tuple[str, float, float, str] | None:
-        """Who is served next: id, rank, and its flow's weight and name."""
+    def head(self) -> Head | None:
+        """Who is served next."""
         order, flows = self._order, self._flows
         while order:
             vt, name = order[0]
             flow = flows.get(name)
             if flow is not None and flow.vt == vt:
-                members = flow.members
-                while not self._is_live(members[0]):
-                    heappop(members)
-                return members[0][2], members[0][0], flow.weight, name
+                return flow, flow.chunks[0], 0
             heappop(order)
         return None
 
-    def head_of(self, name: str) -> tuple[str, float, float, str] | None:
+    def head_of(self, name: str) -> Head | None:
         """`head` of one flow, whoever's turn it is."""
         flow = self._flows.get(name)
-        if flow is None:
+        return None if flow is None else (flow, flow.chunks[0], 0)
+
+    def find(self, request_id: str) -> Head | None:
+        """Where a request stands; None where it is in no flow."""
+        chunk = self._at.get(request_id)
+        if chunk is None:
             return None
-        while not self._is_live(flow.members[0]):
-            heappop(flow.members)
-        return flow.members[0][2], flow.members[0][0], flow.weight, name
+        flow = chunk.rows
+        assert isinstance(flow, Flow)
+        return flow, chunk, next(at for at, entry in enumerate(chunk.columns[ENTRY]) if entry.id == request_id)
 
-    def find(self, request_id: str) -> tuple[str, float, float, str] | None:
-        """What `head` would say of this request if it were next; None where it is in no flow."""
-        placed = self._at.get(request_id)
-        return None if placed is None else (request_id, placed[1][0], self._flows[placed[0]].weight, placed[0])
+    def demote(self, head: Head, by: float) -> None:
+        """Give a request a rank that is larger by `by`."""
+        flow, chunk, at = head
+        rank, number, entry, body = flow.row(chunk, at)
+        flow.delete(chunk, at)
+        flow.push(rank + by, number, entry, body)
 
-    def demote(self, request_id: str, by: float) -> None:
-        """Give a flow's head a rank that is larger by `by`."""
-        name, (rank, number, _) = self._at[request_id]
-        member = (rank + by, number, request_id)
-        self._at[request_id] = (name, member)
-        heapreplace(self._flows[name].members, member)
-
-    def take(self, cost_tokens: float) -> None:
-        """Serve the request that `head` just named and charge its flow."""
-        vt, name = self._order[0]
-        flow = self._flows[name]
-        self.vt = max(self.vt, vt)
-        del self._at[heappop(flow.members)[2]]
-        flow.num_live -= 1
+    def take(self, head: Head, cost_tokens: float) -> None:
+        """Serve a request and charge its flow; the system's virtual time follows the flow whose turn it was."""
+        flow, chunk, at = head
+        order, name, vt = self._order, flow.name, flow.vt
+        if order[0] != (vt, name):
+            self.head()
+        if order[0][0] > self.vt:
+            self.vt = order[0][0]
+        del self._at[chunk.columns[ENTRY][at].id]
+        flow.delete(chunk, at)
         charged = vt + cost_tokens / flow.weight
-        if flow.num_live:
-            self._move(flow, name, charged)
+        if not flow.size:
+            self._drain(flow, charged)
+        elif order[0] == (vt, name):
+            flow.vt = charged
+            heapreplace(order, (charged, name))
         else:
-            self._drain(name, charged)
-
-    def take_out_of_turn(self, request_id: str, cost_tokens: float) -> None:
-        """Serve any request and charge its flow; the system's virtual time follows the flow whose turn it was."""
-        self.head()
-        self.vt = max(self.vt, self._order[0][0])
-        name = self._at.pop(request_id)[0]
-        flow = self._flows[name]
-        flow.num_live -= 1
-        charged = flow.vt + cost_tokens / flow.weight
-        if flow.num_live:
-            self._move(flow, name, charged)
-        else:
-            self._drain(name, charged)
+            self._move(flow, charged)
 
     def settle(self) -> None:
         """Forget drained flows that the system has caught up with."""
         if self._idle:
             self._idle = {name: vt for name, vt in self._idle.items() if vt > self.vt}
 
-    def remove(self, request_id: str) -> bool:
-        """Take a request out; False where it is not there."""
-        placed = self._at.pop(request_id, None)
-        if placed is None:
-            return False
-        flow = self._flows[placed[0]]
-        flow.num_live -= 1
-        if not flow.num_live:
-            self._drain(placed[0], flow.vt)
-        return True
+    def remove(self, request_id: str) -> Row | None:
+        """Take a request out; None where it is not there."""
+        head = self.find(request_id)
+        if head is None:
+            return None
+        flow, chunk, at = head
+        row = flow.row(chunk, at)
+        flow.delete(chunk, at)
+        del self._at[request_id]
+        if not flow.size:
+            self._drain(flow, flow.vt)
+        return row
 
     def correct(self, name: str, delta: float) -> None:
         """Change a flow's virtual time by tokens / weight that were charged too little (or, negative, too much)."""
         flow = self._flows.get(name)
         if flow is not None:
-            self._move(flow, name, flow.vt + delta)
+            self._move(flow, flow.vt + delta)
             return
         vt = self._idle.pop(name, self.vt) + delta
         if vt > self.vt:
@@ -146,31 +175,26 @@ class Flows:
 
     def position(self, request_id: str, mean_cost: float) -> tuple[str, int, int] | None:
         """Flow, requests before it in the flow, and before it in all if every request were of mean cost."""
-        placed = self._at.get(request_id)
-        if placed is None:
+        head = self.find(request_id)
+        if head is None:
             return None
-        name, at = placed
-        own = self._flows[name]
-        ahead = sum(self._is_live(member) and member < at for member in own.members)
+        own, chunk, at = head
+        ahead = own.before(chunk, at)
         due = own.vt + ahead * mean_cost / own.weight
         before = ahead
-        for other, flow in self._flows.items():
-            if other != name and flow.vt <= due:
-                before += min(flow.num_live, int((due - flow.vt) * flow.weight / mean_cost) + 1)
-        return name, ahead, before
+        for flow in self._flows.values():
+            if flow is not own and flow.vt <= due:
+                before += min(flow.size, int((due - flow.vt) * flow.weight / mean_cost) + 1)
+        return own.name, ahead, before
 
-    def _is_live(self, member: tuple[float, int, str]) -> bool:
-        placed = self._at.get(member[2])
-        return placed is not None and placed[1] is member
-
-    def _move(self, flow: _Flow, name: str, vt: float) -> None:
+    def _move(self, flow: Flow, vt: float) -> None:
         flow.vt = vt
-        heappush(self._order, (vt, name))
+        heappush(self._order, (vt, flow.name))
         if len(self._order) > 64 + 4 * len(self._flows):
-            self._order = [(flow.vt, name) for name, flow in self._flows.items()]
+            self._order = [(flow.vt, flow.name) for flow in self._flows.values()]
             heapify(self._order)
 
-    def _drain(self, name: str, vt: float) -> None:
-        del self._flows[name]
+    def _drain(self, flow: Flow, vt: float) -> None:
+        del self._flows[flow.name]
         if vt > self.vt:
-            self._idle[name] = vt
+            self._idle[flow.name] = vt

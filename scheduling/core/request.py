@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class Priority(IntEnum):
@@ -37,8 +38,7 @@ class QueueEntry:
         return self.prompt_tokens + self.max_tokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class Placement(NamedTuple):
     """Where a policy puts a request: which flow, that flow's weight, the rank within it."""
 
     flow: str

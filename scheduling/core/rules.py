@@ -14,6 +14,9 @@ PRIORITY_STEP = 1e10
 MAX_SHED = 16
 """Waiting requests that are dropped for one newcomer at most."""
 
+MAX_EXPIRED = 100
+"""Requests past their deadline that one call drops. A claim that finds more drops these and serves nobody."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueRules:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduling.core.flows import Flows
+from scheduling.core.flows import ENTRY, Flows
 from scheduling.core.policies import build_policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import Placement, QueueEntry
@@ -75,22 +75,31 @@ def test_a_request_cancelled_while_running_is_told_to_its_next_owner_too() -> No
 )
 def test_flows_conserve_requests_and_virtual_time_never_goes_back(steps: list[tuple[str, int, str]]) -> None:
     flows, waiting, vt = Flows(), set[str](), 0.0
+
+    def take(cost: float) -> str | None:
+        if (head := flows.head()) is None:
+            return None
+        _, chunk, at = head
+        id_: str = chunk.columns[ENTRY][at].id
+        flows.take(head, cost)
+        return id_
+
     for number, (flow, cost, action) in enumerate(steps):
         if action == "put":
-            flows.place(f"{number}", number, Placement(flow=flow, weight=1 + cost % 3, rank=-cost))
-            waiting.add(f"{number}")
+            placement = Placement(flow=flow, weight=1 + cost % 3, rank=-cost)
+            flows.place(entry_of(number), b"", number, placement)
+            waiting.add(f"r{number}")
         elif action == "remove" and waiting:
             gone = sorted(waiting)[cost % len(waiting)]
             assert flows.remove(gone)
             waiting.remove(gone)
         elif action == "correct":
             flows.correct(flow, -cost / 2)
-        elif (head := flows.head()) is not None:
-            flows.take(cost)
-            waiting.remove(head[0])
+        elif (served := take(cost)) is not None:
+            waiting.remove(served)
+        assert len(flows) == len(waiting)
         assert flows.vt >= vt
         vt = flows.vt
-    while (head := flows.head()) is not None:
-        flows.take(1)
-        waiting.remove(head[0])
+    while (served := take(1)) is not None:
+        waiting.remove(served)
     assert not waiting

@@ -1,0 +1,178 @@
+"""What waits: in flows, in the orders that cut across them (arrival, right to stay, deadline), and counted."""
+
+from array import array
+from collections import Counter
+
+from scheduling.core.flows import Flows, Head
+from scheduling.core.policy import Policy
+from scheduling.core.records import Record
+from scheduling.core.request import Placement, QueueEntry
+from scheduling.core.rows import Rows
+from scheduling.core.rules import MAX_SHED, PRIORITY_STEP
+
+
+class Backlog:
+    """The waiting requests of one queue. Orders that nobody needs yet are not kept."""
+
+    def __init__(self) -> None:
+        self.flows = Flows()
+        self.unplaced: dict[str, Record] = {}
+        """Waiting in no flow until somebody runs the active policy on them."""
+        self.tokens = 0
+        self.by_priority: Counter[int] = Counter()
+        self.by_tenant: Counter[str] = Counter()
+        self._returned: set[str] = set()
+        """Who was claimed before, and so is never dropped."""
+        self._arrivals: Rows | None = None
+        """Everybody by arrival, then id, while the rules promote."""
+        self._right: Rows | None = None
+        """The others by priority and arrival, then id, from the first time that one is to be dropped for another."""
+        self._deadlines = _by_time()
+        """Those of the others that are dropped when their deadline passes."""
+
+    def __len__(self) -> int:
+        return len(self.flows) + len(self.unplaced)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self.flows or request_id in self.unplaced
+
+    def add(self, entry: QueueEntry, body: bytes, number: int, placement: Placement) -> None:
+        """A new request waits."""
+        self._count(entry)
+        if self._right is not None:
+            self._right.insert(_right(entry), entry.id)
+        if entry.drop_expired and entry.deadline_s is not None:
+            self._deadlines.insert(entry.deadline_s, entry.id)
+        self.flows.place(entry, body, number, placement)
+
+    def put_back(self, record: Record, placement: Placement | None) -> None:
+        """A request that was claimed waits again; without a placement until `place`."""
+        self._count(record.entry)
+        self._returned.add(record.entry.id)
+        if placement is None:
+            self.unplaced[record.entry.id] = record
+        else:
+            self.flows.place(record.entry, record.body, record.number, placement)
+
+    def place(self, request_id: str, placement: Placement) -> bool:
+        """Put an unplaced request into its flow; False where it is none."""
+        record = self.unplaced.pop(request_id, None)
+        if record is not None:
+            self.flows.place(record.entry, record.body, record.number, placement)
+        return record is not None
+
+    def take(self, head: Head, entry: QueueEntry, charge: float) -> None:
+        """Serve a request and charge its flow."""
+        self.flows.take(head, charge)
+        self._discount(entry)
+
+    def remove(self, request_id: str) -> Record:
+        """Take a waiting request out, as a record of it."""
+        record = self.unplaced.pop(request_id, None)
+        if record is None:
+            row = self.flows.remove(request_id)
+            assert row is not None
+            record = Record(row[2], row[1], row[3])
+        self._discount(record.entry)
+        return record
+
+    def reorder(self, policy: Policy) -> None:
+        """Place everything anew."""
+        rows = [(number, entry, body) for _, number, entry, body in self.flows]
+        rows += [(record.number, record.entry, record.body) for record in self.unplaced.values()]
+        rows.sort(key=lambda row: row[0])
+        self.flows = Flows()
+        self.unplaced.clear()
+        for number, entry, body in rows:
+            self.flows.place(entry, body, number, policy.place(entry))
+        self.keep_arrivals(policy.rules.promote_after_s is not None)
+
+    def keep_arrivals(self, is_needed: bool) -> None:
+        """Keep the order of arrival, or no longer."""
+        if is_needed and self._arrivals is None:
+            self._arrivals = _by_time()
+            for entry in self.entries():
+                self._arrivals.insert(entry.arrival_s, entry.id)
+        elif not is_needed:
+            self._arrivals = None
+
+    def entries(self) -> list[QueueEntry]:
+        """Everything that waits, in no order."""
+        return [row[2] for row in self.flows] + [record.entry for record in self.unplaced.values()]
+
+    def oldest(self, now: float, after_s: float) -> Head | None:
+        """The first that arrived, if it has waited so long and is placed. Arrivals have to be kept."""
+        assert self._arrivals is not None
+        keys, ids = self._arrivals.chunks[0].columns
+        return self.flows.find(ids[0]) if keys and now - keys[0] >= after_s else None
+
+    def overdue(self, now: float) -> QueueEntry | None:
+        """Whose deadline passed first, of those that are dropped then."""
+        if not self._deadlines.size:
+            return None
+        keys, ids = self._deadlines.chunks[0].columns
+        return self._entry(ids[0]) if keys[0] < now else None
+
+    def find_victims(self, entry: QueueEntry, depth_limit: int, tokens_limit: float, shed: bool) -> list[str] | None:
+        """Who has to go for this request; None where those of lower priority do not suffice."""
+        depth, tokens = len(self), self.tokens + entry.cost_tokens
+        victims: list[str] = []
+        if depth < depth_limit and (tokens <= tokens_limit or not depth):
+            return victims
+        if not shed or depth_limit <= 0:
+            return None
+        for _, id_ in reversed(self._by_right()):
+            victim = self._entry(id_)
+            if victim.priority <= entry.priority or len(victims) == MAX_SHED:
+                return None
+            victims.append(id_)
+            depth, tokens = depth - 1, tokens - victim.cost_tokens
+            if depth < depth_limit and (tokens <= tokens_limit or not depth):
+                return victims
+        return None
+
+    def _by_right(self) -> Rows:
+        if self._right is None:
+            self._right = _by_time()
+            for entry in self.entries():
+                if entry.id not in self._returned:
+                    self._right.insert(_right(entry), entry.id)
+        return self._right
+
+    def _entry(self, request_id: str) -> QueueEntry:
+        head = self.flows.find(request_id)
+        assert head is not None
+        _, chunk, at = head
+        entry: QueueEntry = chunk.columns[2][at]
+        return entry
+
+    def _count(self, entry: QueueEntry) -> None:
+        self.by_priority[entry.priority] += 1
+        self.by_tenant[entry.tenant] += 1
+        self.tokens += entry.prompt_tokens + entry.max_tokens
+        if self._arrivals is not None:
+            self._arrivals.insert(entry.arrival_s, entry.id)
+
+    def _discount(self, entry: QueueEntry) -> None:
+        self.by_priority[entry.priority] -= 1
+        self.by_tenant[entry.tenant] -= 1
+        if not self.by_tenant[entry.tenant]:
+            del self.by_tenant[entry.tenant]
+        self.tokens -= entry.prompt_tokens + entry.max_tokens
+        if self._arrivals is not None:
+            self._arrivals.discard(entry.arrival_s, entry.id)
+        if self._returned and entry.id in self._returned:
+            self._returned.remove(entry.id)
+            return
+        if self._right is not None:
+            self._right.discard(_right(entry), entry.id)
+        if entry.drop_expired and entry.deadline_s is not None:
+            self._deadlines.discard(entry.deadline_s, entry.id)
+
+
+def _by_time() -> Rows:
+    return Rows(array("d"), [])
+
+
+def _right(entry: QueueEntry) -> float:
+    return entry.priority * PRIORITY_STEP + entry.arrival_s

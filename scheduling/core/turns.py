@@ -1,0 +1,54 @@
+"""Whose turn it is within one claim of the queue in memory."""
+
+import math
+
+from scheduling.core.backlog import Backlog
+from scheduling.core.flows import RANK, Head
+from scheduling.core.rules import LATE, MAX_DEMOTIONS, QueueRules
+
+
+class Turns:
+    """Names one request after the other: the promoted, then a run that has begun, then the flow whose turn it is.
+
+    Without rules `Flows.head` says the same, in less time.
+    """
+
+    def __init__(self, backlog: Backlog, rules: QueueRules, now: float) -> None:
+        self._backlog, self._flows, self._run_length = backlog, backlog.flows, rules.run
+        self._now, self._promote_after_s = now, rules.promote_after_s
+        self._late_before = -math.inf if rules.late_slack_s is None else now + rules.late_slack_s
+        self._demotions_left = MAX_DEMOTIONS
+        self._run, self._run_left = "", 0
+        self._is_promoted = False
+        self.is_cut_short = False
+        """More requests are late than one claim moves."""
+
+    def next(self) -> Head | None:
+        """Who is served next, if it is taken."""
+        if self._promote_after_s is not None:
+            head = self._backlog.oldest(self._now, self._promote_after_s)
+            self._is_promoted = head is not None
+            if head is not None:
+                return head
+        return self._by_turn()
+
+    def note_taken(self) -> None:
+        """Who was named last was served."""
+        if not self._is_promoted:
+            self._run_left -= 1
+
+    def _by_turn(self) -> Head | None:
+        flows = self._flows
+        while True:
+            head = flows.head_of(self._run) if self._run_left else None
+            if head is None:
+                if (head := flows.head()) is None:
+                    return None
+                self._run, self._run_left = head[0].name, self._run_length
+            if head[1].columns[RANK][0] >= self._late_before:
+                return head
+            if not self._demotions_left:
+                self.is_cut_short = True
+                return None
+            self._demotions_left -= 1
+            flows.demote(head, LATE)
