@@ -30,9 +30,9 @@ class StepBatch:
     block_tables: Int32
     """[S, longest table], rows padded with 0."""
     sample_rows: Int64
-    """[N], the last token of each part that samples."""
+    """[N], the tokens whose logits are wanted: the last of each part that samples, and before it those of a draft."""
     sample_parts: list[int]
-    """[N], which part that is."""
+    """The parts that sample, in order."""
     part_of: Int32
     """[T], the part each token belongs to."""
 
@@ -40,17 +40,18 @@ class StepBatch:
 def check_part(part: StepPart, *, vocab_size: int, max_model_len: int, num_blocks: int, block_size: int) -> None:
     """Raise InvalidPart with a sentence where this part cannot be computed."""
     sequence, end = part.sequence, part.sequence.num_computed + part.num_tokens
-    if part.num_tokens < 1 or end > len(sequence.tokens):
-        raise InvalidPart(f"The part covers tokens {sequence.num_computed} to {end} of {len(sequence.tokens)}.")
-    if part.samples and end != len(sequence.tokens):
-        raise InvalidPart(f"The part samples at token {end} of {len(sequence.tokens)}, before the sequence's end.")
+    known = len(sequence.tokens) + len(part.draft)
+    if part.num_tokens < 1 + len(part.draft) or end > known:
+        raise InvalidPart(f"The part covers tokens {sequence.num_computed} to {end} of {known}.")
+    if (part.samples or part.draft) and end != known:
+        raise InvalidPart(f"The part samples at token {end} of {known}, before the sequence's end.")
     if end > max_model_len:
         raise InvalidPart(f"The sequence has {end} tokens; this model takes at most {max_model_len}.")
     if len(sequence.block_table) * block_size < end:
         raise InvalidPart(f"{len(sequence.block_table)} KV blocks of {block_size} tokens do not hold {end} tokens.")
     if min(sequence.block_table) < 0 or max(sequence.block_table) >= num_blocks:
         raise InvalidPart(f"The block table names a block outside the {num_blocks} of the KV cache.")
-    tokens = sequence.tokens[sequence.num_computed : end]
+    tokens = [*sequence.tokens[sequence.num_computed : end], *part.draft]
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         bad = next(t for t in tokens if not 0 <= t < vocab_size)
         raise InvalidPart(f"Token id {bad} is outside the vocabulary of {vocab_size}.")
@@ -71,12 +72,16 @@ def build_batch(parts: Seq[StepPart], block_size: int) -> StepBatch:
             flat.append(sequence.tokens[start])
         else:
             flat.extend(sequence.tokens[start : start + part.num_tokens])
+            flat.extend(part.draft)
     query_starts = np.zeros(num_parts + 1, np.int32)
     np.cumsum(lengths, out=query_starts[1:])
     owner = np.repeat(np.arange(num_parts, dtype=np.int32), lengths)
     positions = np.arange(len(flat), dtype=np.int64) - np.repeat(query_starts[:-1] - starts, lengths)
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
     sample_parts = [i for i, part in enumerate(parts) if part.samples]
+    wanted = np.array([1 + len(parts[i].draft) for i in sample_parts], np.int64)
+    ends = query_starts[1:][sample_parts].astype(np.int64)
+    sample_rows = np.repeat(ends - np.cumsum(wanted), wanted) + np.arange(wanted.sum())
     return StepBatch(
         token_ids=np.array(flat, np.int64),
         positions=positions,
@@ -84,7 +89,7 @@ def build_batch(parts: Seq[StepPart], block_size: int) -> StepBatch:
         query_starts=query_starts,
         context_lens=starts + lengths,
         block_tables=tables,
-        sample_rows=query_starts[1:][sample_parts].astype(np.int64) - 1,
+        sample_rows=sample_rows,
         sample_parts=sample_parts,
         part_of=owner,
     )

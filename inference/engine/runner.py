@@ -17,7 +17,7 @@ from inference.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape, size_cache
 from inference.engine.llama import LlamaForward
 from inference.engine.modules import ModulesForward
 from inference.engine.native import load_kernels
-from inference.engine.sampler import NOT_FINITE, sample
+from inference.engine.sampler import Ask, Choice, Sampler
 from inference.messages import DeploymentSpec
 from scheduling.core.sequence import PartResult, StepPart
 
@@ -58,6 +58,7 @@ class ModelRunner:
         self.max_model_len = loading.longest_sequence(config, spec.max_model_len)
         self.vocab_size = int(config.get_text_config().vocab_size)
         self.eos_token_ids = info.eos_token_ids
+        self._sampler = Sampler(info.eos_token_ids)
         self.block_size = BLOCK_SIZE
         model = loading.load_model(path, config, self.dtype, self.device)
         self._make_cache(spec, loading.kv_shape(config, self.dtype), num_blocks)
@@ -124,11 +125,21 @@ class ModelRunner:
         results = [PartResult()] * len(parts)
         if not batch.sample_parts:
             return results
-        sampled = [parts[i].sequence for i in batch.sample_parts]
-        tokens = sample(logits, [s.sampling for s in sampled], [len(s.tokens) for s in sampled])
-        for i, token in zip(batch.sample_parts, tokens, strict=True):
-            results[i] = PartResult(error=NOT_FINITE) if token is None else PartResult(token_id=token)
+        asks = [Ask(parts[i].sequence, parts[i].draft) for i in batch.sample_parts]
+        for i, choices in zip(batch.sample_parts, self._sampler.sample(logits, asks), strict=True):
+            results[i] = _result(choices)
         return results
+
+    def swap_out(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copy (device block, host block) pairs to host memory, of which there are `num_host_blocks` blocks.
+
+        Whoever frees or overwrites a block afterwards needs no wait. Raises IndexError for a block that is not there.
+        """
+        self._cache.swap_out(pairs)
+
+    def swap_in(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copy (host block, device block) pairs back."""
+        self._cache.swap_in(pairs)
 
     def _make_cache(self, spec: DeploymentSpec, shape: KVShape, num_blocks: int | None) -> None:
         self._why = "as asked for"
@@ -143,6 +154,7 @@ class ModelRunner:
             num_blocks, self._why = size.num_blocks, size.reason
         self.num_blocks = num_blocks
         self._cache = KVCache(shape, num_blocks, self.device)
+        self.num_host_blocks = self._cache.num_host_blocks
 
     def _build_forward(
         self, model: PreTrainedModel, kernels: ctypes.CDLL | None, fused: bool
@@ -167,6 +179,16 @@ class ModelRunner:
         except Exception as error:
             raise ModelLoadError(f"{type(model).__name__} cannot be served by this engine: {error}") from error
         return forward
+
+
+def _result(choices: list[Choice]) -> PartResult:
+    """A part's tokens; one that failed after others counts in the next step, where it fails again."""
+    if choices[0].error is not None:
+        return PartResult(error=choices[0].error)
+    good = [choice for choice in choices if choice.error is None]
+    tokens = tuple(choice.token_id for choice in good)
+    logprobs = tuple(choice.logprob for choice in good if choice.logprob is not None)
+    return PartResult(tokens[0], more=tokens[1:], logprobs=logprobs)
 
 
 def _choose_device(name: str) -> torch.device:

@@ -1,116 +1,169 @@
-"""The next token of every row at once; what is random depends on the row's seed and position only."""
+"""The next token of every sequence of a step; what is random depends on the sequence's seed and position only."""
 
-from collections.abc import Iterator
+import logging
+import math
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from scheduling.core.sequence import SamplingParams
+from inference.engine.adjust import Floats, change_row, change_tensor, changes
+from inference.engine.draw import draw, is_greedy, uniforms
+from inference.engine.draw_device import draw_rows
+from scheduling.core.sequence import Sequence, TokenLogprob
+
+logger = logging.getLogger(__name__)
 
 NOT_FINITE = "The model's logits are not finite; this request cannot go on."
-FEW_TOKENS = 256
-"""Likeliest tokens among which a nucleus is looked for first."""
-FEW_ELEMENTS = 1 << 20
-"""Logits that one thread turns into tokens sooner than several would meet."""
 
 
-def sample(logits: torch.Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> list[int | None]:
-    """Choose a token per row of logits [N, vocab]; `positions` are those of the tokens to be made.
+class Ask(NamedTuple):
+    """A sequence whose next token is wanted, and after it those of a draft while they turn out as guessed."""
 
-    A row that holds NaN or +inf gives None. Nothing depends on the other rows.
-    """
-    tokens, finite = _largest(logits)
-    drawn = [i for i, p in enumerate(params) if p.temperature > 0 and finite[i]]
-    if drawn:
-        uniform = uniforms([params[i].seed for i in drawn], [positions[i] for i in drawn])
-        with _threads_for(len(drawn) * logits.shape[1]):
-            for i, token in zip(drawn, _draw(logits, params, drawn, uniform), strict=True):
-                tokens[i] = token
-    return [token if ok else None for token, ok in zip(tokens, finite, strict=True)]
+    sequence: Sequence
+    draft: tuple[int, ...] = ()
 
 
-def _largest(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
-    """Each row's likeliest token, the first of equals, and whether its logit is finite.
+class Choice(NamedTuple):
+    """A chosen token, or why there is none."""
 
-    NumPy on a CPU: torch would meet at a barrier of all its threads, which takes milliseconds where cores are shared.
-    """
-    if logits.device.type != "cpu":
+    token_id: int = -1
+    logprob: TokenLogprob | None = None
+    error: str | None = None
+
+
+class Sampler:
+    """Chooses tokens. Nothing depends on the other sequences of a step, and what fails in one fails in it alone."""
+
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self._eos_token_ids = eos_token_ids
+
+    def sample(self, logits: torch.Tensor, asks: Seq[Ask]) -> list[list[Choice]]:
+        """Tokens for each ask; logits [N, vocab] have one row per ask and one per token of its draft.
+
+        A draft is a guess at what would be chosen: its tokens stand as long as they are what is chosen at their place,
+        so that the text is the one without drafts, for sampled requests too.
+        """
+        if logits.device.type == "cpu":
+            return self._on_host(logits.float().numpy(), asks)
+        try:
+            return self._on_device(logits, asks)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception:
+            logger.exception("A batch cannot be sampled; its sequences are sampled one by one")
+            return self._one_by_one(logits, asks)
+
+    def _on_host(self, rows: Floats, asks: Seq[Ask]) -> list[list[Choice]]:
+        """Row by row, which keeps each in the processor's cache; only as far as drafts are right."""
+        likeliest = rows.argmax(-1)
+        finite = np.isfinite(rows[np.arange(len(rows)), likeliest])
+        answers, start = [], 0
+        for ask in asks:
+            chosen: list[Choice] = []
+            for j in range(len(ask.draft) + 1):
+                at = start + j
+                best = int(likeliest[at])
+                chosen.append(self._choose(rows[at], best, ask.sequence, j) if finite[at] else Choice(error=NOT_FINITE))
+                if j < len(ask.draft) and chosen[j].token_id != ask.draft[j]:
+                    break
+            answers.append(chosen)
+            start += len(ask.draft) + 1
+        return answers
+
+    def _choose(self, row: Floats, best: int, sequence: Sequence, offset: int) -> Choice:
+        """The token `offset` places after the next one, from its finite logits [vocab]."""
+        try:
+            return self._choose_token(row, best, sequence, len(sequence.tokens) + offset)
+        except Exception as error:
+            return _failed(sequence, error)
+
+    def _choose_token(self, row: Floats, best: int, sequence: Sequence, position: int) -> Choice:
+        params, changed = sequence.sampling, row
+        for change in changes(sequence, position, self._eos_token_ids):
+            if changed is row:
+                changed = row.copy()
+            change_row(changed, change)
+        if changed is not row:
+            best = int(changed.argmax())
+            if not np.isfinite(changed[best]):
+                return Choice(error=NOT_FINITE)
+        if not is_greedy(params):
+            uniform = float(uniforms([params.seed], [position])[0])
+            token_id = draw(changed, float(changed[best]), params, uniform)
+        else:
+            token_id = best
+        if params.logprobs is None:
+            return Choice(token_id)
+        return Choice(token_id, measure(row, token_id, params.logprobs))
+
+    def _on_device(self, logits: torch.Tensor, asks: Seq[Ask]) -> list[list[Choice]]:
+        """All rows at once; those with changes to their logits cost a few small operations each."""
+        rows = [(ask.sequence, len(ask.sequence.tokens) + j) for ask in asks for j in range(len(ask.draft) + 1)]
+        logits, raw = logits.float(), logits
+        for i, (sequence, position) in enumerate(rows):
+            for change in changes(sequence, position, self._eos_token_ids):
+                if logits is raw:
+                    logits = raw.clone()
+                change_tensor(logits[i], change)
         best, argmax = logits.max(-1)
-        return argmax.tolist(), torch.isfinite(best).tolist()
-    rows = logits.numpy()
-    tokens = rows.argmax(-1)
-    return tokens.tolist(), np.isfinite(rows[np.arange(len(rows)), tokens]).tolist()
+        packed = torch.stack([argmax, torch.isfinite(best).long()]).tolist()  # one wait for the device
+        tokens, finite = packed
+        drawn = [i for i, (sequence, _) in enumerate(rows) if finite[i] and not is_greedy(sequence.sampling)]
+        if drawn:
+            params, positions = [rows[i][0].sampling for i in drawn], [rows[i][1] for i in drawn]
+            for i, token in zip(drawn, draw_rows(logits[drawn], params, positions), strict=True):
+                tokens[i] = token
+        choices = []
+        for i, (sequence, _) in enumerate(rows):
+            top, logprob = sequence.sampling.logprobs, None
+            if top is not None and finite[i]:
+                logprob = measure(raw[i].float().cpu().numpy(), tokens[i], top)
+            choices.append(Choice(tokens[i], logprob) if finite[i] else Choice(error=NOT_FINITE))
+        return _accept(choices, asks)
+
+    def _one_by_one(self, logits: torch.Tensor, asks: Seq[Ask]) -> list[list[Choice]]:
+        answers, start = [], 0
+        for ask in asks:
+            end = start + len(ask.draft) + 1
+            try:
+                answers += self._on_device(logits[start:end], [ask])
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise
+            except Exception as error:
+                answers.append([_failed(ask.sequence, error)])
+            start = end
+        return answers
 
 
-@contextmanager
-def _threads_for(num_elements: int) -> Iterator[None]:
-    """One thread for torch's operations on few elements, for the same reason."""
-    threads = torch.get_num_threads()
-    if threads == 1 or num_elements >= FEW_ELEMENTS:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def measure(row: Floats, token_id: int, num_top: int) -> TokenLogprob:
+    """Log probabilities by the model itself (vLLM's `raw_logprobs`), of logits [vocab]; the likeliest first."""
+    largest = float(row.max())
+    norm = largest + math.log(float(np.exp(row - np.float32(largest)).sum(dtype=np.float64)))
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+        count = min(num_top, len(row))
+        least = np.partition(row, len(row) - count)[len(row) - count]
+        likely = np.flatnonzero(row >= least)
+        order = likely[np.argsort(-row[likely], kind="stable")][:count]
+        top = tuple((int(i), float(row[i]) - norm) for i in order)
+    return TokenLogprob(token_id, float(row[token_id]) - norm, top)
 
 
-def uniforms(seeds: Seq[int], positions: Seq[int]) -> npt.NDArray[np.float64]:
-    """A number in [0, 1) for each pair of seed and position (SplitMix64: Steele, Lea and Flood 2014, section 3)."""
-    seed = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], np.uint64)
-    state = _mix(seed) + np.array(positions, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return (_mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def _accept(choices: list[Choice], asks: Seq[Ask]) -> list[list[Choice]]:
+    """Each ask's choices up to the first that its draft did not guess."""
+    answers, start = [], 0
+    for ask in asks:
+        own = choices[start : start + len(ask.draft) + 1]
+        right = 0
+        while right < len(ask.draft) and own[right].token_id == ask.draft[right]:
+            right += 1
+        answers.append(own[: right + 1])
+        start += len(own)
+    return answers
 
 
-def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _draw(
-    logits: torch.Tensor, params: Seq[SamplingParams], rows: list[int], uniform: npt.NDArray[np.float64]
-) -> list[int]:
-    """Inverse of the cumulative distribution in vocabulary order; float64, so that rounding moves no boundary."""
-    device = logits.device
-    temperature = torch.tensor([params[i].temperature for i in rows], dtype=torch.float64, device=device)
-    chosen = logits[rows].double()
-    chosen = (chosen - chosen.max(-1, keepdim=True).values) / temperature[:, None]
-    probs = torch.softmax(chosen, -1)
-    cut = [n for n, i in enumerate(rows) if params[i].top_p < 1]
-    if cut:
-        top_p = torch.tensor([params[rows[n]].top_p for n in cut], dtype=torch.float64, device=device)
-        probs[cut] = _nucleus(probs[cut], top_p)
-    total = probs.cumsum(-1)
-    top = total[:, -1]
-    target = torch.minimum(torch.from_numpy(uniform).to(device) * top, torch.nextafter(top, torch.zeros_like(top)))
-    return torch.searchsorted(total, target[:, None], right=True)[:, 0].clamp_max(logits.shape[1] - 1).tolist()
-
-
-def _nucleus(probs: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Zero all but the fewest likeliest tokens whose sum reaches top_p (Holtzman et al. 2020, section 3.1).
-
-    Of equally likely tokens the first count as likelier. The nucleus is looked for among a few likeliest tokens; rows
-    where it reaches further are sorted whole, which takes longer than a forward pass of a small model.
-    """
-    kept = torch.zeros_like(probs)
-    few = min(FEW_TOKENS, probs.shape[1])
-    order = probs.topk(few, sorted=False).indices.sort().values
-    ranked, places = probs.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    order = order.gather(-1, places)
-    before = ranked.cumsum(-1) - ranked
-    last = ranked[:, -1:]
-    whole = ((ranked > last) & (before >= top_p[:, None])).any(-1) | (few == probs.shape[1])
-    ranked[before >= top_p[:, None]] = 0
-    kept.scatter_(-1, order, ranked)
-    rest = (~whole).nonzero()[:, 0]
-    if len(rest):
-        ranked, order = probs[rest].sort(dim=-1, descending=True, stable=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p[rest, None]] = 0
-        kept[rest] = torch.zeros_like(probs[rest]).scatter_(-1, order, ranked)
-    return kept
+def _failed(sequence: Sequence, error: Exception) -> Choice:
+    logger.exception("Request %s failed in the sampler", sequence.id)
+    return Choice(error=f"No token could be chosen ({type(error).__name__}).")
