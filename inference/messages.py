@@ -339,3 +339,5 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Most tokens of one prompt in a step while others run; 0: as many as the step has room for."""
     targets: list[LatencyTarget] = []
     """SLAs, for sizing strategies."""
+    quantization: Literal["none", "int8"] = "none"
+    """Whether weights are kept in int8; rounding changes what a model says, the replica's description tells how much."""

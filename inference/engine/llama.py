@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from inference.engine.batch import StepBatch
 from inference.engine.kv_cache import KVCache
-from inference.engine.native import BoundBatch, Heads, Layer, Model, PackedLinear, Space
+from inference.engine.native import BoundBatch, Heads, Layer, Model, PackedLinear, Space, WeightKind
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
@@ -22,9 +22,17 @@ def supports(model: PreTrainedModel) -> bool:
 class LlamaForward:
     """Weights packed and fused (q, k, v; gate, up), attention over the paged cache, no Python between layers."""
 
-    def __init__(self, kernels: ctypes.CDLL, model: PreTrainedModel, cache: KVCache, max_model_len: int) -> None:
+    def __init__(
+        self,
+        kernels: ctypes.CDLL,
+        model: PreTrainedModel,
+        cache: KVCache,
+        max_model_len: int,
+        kind: WeightKind = "float32",
+    ) -> None:
         """Takes the weights over: the model's layers are emptied as they are packed."""
         self._kernels = kernels
+        self._kind = kind
         self._cache = cache
         self._kept: list[Any] = []
         layers = model.model.layers
@@ -84,7 +92,7 @@ class LlamaForward:
         bias = None
         if any(part.bias is not None for part in parts):
             bias = torch.cat([torch.zeros(len(p.weight)) if p.bias is None else p.bias for p in parts])
-        packed = PackedLinear(self._kernels, weight, bias)
+        packed = PackedLinear(self._kernels, weight, bias, self._kind)
         self._kept.append(packed)
         return packed.struct
 

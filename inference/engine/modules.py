@@ -4,21 +4,26 @@ import ctypes
 
 import torch
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from inference.engine import attention
 from inference.engine.attention import PagedContext
 from inference.engine.batch import StepBatch
 from inference.engine.errors import ModelLoadError
 from inference.engine.kv_cache import KVCache
-from inference.engine.native import PackedLinear
+from inference.engine.native import WeightKind
+from inference.engine.weights import replace_linears
 
 
 class ModulesForward:
-    """Runs the model's own modules; `kernels` (float32 on a CPU) replace their attention and linear layers."""
+    """Runs the model's own modules; `kernels` (on a CPU) replace their attention and linear layers."""
 
     def __init__(
-        self, kernels: ctypes.CDLL | None, model: PreTrainedModel, cache: KVCache, device: torch.device
+        self,
+        kernels: ctypes.CDLL | None,
+        model: PreTrainedModel,
+        cache: KVCache,
+        device: torch.device,
+        kind: WeightKind = "float32",
     ) -> None:
         """Raises ModelLoadError where the architecture does not let its attention be replaced."""
         self._kernels = kernels
@@ -29,8 +34,7 @@ class ModulesForward:
         model.set_attn_implementation(attention.NAME)
         if model.config._attn_implementation != attention.NAME:
             raise ModelLoadError("It does not let its attention be replaced.")
-        if kernels is not None:
-            _pack_linears(kernels, model)
+        replace_linears(model, kernels, kind)
 
     def __call__(self, batch: StepBatch) -> torch.Tensor:
         """Logits [N, vocab] of the batch's sample rows."""
@@ -46,13 +50,3 @@ class ModulesForward:
             raise ModelLoadError("It has layers that do not keep their past in attention's keys and values.")
         self._checked = True
         return logits.float()
-
-
-def _pack_linears(kernels: ctypes.CDLL, model: PreTrainedModel) -> None:
-    """Replace every plain linear layer, freeing its weights (a tied embedding keeps its own)."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is torch.nn.Linear:
-                setattr(parent, name, PackedLinear(kernels, child.weight, child.bias))
-            elif type(child) is Conv1D:
-                setattr(parent, name, PackedLinear(kernels, child.weight.T, child.bias))

@@ -1,9 +1,10 @@
-"""Compiles `kernels.c` for this machine at first use and binds it; None where there is no C compiler."""
+"""Compiles `kernels/` for this machine at first use and binds it; None where there is no C compiler."""
 
 import ctypes
 import fcntl
 import hashlib
 import logging
+import mmap
 import os
 import platform
 import shutil
@@ -11,9 +12,10 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
@@ -21,7 +23,7 @@ from inference.engine.batch import StepBatch
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).parent / "kernels.c"
+SOURCES = Path(__file__).parent / "kernels"
 BUILD = Path(__file__).parent / "build"
 FLAGS = (
     "-O3",
@@ -39,10 +41,20 @@ Pointer = ctypes.c_void_p
 Long = ctypes.c_long
 
 
+WeightKind = Literal["float32", "bfloat16", "int8", "amx"]
+"""How packed weights are kept. Arithmetic is float32, but `amx` rounds a layer's inputs to bfloat16, too."""
+KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
+PANEL = 32
+"""Outputs that lie together."""
+
+
 class Linear(ctypes.Structure):
     """A linear layer over packed weights."""
 
-    _fields_ = [("weight", Pointer), ("bias", Pointer), ("inputs", Long), ("outputs", Long)]
+    _fields_ = [
+        *((name, Pointer) for name in ("weight", "scale", "bias")),
+        *((name, Long) for name in ("inputs", "outputs", "kind")),
+    ]
 
 
 class Batch(ctypes.Structure):
@@ -118,21 +130,32 @@ class BoundBatch:
 
 
 class PackedLinear(torch.nn.Module):
-    """A float32 linear layer on the CPU whose weights are laid out for our kernel; one set or several side by side."""
+    """A linear layer on the CPU, float32 in and out, whose weights are laid out for our kernel."""
 
-    def __init__(self, kernels: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, kernels: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None, kind: WeightKind = "float32"
+    ) -> None:
         """`weight` is [outputs, inputs]; it is copied, so the caller may drop it."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        width = -(-self.out_features // PANEL) * PANEL
+        scale = torch.zeros(width) if kind == "int8" else None
+        if scale is None:
+            weight = weight.to(torch.float32 if kind == "float32" else torch.bfloat16)
+        else:
+            weight, scale[: self.out_features] = quantize(weight)
+            scale *= 2.0**-24
         weight = weight.contiguous()
-        panels = -(-self.out_features // 32)
-        self._packed = torch.empty(panels * self.in_features * 32)
-        kernels.pack(weight.data_ptr(), self.out_features, self.in_features, self._packed.data_ptr())
-        self._bias = bias.clone() if bias is not None else None
+        whole = {"amx": 32, "int8": 2}.get(kind, 1)
+        depth = -(-self.in_features // whole) * whole
+        self._packed = large_empty(width * depth * weight.itemsize)
+        kernels.pack(weight.data_ptr(), self.out_features, self.in_features, KINDS.index(kind), self._packed.data_ptr())
+        self._scale = scale
+        self._bias = bias.float().clone() if bias is not None else None
         self._linear = kernels.linear
         self.struct = Linear(
-            self._packed.data_ptr(), self._bias.data_ptr() if self._bias is not None else None, self.in_features,
-            self.out_features,
+            self._packed.data_ptr(), _address(scale), _address(self._bias), self.in_features, self.out_features,
+            KINDS.index(kind),
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,6 +164,26 @@ class PackedLinear(torch.nn.Module):
         out = torch.empty((*x.shape[:-1], self.out_features))
         self._linear(ctypes.addressof(self.struct), x.data_ptr(), x.numel() // self.in_features, out.data_ptr())
         return out
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 weights [outputs, inputs] and the scale [outputs] that gives them back, symmetric around zero."""
+    scale = weight.float().abs().amax(1) / 127
+    divisor = torch.where(scale > 0, scale, 1)
+    return (weight.float() / divisor[:, None]).round().to(torch.int8), scale
+
+
+def large_empty(num_bytes: int) -> torch.Tensor:
+    """Zeroed bytes on large pages where the system has them: small ones cost a pass over all weights a tenth."""
+    memory = mmap.mmap(-1, max(num_bytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 @cache
@@ -160,12 +203,13 @@ def load_kernels(compiler: str | None = None, build: Path | None = None) -> ctyp
         logger.warning("The compiled CPU kernels cannot be loaded; plain torch is used", exc_info=True)
         return None
     kernels.linear.argtypes = [Pointer, Pointer, Long, Pointer]
-    kernels.pack.argtypes = [Pointer, Long, Long, Pointer]
+    kernels.pack.argtypes = [Pointer, Long, Long, Long, Pointer]
     kernels.paged_attention.argtypes = [Pointer] * 9
     kernels.llama_forward.argtypes = [Pointer] * 3
     kernels.set_threads.argtypes = [ctypes.c_int]
     for function in (kernels.set_threads, kernels.linear, kernels.pack, kernels.paged_attention, kernels.llama_forward):
         function.restype = None
+    kernels.has_tiles.restype = ctypes.c_int
     return kernels
 
 
@@ -215,7 +259,8 @@ def _fingerprint() -> str:
     if info.is_file():
         flags = next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
     key = "\n".join((platform.system(), platform.machine(), platform.processor(), flags, *FLAGS))
-    return hashlib.sha256(key.encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    source = b"".join(file.read_bytes() for file in sorted(SOURCES.iterdir()))
+    return hashlib.sha256(key.encode() + source).hexdigest()[:16]
 
 
 @contextmanager
@@ -235,7 +280,7 @@ def _compile(compiler: str, library: Path) -> bool:
             if library.is_file():
                 return True
             out = Path(folder) / library.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(out), "-lm"]
+            command = [compiler, *FLAGS, *map(str, sorted(SOURCES.glob("*.c"))), "-o", str(out), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
             if done.returncode == 0:
                 out.replace(library)

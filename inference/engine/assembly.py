@@ -1,0 +1,148 @@
+"""From a deployment to a forward pass over a paged cache, chosen for the device and checked against the model's own."""
+
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from inference.checkpoint import CheckpointInfo, inspect_checkpoint
+from inference.engine import llama, loading, weights
+from inference.engine.batch import StepBatch
+from inference.engine.errors import ModelLoadError, OutOfDeviceMemory
+from inference.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape, size_cache, size_host_cache
+from inference.engine.llama import LlamaForward
+from inference.engine.modules import ModulesForward
+from inference.engine.native import WeightKind, load_kernels
+from inference.messages import DeploymentSpec
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBE_TOKENS = 24
+
+Forward = Callable[[StepBatch], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """What a runner runs. Lengths are in tokens."""
+
+    forward: Forward
+    """Logits [N, vocab] of a batch's sample rows."""
+    cache: KVCache
+    device: torch.device
+    dtype: torch.dtype
+    """Of the activations and of the cache."""
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    description: str
+    """What was chosen, and why."""
+
+
+def assemble(
+    spec: DeploymentSpec, device: str, *, num_blocks: int | None = None, native: bool = True, fused: bool = True
+) -> Assembly:
+    """Load the checkpoint. Raises ModelLoadError or CheckpointError with a sentence that says what to do."""
+    path, place = Path(spec.path), choose_device(device)
+    info = inspect_checkpoint(path, needs_tokenizer=False)
+    config = loading.load_config(path)
+    max_model_len = loading.longest_sequence(config, spec.max_model_len)
+    kernels = load_kernels() if native and place.type == "cpu" and spec.dtype != "float16" else None
+    if kernels is not None:
+        kernels.set_threads(torch.get_num_threads())
+    kind = _choose_kind(spec, info, kernels)
+    dtype = torch.float32 if kernels is not None else _choose_dtype(spec.dtype, place)
+    model = loading.load_model(path, config, dtype, place)
+    cache, why = _make_cache(spec, loading.kv_shape(config, dtype), place, max_model_len, num_blocks)
+    vocab_size = int(config.get_text_config().vocab_size)
+    forward, how = _build_forward(model, kernels, kind, cache, max_model_len, vocab_size, fused)
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
+    return Assembly(
+        forward=forward, cache=cache, device=place, dtype=dtype, max_model_len=max_model_len, vocab_size=vocab_size,
+        eos_token_ids=info.eos_token_ids,
+        description=f"{type(model).__name__} in {str(dtype).removeprefix('torch.')} on {name}, {how}; {why}",
+    )  # fmt: skip
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name, or of `auto`. Raises ModelLoadError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelLoadError("There is no CUDA device here. Set PENSTOCK_DEVICE to cpu or auto.")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelLoadError(f"There is no device {name}; this host has {torch.cuda.device_count()}.")
+    return device
+
+
+def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def _choose_kind(spec: DeploymentSpec, info: CheckpointInfo, kernels: ctypes.CDLL | None) -> WeightKind:
+    if kernels is not None:
+        return weights.choose_kind(kernels, spec.dtype, spec.quantization, info.dtype)
+    return "int8" if spec.quantization == "int8" else "float32"
+
+
+def _make_cache(
+    spec: DeploymentSpec, shape: KVShape, device: torch.device, max_model_len: int, num_blocks: int | None
+) -> tuple[KVCache, str]:
+    why = "as asked for"
+    if num_blocks is None:
+        size = size_cache(
+            shape,
+            device,
+            max_batch_size=spec.max_batch_size,
+            max_model_len=max_model_len,
+            requested_bytes=spec.kv_memory_bytes,
+        )
+        num_blocks, why = size.num_blocks, size.reason
+    host = size_host_cache(shape, num_blocks)
+    cache = KVCache(shape, num_blocks, device, host.num_blocks)
+    mib = num_blocks * shape.block_bytes / 2**20
+    said = f"KV cache of {num_blocks} blocks of {BLOCK_SIZE} tokens, {mib:.0f} MiB: {why}"
+    return cache, f"{said}; {host.num_blocks} blocks of host memory for swapping: {host.reason}"
+
+
+def _build_forward(
+    model: PreTrainedModel,
+    kernels: ctypes.CDLL | None,
+    kind: WeightKind,
+    cache: KVCache,
+    max_model_len: int,
+    vocab_size: int,
+    fused: bool,
+) -> tuple[Forward, str]:
+    """Choose the forward pass, and hold it against the model's own before anything is served; and its description."""
+    tokens = min(PROBE_TOKENS, max_model_len, cache.num_blocks * BLOCK_SIZE)
+    forward: Forward
+    try:
+        exact = expected = loading.reference_logits(model, vocab_size, tokens, model.device)
+        if kind != "float32":
+            weights.round_weights(model, kind)
+            expected = loading.reference_logits(model, vocab_size, tokens, model.device)
+        with torch.inference_mode():
+            if kernels is not None and fused and llama.supports(model):
+                forward, how = LlamaForward(kernels, model, cache, max_model_len, kind), "fused and compiled"
+            else:
+                forward, how = ModulesForward(kernels, model, cache, model.device, kind), "transformers' modules"
+                how += " with compiled attention and linear layers" if kernels is not None else ""
+        tolerance = loading.PROBE_TOLERANCE[torch.bfloat16 if kind == "amx" else cache.shape.dtype]
+        found = loading.verify(forward, expected, tolerance)
+    except torch.OutOfMemoryError as error:
+        raise OutOfDeviceMemory from error
+    except Exception as error:
+        raise ModelLoadError(f"{type(model).__name__} cannot be served by this engine: {error}") from error
+    if kind != "float32":
+        off = float((found - exact).square().mean().sqrt() / exact.std().clamp_min(1e-6))
+        how += f", {weights.SAID[kind]} (logits off by {off:.1%} of their spread)"
+    return forward, how
