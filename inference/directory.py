@@ -5,7 +5,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import redis
@@ -20,7 +20,7 @@ from inference.models import ModelDeployment
 from scheduling.core.request import Priority
 from scheduling.credentials import digest_key
 from scheduling.keys import Keys
-from scheduling.models import ApiKey, ConfigVersion, Tenant
+from scheduling.models import ApiKey, ConfigVersion, ServiceLevel, Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,10 @@ class TenantConfig:
     concurrency: int | None = None
     max_priority: int = Priority.HIGH
     tpd: int | None = None
+    deadlines_s: Mapping[int, float] = field(default_factory=dict)
+    """Priority -> end-to-end target in seconds, the tenant's own or everybody's: the deadline where none is named."""
+    drop_expired: bool = False
+    """Whether a request that waits past its deadline is dropped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +82,8 @@ def load_directory() -> Directory:
     look at the version reads all of it again.
     """
     version = _version()
-    tenants = {t.name: _tenant_config(t) for t in Tenant.objects.select_related("quota")}
+    targets = _read_targets()
+    tenants = {t.name: _tenant_config(t, targets) for t in Tenant.objects.select_related("quota")}
     found = ApiKey.objects.filter(revoked_at=None).values_list("prefix", "digest", "tenant__name", "max_priority")
     keys = {
         digest: KeyConfig(
@@ -91,14 +96,29 @@ def load_directory() -> Directory:
     return Directory(version=version, keys=keys, tenants=tenants, deployments=deployments)
 
 
-def _tenant_config(tenant: Tenant) -> TenantConfig:
-    quota = getattr(tenant, "quota", None)
-    if quota is None:
-        return TenantConfig(name=tenant.name, weight=tenant.weight, suspended=tenant.suspended)
-    return TenantConfig(
+def _read_targets() -> dict[int | None, dict[int, float]]:
+    """End-to-end targets in seconds by priority, of each tenant (by primary key) and of everybody (None)."""
+    targets: dict[int | None, dict[int, float]] = {}
+    for tenant_id, priority, e2e_ms in ServiceLevel.objects.values_list("tenant_id", "priority", "e2e_ms"):
+        if e2e_ms is None:
+            continue
+        targets.setdefault(tenant_id, {})[priority] = e2e_ms / 1000
+    return targets
+
+
+def _tenant_config(tenant: Tenant, targets: Mapping[int | None, Mapping[int, float]]) -> TenantConfig:
+    config = TenantConfig(
         name=tenant.name,
         weight=tenant.weight,
         suspended=tenant.suspended,
+        deadlines_s={**targets.get(None, {}), **targets.get(tenant.pk, {})},
+        drop_expired=tenant.drop_expired,
+    )
+    quota = getattr(tenant, "quota", None)
+    if quota is None:
+        return config
+    return replace(
+        config,
         rpm=quota.rpm,
         tpm=quota.tpm,
         tpd=quota.tpd,

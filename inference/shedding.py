@@ -1,44 +1,59 @@
-"""Ending requests dropped from a full queue for others: clients are told at once, tenants get back what was charged."""
+"""Ending requests that were dropped while they waited: clients are told at once, tenants get back what was charged."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
+import redis
 
 from inference.messages import HISTORY_LENGTH, Finish, InferenceRequest, SequenceUpdate, unserved_event
-from scheduling.fleet import FleetQueue
+from scheduling.core.answers import DropReason
+from scheduling.fleet import FleetQueue, Shed
 from scheduling.limits import TenantLimits
-from scheduling.store import Command
+from scheduling.store import Command, execute, execute_many
 
-CODE = "shed"
-MESSAGE = "The queue is full, and requests of higher priority came; send the request again later."
+MESSAGES: dict[DropReason, str] = {
+    "shed": "The queue is full, and requests of higher priority came; send the request again later.",
+    "deadline_exceeded": "The request's deadline passed while it waited.",
+}
+"""By reason, which is also the error's code."""
 MAX_REPLIES = 20_000
 _encode = msgspec.msgpack.encode
 
 
-def finish_of(request: InferenceRequest) -> Finish:
-    """How a shed request ends: with an error, before its first token."""
-    return Finish("error", len(request.prompt_token_ids), 0, error_code=CODE, error_message=MESSAGE)
+def finish_of(request: InferenceRequest, reason: DropReason) -> Finish:
+    """How a dropped request ends: with an error, before its first token."""
+    tokens = len(request.prompt_token_ids)
+    return Finish("error", tokens, 0, error_code=reason, error_message=MESSAGES[reason])
 
 
-def write_end(queue: FleetQueue, request: InferenceRequest) -> Command[bool]:
+def write_end(queue: FleetQueue, request: InferenceRequest, reason: DropReason) -> Command[bool]:
     """First: True for the one caller who goes on with `tell_end`."""
-    return queue.end_shed(request.id, _encode(finish_of(request)))
+    return queue.end_shed(request.id, _encode(finish_of(request, reason)))
 
 
-def tell_end(queue: FleetQueue, request: InferenceRequest) -> list[Command[Any]]:
+def tell_end(queue: FleetQueue, request: InferenceRequest, reason: DropReason) -> list[Command[Any]]:
     """Tell the client's web process, give back the tenant's tokens and slot, write the history, count it."""
     keys = queue.keys
-    end = unserved_event(request, state="failed", reason="error", now_s=time.time(), error_code=CODE)
+    end = unserved_event(request, state="failed", reason="error", now_s=time.time(), error_code=reason)
     commands: list[Command[Any]] = [
         TenantLimits(keys).settle(request.tenant, request.id, refund_tokens=request.charged_tokens),
         _add(keys.history, HISTORY_LENGTH, _encode([end])),
-        Command(("HINCRBY", keys.refusals, f"{request.model}|{request.tenant}|{CODE}", 1), int),
+        Command(("HINCRBY", keys.refusals, f"{request.model}|{request.tenant}|{reason}", 1), int),
     ]
     if request.reply_to:
-        update = SequenceUpdate(request.id, 0, 0, [], [], finish_of(request))
+        update = SequenceUpdate(request.id, 0, 0, [], [], finish_of(request, reason))
         commands.insert(0, _add(keys.replies(request.reply_to), MAX_REPLIES, _encode([update])))
     return commands
+
+
+def end_dropped(client: redis.Redis, queue: FleetQueue, dropped: Iterable[Shed]) -> None:
+    """All of it, for what a claim dropped. Raises RedisError; what is not ended then, the sweeper ends."""
+    for drop in dropped:
+        request = msgspec.msgpack.decode(drop.body, type=InferenceRequest)
+        if execute(client, write_end(queue, request, drop.reason)):
+            execute_many(client, tell_end(queue, request, drop.reason))
 
 
 def _add(key: str, length: int, message: bytes) -> Command[bytes]:

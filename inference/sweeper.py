@@ -9,8 +9,8 @@ import msgspec
 import redis
 
 from inference.messages import HISTORY_LENGTH, InferenceRequest, unserved_event
-from inference.shedding import tell_end, write_end
-from scheduling.fleet import FleetQueue
+from inference.shedding import end_dropped
+from scheduling.fleet import FleetQueue, Shed
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
 from scheduling.store import TIME, execute, execute_many
@@ -87,15 +87,13 @@ class Sweeper:
         return [id_ for id_, each in ends_of.items() if all(end is not None and end < before_s for end in each)]
 
     def _end_shed(self, queue: FleetQueue) -> None:
-        """End what was dropped from a full queue by a web process that died, or lost the answer."""
+        """End what was dropped while it waited, by a process that died, or lost the answer."""
         for request_id in execute(self._client, queue.shed_before(self._clock() - SHED_GRACE_S)):
             record = execute(self._client, queue.record(request_id))
             if record is None:
                 execute(self._client, queue.end_shed(request_id, b""))
-                continue
-            request = msgspec.msgpack.decode(record.body, type=InferenceRequest)
-            if execute(self._client, write_end(queue, request)):
-                execute_many(self._client, tell_end(queue, request))
+            else:
+                end_dropped(self._client, queue, [Shed(request_id, record.body, record.dropped or "shed")])
 
     def _lapsed_long_enough(self) -> list[tuple[str, str]]:
         """Web processes, and requests that clients waited for, silent at a first look and still so at a later one."""

@@ -56,6 +56,12 @@ class Tenant(models.Model):
         help_text="Share of the fleet under the fair policy, relative to the other tenants.",
     )
     suspended = models.BooleanField(default=False, help_text="Requests of a suspended tenant are refused with 403.")
+    drop_expired = models.BooleanField(
+        "drop expired requests",
+        default=False,
+        help_text="A request that still waits when its deadline passes is answered with 504. The deadline is the "
+        "request's own, or the end-to-end target of its priority.",
+    )
     created_at = models.DateTimeField(auto_now_add=True)
     updated_at = models.DateTimeField(auto_now=True)
 

@@ -60,23 +60,30 @@ def _announce_config() -> None:
 
 @transaction.atomic
 def create_tenant(
-    *, name: str, display_name: str = "", weight: float = 1.0, actor: User | None = None, **quota: Any
+    *,
+    name: str,
+    display_name: str = "",
+    weight: float = 1.0,
+    drop_expired: bool = False,
+    actor: User | None = None,
+    **quota: Any,
 ) -> Tenant:
     """A tenant and its quota (`rpm`, `tpm`, `concurrency`, `max_priority`). Raises ValidationError."""
-    tenant = Tenant(name=name, display_name=display_name, weight=weight)
+    tenant = Tenant(name=name, display_name=display_name, weight=weight, drop_expired=drop_expired)
     tenant.full_clean()
     tenant.save()
     limits = Quota(tenant=tenant, **quota)
     limits.full_clean()
     limits.save()
-    record_action(actor=actor, action="tenant.create", target=name, after={"weight": weight, **_quota_values(limits)})
+    after = {"weight": weight, "drop_expired": drop_expired, **_quota_values(limits)}
+    record_action(actor=actor, action="tenant.create", target=name, after=after)
     config_changed()
     return tenant
 
 
 @transaction.atomic
 def update_tenant(*, tenant: Tenant, actor: User | None = None, reason: str = "", **changes: Any) -> Tenant:
-    """Change `display_name`, `weight`, or limits of the quota. Raises ValidationError."""
+    """Change `display_name`, `weight`, `drop_expired`, or limits of the quota. Raises ValidationError."""
     tenant = Tenant.objects.select_for_update().get(pk=tenant.pk)
     quota, _ = Quota.objects.get_or_create(tenant=tenant)
     before: dict[str, Any] = {}

@@ -85,9 +85,15 @@ def _draft(
         max_tokens=max_tokens,
         sampling=sampling,
         priority=priority,
-        deadline_s=None if body.deadline_ms is None else time.time() + body.deadline_ms / 1000,
+        deadline_s=_deadline_s(body.deadline_ms, caller.tenant.deadlines_s.get(priority)),
         user=body.user or "",
     )
+
+
+def _deadline_s(asked_ms: float | None, target_s: float | None) -> float | None:
+    """Unix time of the deadline that the request names, or else of its tenant's end-to-end target."""
+    patience_s = target_s if asked_ms is None else asked_ms / 1000
+    return None if patience_s is None else time.time() + patience_s
 
 
 async def _tokenize(num_characters: int, tokenize: Callable[[], list[int]], param: str) -> list[int]:

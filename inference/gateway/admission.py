@@ -13,6 +13,7 @@ import msgspec
 from inference.directory import TenantConfig
 from inference.gateway.errors import (
     ContextLengthExceeded,
+    DeadlineExceeded,
     InvalidRequest,
     Overloaded,
     QueueFull,
@@ -86,9 +87,10 @@ class AdmissionDesk:
     async def admit(self, draft: Draft, request: InferenceRequest) -> Admission:
         """Charge the tenant and enqueue.
 
-        Raises ContextLengthExceeded, Overloaded, RateLimited, QueueFull or RedisUnavailable.
+        Raises ContextLengthExceeded, DeadlineExceeded, Overloaded, RateLimited, QueueFull or RedisUnavailable.
         """
         check_length(draft)
+        self._check_deadline(draft)
         max_depth = self._check_backpressure(draft)
         if _is_unlimited(draft.tenant):
             # The charge cannot be refused, so both go in one round trip; the charge is the first of them.
@@ -103,6 +105,11 @@ class AdmissionDesk:
             error.admission = admission
             raise
         return admission
+
+    def _check_deadline(self, draft: Draft) -> None:
+        if draft.tenant.drop_expired and draft.deadline_s is not None and draft.deadline_s <= time.time():
+            self.count_refusal(draft, DeadlineExceeded.code)
+            raise DeadlineExceeded("The request's deadline had passed when it was to enter the queue.")
 
     def _check_backpressure(self, draft: Draft) -> int:
         """The depth at which a request of this priority is refused."""
@@ -166,6 +173,7 @@ class AdmissionDesk:
             max_tokens=request.max_tokens,
             deadline_s=request.deadline_s,
             share=draft.tenant.weight,
+            drop_expired=draft.tenant.drop_expired,
         )
         queue = draft.model.queue
         for attempt in range(MAX_PLACEMENTS):
@@ -200,8 +208,8 @@ class AdmissionDesk:
     async def _tell_shed(self, queue: FleetQueue, shed: Shed) -> None:
         request = msgspec.msgpack.decode(shed.body, type=InferenceRequest)
         with contextlib.suppress(RedisUnavailable):
-            if await self._pipeline.send(write_end(queue, request)):
-                await asyncio.gather(*map(self._pipeline.send, tell_end(queue, request)))
+            if await self._pipeline.send(write_end(queue, request, shed.reason)):
+                await asyncio.gather(*map(self._pipeline.send, tell_end(queue, request, shed.reason)))
 
     async def _refuse_full(self, draft: Draft, request: InferenceRequest, depth: int) -> None:
         await self._give_back(request)
