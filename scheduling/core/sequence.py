@@ -71,6 +71,8 @@ class Sequence:
 
     failures: int = 0
     """Engine processes that ended, other than in good order, while they ran it."""
+    is_urgent: bool = False
+    """It was claimed to take the slot of a lower one, as the policy in force allows."""
     num_preemptions: int = 0
     """How often it lost its slot to a higher request."""
     num_cached: int = 0

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 
 from scheduling.core.request import Priority
 
-
 MAX_TRIGGERS, MAX_DEPTH = 8, 4
 """Of an expression: triggers in one list, lists within lists."""
 

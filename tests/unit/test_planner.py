@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.core.blocks import BlockAllocator
-from scheduling.core.planner import DYNAMIC_WAIT_S, Mode, RequestTooLongError, StepPlanner
+from scheduling.core.forming import DYNAMIC_WAIT_S, Mode
+from scheduling.core.planner import RequestTooLongError, StepPlanner
 from scheduling.core.sequence import PartResult, SamplingParams, Sequence, StepPart
 
 EOS = 1
@@ -188,7 +189,7 @@ def test_the_sequence_of_least_right_is_preempted_and_keeps_its_place() -> None:
     planner.apply(parts := planner.plan(0.0), results_of(parts))
     planner.add(high)
     planner.allocator.free([planner.allocator.allocate(1)[0]])
-    planner._watermark_blocks = 0
+    planner._roster.watermark_blocks = 0
     planner.apply(parts := planner.plan(0.0), results_of(parts))
     assert ids(parts) == ["low", "high"]
     planner.add(make_sequence("later", prompt=4, output=4, priority=0))
