@@ -13,7 +13,7 @@ from inference.checkpoint import CheckpointInfo, inspect_checkpoint
 from inference.engine import llama, loading, weights
 from inference.engine.batch import StepBatch
 from inference.engine.errors import ModelLoadError, OutOfDeviceMemory
-from inference.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape, size_cache, size_host_cache
+from inference.engine.kv_cache import BLOCK_SIZE, CacheSize, KVCache, KVShape, size_cache, size_host_cache
 from inference.engine.llama import LlamaForward
 from inference.engine.modules import ModulesForward
 from inference.engine.native import WeightKind, load_kernels
@@ -45,9 +45,18 @@ class Assembly:
 
 
 def assemble(
-    spec: DeploymentSpec, device: str, *, num_blocks: int | None = None, native: bool = True, fused: bool = True
+    spec: DeploymentSpec,
+    device: str,
+    *,
+    num_blocks: int | None = None,
+    num_host_blocks: int | None = None,
+    native: bool = True,
+    fused: bool = True,
 ) -> Assembly:
-    """Load the checkpoint. Raises ModelLoadError or CheckpointError with a sentence that says what to do."""
+    """Load the checkpoint. Numbers of blocks are chosen from free memory where not given.
+
+    Raises ModelLoadError or CheckpointError with a sentence that says what to do.
+    """
     path, place = Path(spec.path), choose_device(device)
     info = inspect_checkpoint(path, needs_tokenizer=False)
     config = loading.load_config(path)
@@ -58,7 +67,7 @@ def assemble(
     kind = _choose_kind(spec, info, kernels)
     dtype = torch.float32 if kernels is not None else _choose_dtype(spec.dtype, place)
     model = loading.load_model(path, config, dtype, place)
-    cache, why = _make_cache(spec, loading.kv_shape(config, dtype), place, max_model_len, num_blocks)
+    cache, why = _make_cache(spec, loading.kv_shape(config, dtype), place, max_model_len, num_blocks, num_host_blocks)
     vocab_size = int(config.get_text_config().vocab_size)
     forward, how = _build_forward(model, kernels, kind, cache, max_model_len, vocab_size, fused)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
@@ -94,7 +103,12 @@ def _choose_kind(spec: DeploymentSpec, info: CheckpointInfo, kernels: ctypes.CDL
 
 
 def _make_cache(
-    spec: DeploymentSpec, shape: KVShape, device: torch.device, max_model_len: int, num_blocks: int | None
+    spec: DeploymentSpec,
+    shape: KVShape,
+    device: torch.device,
+    max_model_len: int,
+    num_blocks: int | None,
+    num_host_blocks: int | None,
 ) -> tuple[KVCache, str]:
     why = "as asked for"
     if num_blocks is None:
@@ -107,6 +121,8 @@ def _make_cache(
         )
         num_blocks, why = size.num_blocks, size.reason
     host = size_host_cache(shape, num_blocks)
+    if num_host_blocks is not None:
+        host = CacheSize(num_host_blocks, "as asked for")
     cache = KVCache(shape, num_blocks, device, host.num_blocks)
     mib = num_blocks * shape.block_bytes / 2**20
     said = f"KV cache of {num_blocks} blocks of {BLOCK_SIZE} tokens, {mib:.0f} MiB: {why}"

@@ -9,7 +9,7 @@ from inference.engine.assembly import assemble
 from inference.engine.batch import build_batch, check_part
 from inference.engine.errors import DeviceLost, InvalidPart, OutOfDeviceMemory
 from inference.engine.kv_cache import BLOCK_SIZE
-from inference.engine.sampler import NOT_FINITE, sample
+from inference.engine.sampler import Ask, Choice, Sampler
 from inference.messages import DeploymentSpec
 from scheduling.core.sequence import PartResult, StepPart
 
@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 class ModelRunner:
     """A loaded model with its KV cache on one device.
 
-    `max_model_len` and `num_blocks` times `block_size` bound what its sequences may hold, in tokens.
+    `max_model_len` and `num_blocks` times `block_size` bound what its sequences may hold, in tokens. `num_host_blocks`
+    have room in host memory besides.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class ModelRunner:
         device: str = "auto",
         *,
         num_blocks: int | None = None,
+        num_host_blocks: int | None = None,
         num_threads: int | None = None,
         native: bool = True,
         fused: bool = True,
@@ -39,13 +41,16 @@ class ModelRunner:
         """
         if num_threads:
             torch.set_num_threads(num_threads)
-        assembly = assemble(spec, device, num_blocks=num_blocks, native=native, fused=fused)
+        assembly = assemble(
+            spec, device, num_blocks=num_blocks, num_host_blocks=num_host_blocks, native=native, fused=fused
+        )
         self.device, self.dtype = assembly.device, assembly.dtype
         self.max_model_len, self.vocab_size = assembly.max_model_len, assembly.vocab_size
         self.eos_token_ids = assembly.eos_token_ids
         self.num_blocks, self.block_size = assembly.cache.num_blocks, BLOCK_SIZE
         self.num_host_blocks = assembly.cache.num_host_blocks
         self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        self._sampler = Sampler(self.eos_token_ids)
         self._cache, self._forward, self._description = assembly.cache, assembly.forward, assembly.description
 
     def describe(self) -> str:
@@ -99,8 +104,28 @@ class ModelRunner:
         results = [PartResult()] * len(parts)
         if not batch.sample_parts:
             return results
-        sampled = [parts[i].sequence for i in batch.sample_parts]
-        tokens = sample(logits, [s.sampling for s in sampled], [len(s.tokens) for s in sampled])
-        for i, token in zip(batch.sample_parts, tokens, strict=True):
-            results[i] = PartResult(error=NOT_FINITE) if token is None else PartResult(token_id=token)
+        asks = [Ask(parts[i].sequence, parts[i].draft) for i in batch.sample_parts]
+        for i, choices in zip(batch.sample_parts, self._sampler.sample(logits, asks), strict=True):
+            results[i] = _result(choices)
         return results
+
+    def swap_out(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copy (device block, host block) pairs to host memory, of which there are `num_host_blocks` blocks.
+
+        Whoever frees or overwrites a block afterwards needs no wait. Raises IndexError for a block that is not there.
+        """
+        self._cache.swap_out(pairs)
+
+    def swap_in(self, pairs: Seq[tuple[int, int]]) -> None:
+        """Copy (host block, device block) pairs back."""
+        self._cache.swap_in(pairs)
+
+
+def _result(choices: list[Choice]) -> PartResult:
+    """A part's tokens; one that failed after others counts in the next step, where it fails again."""
+    if choices[0].error is not None:
+        return PartResult(error=choices[0].error)
+    good = [choice for choice in choices if choice.error is None]
+    tokens = tuple(choice.token_id for choice in good)
+    logprobs = tuple(choice.logprob for choice in good if choice.logprob is not None)
+    return PartResult(tokens[0], more=tokens[1:], logprobs=logprobs)
