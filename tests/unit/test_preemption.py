@@ -97,7 +97,7 @@ def test_every_request_ends_with_right_keys_and_values_and_preemptions_are_bound
         while pending and pending[0][0] <= step:
             _, prompt, output, priority, luck = pending.pop(0)
             room = planner.urgent_room()
-            urgent = room is not None and priority <= room.max_priority and prompt <= room.tokens
+            urgent = luck < 4 or (room is not None and priority <= room.max_priority and prompt <= room.tokens)
             failures = max(0, luck - 7)
             planner.add(make_sequence(str(len(pending)), prompt, output, priority, urgent=urgent, failures=failures))
         for output_ in device.step():
@@ -165,6 +165,28 @@ def test_after_its_last_preemption_a_sequence_is_offered_to_nobody() -> None:
     device.step()
     assert running(device) == ["low"]
     assert planner.urgent_room() is None
+    planner.add(make_sequence("one more", output=1, priority=0, urgent=True))
+    device.step()
+    assert running(device) == ["low"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(batch=st.integers(1, 4), outputs=st.lists(st.integers(1, 6), min_size=1, max_size=6), reuse=st.booleans())
+def test_an_endless_stream_of_urgent_requests_holds_nobody_up_for_ever(
+    batch: int, outputs: list[int], reuse: bool
+) -> None:
+    device = make_device(batch=batch, reuse=reuse)
+    planner = device.planner
+    for number in range(batch):
+        planner.add(make_sequence(f"low {number}", output=20, priority=3 + number % 3))
+    ended: list[str] = []
+    for step in range(2000):
+        if planner.urgent_room() is not None or planner.room().requests:
+            planner.add(make_sequence(f"urgent {step}", output=outputs[step % len(outputs)], priority=0, urgent=True))
+        ended += [output.sequence.id for output in device.step() if output.finish]
+        if sum(name.startswith("low") for name in ended) == batch:
+            return
+    raise AssertionError(f"{[(s.id, s.num_preemptions) for s in planner.sequences]}")
 
 
 def test_an_urgent_request_takes_memory_too_but_only_where_that_suffices() -> None:
