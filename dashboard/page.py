@@ -22,7 +22,10 @@ from scheduling.connection import live_keys, live_redis
 log = logging.getLogger(__name__)
 
 MODEL_COOKIE = "penstock_model"
-PAGES = (("dashboard", "Live"),)
+PAGES = (
+    ("dashboard", "Live"),
+    ("policies", "Policies"),
+)
 """URL names and titles, in the order of the navigation."""
 
 View = Callable[..., HttpResponse]

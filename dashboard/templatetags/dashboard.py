@@ -74,12 +74,17 @@ def shown(value: Any) -> str:
 
 
 @register.simple_tag(takes_context=True)
-def query(context: template.Context, **changes: Any) -> str:
-    """The address's query with some fields changed; those set to None or "" are left out."""
+def query_with(context: template.Context, name: str, value: Any) -> str:
+    """The address's query with one field set."""
     fields = context["request"].GET.copy()
-    for name, value in changes.items():
-        if value in (None, ""):
-            fields.pop(name, None)
-        else:
-            fields[name] = str(value)
-    return f"?{fields.urlencode()}" if fields else "?"
+    fields[name] = str(value)
+    return f"?{fields.urlencode()}"
+
+
+@register.simple_tag(takes_context=True)
+def query_without(context: template.Context, *names: str) -> str:
+    """The address's query without some fields."""
+    fields = context["request"].GET.copy()
+    for name in names:
+        fields.pop(name, None)
+    return f"?{fields.urlencode()}"

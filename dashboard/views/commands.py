@@ -7,11 +7,12 @@ from typing import Any
 
 from django.contrib.auth.models import User
 from django.db import DatabaseError
-from django.http import HttpRequest, HttpResponse, JsonResponse, QueryDict
+from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.views.decorators.http import require_POST
 from redis.exceptions import RedisError
 
 from dashboard.access import CONTROL_REPLICA, SWITCH_POLICY
+from dashboard.policy_form import read_params
 from inference.control import send_control
 from inference.services import announce_policy, control_replicas, read_replicas
 from scheduling.connection import live_keys, live_redis
@@ -26,9 +27,9 @@ MAX_REASON = 500
 View = Callable[..., HttpResponse]
 
 
-def refuse(status: int, sentence: str) -> JsonResponse:
-    """An error as the page shows it."""
-    return JsonResponse({"error": sentence}, status=status)
+def refuse(status: int, sentence: str, fields: Mapping[str, str] | None = None) -> JsonResponse:
+    """An error as the page shows it; `fields` says which fields of the form are wrong, and how."""
+    return JsonResponse({"error": sentence, "fields": dict(fields or {})}, status=status)
 
 
 def operators_only(permission: str) -> Callable[[View], View]:
@@ -65,7 +66,9 @@ def switch(request: HttpRequest, *, model: str) -> JsonResponse:
     except (RedisError, OSError):
         log.warning("Redis is away: the switch of %s will wait for it", model)
     try:
-        params = _read_params(name, request.POST)
+        params, problems = read_params(name, request.POST)
+        if problems:
+            return refuse(400, next(iter(problems.values())), fields=problems)
         revision = switch_policy(
             model=model, name=name, params=params, actor=_actor(request), reason=_reason(request), announce=_announce
         )
@@ -101,19 +104,6 @@ def control(request: HttpRequest, *, replica: str, command: str) -> JsonResponse
         why = (ack.get("error") if isinstance(ack, Mapping) else None) or "no answer within two seconds"
         return refuse(502, f"{replica} did not confirm ({why}). Look at its state.")
     return JsonResponse({"message": f"{replica} is {COMMANDS[command]}."})
-
-
-def _read_params(policy: str, form: QueryDict) -> dict[str, Any]:
-    """The parameters of `policy`, from fields named `policy.parameter`; the policy refuses what is no number."""
-    params: dict[str, Any] = {}
-    for field, value in form.items():
-        kind, _, name = field.partition(".")
-        if kind == policy and name:
-            try:
-                params[name] = float(str(value))
-            except ValueError:
-                params[name] = value
-    return params
 
 
 def _confirmed(acknowledgements: Mapping[str, Any]) -> dict[str, float]:

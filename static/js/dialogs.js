@@ -1,18 +1,18 @@
-// Switching a policy and steering a worker: a native dialog asks for a reason, a POST carries it out.
+// Whatever changes something: a native dialog asks for a reason, a POST carries it out.
 
-import { byId, setText } from "./dom.js";
+import { byId, el, setText } from "./dom.js";
 
 export const problem = (node, text) => {
   setText(node, text);
   node.hidden = !text;
 };
 
-/** Posts a form; gives {ok, ...answer}, and a sentence in `error` where it failed. */
-async function post(url, form) {
+/** Posts form data; gives {ok, ...answer}, and a sentence in `error` where it failed. */
+export async function post(url, data) {
   try {
     const answer = await fetch(url, {
       method: "POST",
-      body: new FormData(form),
+      body: data,
       headers: { Accept: "application/json" },
       redirect: "error",
     });
@@ -21,14 +21,14 @@ async function post(url, form) {
     if (answer.status === 403) return { ok: false, error: "This form is out of date. Load the page again and repeat." };
     return {
       ok: false,
-      error: `The server answered with an error (${answer.status}). Nothing may have changed; look at the actions below.`,
+      error: `The server answered with an error (${answer.status}). Nothing may have changed; look at the audit trail.`,
     };
   } catch {
     return { ok: false, error: "The server cannot be reached. Try again when the page is live." };
   }
 }
 
-class ReasonDialog {
+export class ReasonDialog {
   constructor(name, onDone) {
     this.dialog = byId(`${name}-dialog`);
     this.form = byId(`${name}-form`);
@@ -59,11 +59,19 @@ class ReasonDialog {
     if (missing) return;
     this.confirm.disabled = true;
     const began = performance.now();
-    const answer = await post(this.url(), this.form);
+    const answer = await post(this.url(), this.data());
     this.confirm.disabled = false;
-    if (!answer.ok) return problem(this.problem, answer.error);
+    if (!answer.ok) return this.refused(answer);
     this.dialog.close();
     this.onDone(answer, began);
+  }
+
+  data() {
+    return new FormData(this.form);
+  }
+
+  refused(answer) {
+    problem(this.problem, answer.error);
   }
 
   missing() {
@@ -164,5 +172,41 @@ export class ControlDialog extends ReasonDialog {
     return this.form.dataset.action
       .replace("REPLICA", encodeURIComponent(this.replica))
       .replace("COMMAND", this.command);
+  }
+}
+
+/**
+ * A confirmation of anything: `ask({title, effect, effects, confirm, url, fields, onDone, onRefused})`. `effects` are lines of
+ * what will change, `fields` what is posted beside the reason; `onRefused(answer)` may take an error elsewhere by returning true.
+ */
+export class ConfirmDialog extends ReasonDialog {
+  constructor(name = "confirm") {
+    super(name, (answer, began) => this.asked.onDone?.(answer, began));
+    this.name = name;
+  }
+
+  ask(asked) {
+    this.asked = asked;
+    this.open();
+    setText(byId(`${this.name}-title`), asked.title);
+    setText(byId(`${this.name}-effect`), asked.effect ?? "");
+    byId(`${this.name}-effects`).replaceChildren(...(asked.effects ?? []).map((text) => el("li", { text })));
+    setText(this.confirm, asked.confirm);
+    this.reason.focus();
+  }
+
+  data() {
+    const data = super.data();
+    for (const [name, value] of Object.entries(this.asked.fields ?? {})) data.set(name, value);
+    return data;
+  }
+
+  refused(answer) {
+    if (this.asked.onRefused?.(answer)) this.dialog.close();
+    else super.refused(answer);
+  }
+
+  url() {
+    return this.asked.url;
   }
 }

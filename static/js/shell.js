@@ -83,7 +83,8 @@ function showTheme() {
   const theme = document.documentElement.dataset.theme ?? "auto";
   const button = byId("theme");
   setText(button.firstElementChild, THEME_SIGNS[theme]);
-  setText(button.lastElementChild, `${theme[0].toUpperCase()}${theme.slice(1)}`);
-  button.setAttribute("aria-label", theme === "auto" ? "Theme: as the system has it" : `Theme: ${theme}`);
+  const name = `${theme[0].toUpperCase()}${theme.slice(1)}`;
+  setText(button.lastElementChild, name);
+  button.setAttribute("aria-label", theme === "auto" ? "Theme: Auto, as the system has it" : `Theme: ${name}`);
   themeChanged();
 }

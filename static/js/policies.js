@@ -1,0 +1,118 @@
+// The page of policies: the form of parameters, what it would change, and how a change is taken up.
+
+import { ConfirmDialog } from "./dialogs.js";
+import { byId, setText } from "./dom.js";
+import { refresh } from "./refresh.js";
+import { announce, chosenModel, startShell } from "./shell.js";
+import { Uptake } from "./uptake.js";
+
+const form = byId("change-form");
+const dialog = byId("confirm-dialog") && new ConfirmDialog();
+const uptake = new Uptake(announce);
+let policy = null;
+
+const fields = () => [...form.querySelectorAll(".kind:not([hidden]) :is(input, select)")];
+const shortName = (field) => field.name.split(".")[1];
+const differs = (field) =>
+  field.type === "number" ? Number(field.value) !== Number(field.dataset.value) : field.value !== field.dataset.value;
+
+function showProblem(field, sentence) {
+  const line = byId(`${field.name}-problem`);
+  setText(line, sentence);
+  line.hidden = !sentence;
+  if (sentence) field.setAttribute("aria-invalid", "true");
+  else field.removeAttribute("aria-invalid");
+}
+
+function check(field) {
+  const wrong = field.type === "number" && (field.value === "" || !field.checkValidity());
+  showProblem(field, wrong ? `${shortName(field)} must be a number from ${field.min} to ${field.max}.` : "");
+  return !wrong;
+}
+
+/** What a submit would change, as lines. */
+function listChanges() {
+  const kind = form.elements.policy.value;
+  const active = form.elements.policy.dataset.active;
+  const lines = kind === active ? [] : [`policy ${active} → ${kind}`];
+  for (const field of fields()) {
+    if (kind === active && differs(field)) lines.push(`${shortName(field)} ${field.dataset.value} → ${field.value}`);
+    if (kind !== active) lines.push(`${shortName(field)} ${field.value}`);
+  }
+  return lines;
+}
+
+function follow() {
+  const kind = form.elements.policy.value;
+  for (const part of form.querySelectorAll(".kind")) part.hidden = part.dataset.kind !== kind;
+  if (!dialog) return;
+  const lines = listChanges();
+  byId("review").disabled = !lines.length;
+  setText(byId("change-sum"), lines.length ? lines.join(", ") : "Nothing is changed yet.");
+}
+
+function review(event) {
+  event.preventDefault();
+  const wrong = fields().filter((field) => !check(field));
+  if (wrong.length) return wrong[0].focus();
+  const kind = form.elements.policy.value;
+  const values = Object.fromEntries(fields().map((field) => [field.name, field.value]));
+  dialog.ask({
+    title: `A new revision for ${chosenModel()}`,
+    effect: "What waits is ordered anew; what runs goes on.",
+    effects: listChanges(),
+    confirm: kind === form.elements.policy.dataset.active ? `Change ${kind}` : `Switch to ${kind}`,
+    url: form.action,
+    fields: { policy: kind, ...values },
+    onDone: changed,
+    onRefused: showRefusal,
+  });
+}
+
+function showRefusal(answer) {
+  const wrong = fields().filter((field) => answer.fields?.[field.name]);
+  for (const field of wrong) showProblem(field, answer.fields[field.name]);
+  wrong[0]?.focus();
+  return wrong.length > 0;
+}
+
+function changed(answer, began) {
+  uptake.begin(answer.model, answer, began);
+  form.elements.policy.dataset.active = answer.name;
+  for (const field of fields()) field.dataset.value = field.value;
+  follow();
+  redraw();
+}
+
+const redraw = () => refresh("in-force", "revisions").then(drawUptake);
+
+function drawUptake() {
+  if (policy) uptake.draw(chosenModel(), policy, workers());
+}
+
+let replicas = [];
+function workers() {
+  const live = replicas.filter((r) => r.model === chosenModel() && r.state !== "lost");
+  return { live: live.length, behind: live.filter((r) => r.policy_revision < policy.revision).map((r) => r.name) };
+}
+
+form?.addEventListener("submit", review);
+form?.addEventListener("change", follow);
+form?.addEventListener("input", (event) => {
+  if (event.target.name?.includes(".")) check(event.target);
+  follow();
+});
+if (form) follow();
+
+startShell({
+  onState: ({ state }) => {
+    replicas = Object.entries(state.replicas).map(([name, replica]) => ({ name, ...replica }));
+    const next = state.models[chosenModel()]?.policy;
+    if (!next) return;
+    // Somebody switched, here or elsewhere: what the server drew is old.
+    const drawn = Number(document.querySelector("#in-force [data-revision]")?.dataset.revision);
+    policy = next;
+    if (next.revision !== drawn) redraw();
+    else drawUptake();
+  },
+});
