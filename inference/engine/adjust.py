@@ -33,7 +33,8 @@ class TokenCounts:
     def follow(self, tokens: Seq[int]) -> None:
         """Count the tokens since the last call."""
         for i in range(self._num_read, len(tokens)):
-            self._counts[self._place(tokens[i])] += 1  # `_place` first: it may replace the array
+            place = self._place(tokens[i])
+            self._counts[place] += 1
         self._num_read = len(tokens)
 
     @property

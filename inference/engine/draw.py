@@ -34,53 +34,48 @@ def draw(logits: Floats, largest: float, params: SamplingParams, uniform: float)
         least = np.partition(scaled, len(scaled) - params.top_k)[len(scaled) - params.top_k]
         kept = np.flatnonzero(scaled >= least)
         scaled = scaled[kept]
+    weights = np.exp(scaled)
     if params.top_p < 1:
-        inside = _nucleus(scaled, params.top_p)
-        kept = inside if kept is None else kept[inside]
-        scaled = scaled[inside]
+        cut_to_nucleus(weights, params.top_p)
     if params.min_p > 0:
-        likely = np.flatnonzero(scaled >= np.float32(math.log(params.min_p)))
-        kept = likely if kept is None else kept[likely]
-        scaled = scaled[likely]
-    at = _invert(scaled, uniform)
+        weights *= scaled >= np.float32(math.log(params.min_p))
+    at = _invert(weights, uniform)
     return at if kept is None else int(kept[at])
 
 
-def _nucleus(scaled: Floats, top_p: float) -> npt.NDArray[np.intp]:
-    """The fewest likeliest tokens whose probabilities reach top_p (Holtzman et al. 2020, section 3.1), in order.
+def cut_to_nucleus(weights: Floats, top_p: float) -> None:
+    """Zero all but the fewest largest weights that make up top_p of their sum (Holtzman et al. 2020, section 3.1).
 
-    Of equally likely tokens the first count as likelier.
+    Of equal weights the first are kept.
     """
-    ranked = np.sort(scaled)[::-1]
-    weights = np.exp(ranked)
-    ends = _block_ends(weights)
-    target = top_p * ends[-1]
-    block = int(np.searchsorted(ends, target))
-    before = ends[block - 1] if block else 0.0
-    inner = before + np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
-    last = min(block * BLOCK + int(np.searchsorted(inner, target)), len(ranked) - 1)
-    least = ranked[last]
-    inside = np.flatnonzero(scaled >= least)
-    excess = len(inside) - last - 1
+    ranked = np.sort(weights)
+    ends = _block_ends(ranked)
+    spare = (1 - top_p) * ends[-1]
+    block = min(int(np.searchsorted(ends, spare, side="right")), len(ends) - 1)
+    inner = _start_of(ends, block) + np.cumsum(ranked[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+    num_cut = min(block * BLOCK + int(np.searchsorted(inner, spare, side="right")), len(ranked) - 1)
+    least = ranked[num_cut]
+    weights *= weights >= least
+    excess = num_cut - int(np.searchsorted(ranked, least))
     if excess:
-        equal = np.flatnonzero(scaled[inside] == least)
-        inside = np.delete(inside, equal[len(equal) - excess :])
-    return inside
+        weights[np.flatnonzero(weights == least)[-excess:]] = 0
 
 
-def _invert(scaled: Floats, uniform: float) -> int:
+def _invert(weights: Floats, uniform: float) -> int:
     """The index whose part of the summed weights holds `uniform`."""
-    weights = np.exp(scaled)
     ends = _block_ends(weights)
     target = min(uniform * ends[-1], np.nextafter(ends[-1], 0.0))
     block = int(np.searchsorted(ends, target, side="right"))
-    start = block * BLOCK
-    before = ends[block - 1] if block else 0.0
-    inner = before + np.cumsum(weights[start : start + BLOCK], dtype=np.float64)
-    at = start + int(np.searchsorted(inner, target, side="right"))
-    if at < min(start + BLOCK, len(weights)):
-        return at
-    return start + int(np.flatnonzero(weights[start : start + BLOCK])[-1])  # both sums were rounded apart
+    own = weights[block * BLOCK : (block + 1) * BLOCK]
+    inner = _start_of(ends, block) + np.cumsum(own, dtype=np.float64)
+    at = int(np.searchsorted(inner, target, side="right"))
+    if at == len(own):  # the two sums were rounded apart
+        at = int(np.flatnonzero(own)[-1])
+    return block * BLOCK + at
+
+
+def _start_of(ends: npt.NDArray[np.float64], block: int) -> float:
+    return float(ends[block - 1]) if block else 0.0
 
 
 def _block_ends(weights: Floats) -> npt.NDArray[np.float64]:

@@ -184,7 +184,7 @@ def processors_of(params: SamplingParams) -> Any:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 2**32), repetition=st.sampled_from([0.8, 1.0, 1.5]), output=st.integers(0, 90),
+    seed=st.integers(0, 2**32), repetition=st.sampled_from([0.8, 1.0, 1.5]), output=st.integers(0, 130),
     frequency=st.sampled_from([-1.0, 0.0, 0.7]), presence=st.sampled_from([-1.0, 0.0, 0.6]),
     bias=st.sampled_from([(), ((4, 2.0), (7, -3.0))]),
 )  # fmt: skip
@@ -202,10 +202,12 @@ def test_penalties_kept_up_token_by_token_are_what_their_definitions_give(
     for step in range(output):
         for sampler, sequence in zip(samplers, kept_up, strict=True):
             if step % 7 != 3:  # some steps bring several tokens
-                choose(sampler, torch.zeros(1, 200), [sequence])
-            sequence.tokens.append(int(rng.integers(0, 40) if sequence is kept_up[0] else kept_up[0].tokens[-1]))
-    logits = torch.from_numpy(rng.standard_normal((1, 200)).astype(np.float32)) * 2
-    counts = torch.bincount(torch.tensor([*kept_up[0].tokens[30:]], dtype=torch.long), minlength=200)
+                choose(sampler, torch.zeros(1, 300), [sequence])
+            sequence.tokens.append(
+                int(rng.integers(0, 40 + 2 * step) if sequence is kept_up[0] else kept_up[0].tokens[-1])
+            )
+    logits = torch.from_numpy(rng.standard_normal((1, 300)).astype(np.float32)) * 2
+    counts = torch.bincount(torch.tensor([*kept_up[0].tokens[30:]], dtype=torch.long), minlength=300)
     expected = logits.clone()
     for token_id, amount in bias:
         expected[0, token_id] += amount
@@ -288,5 +290,6 @@ def test_a_nucleus_is_what_sorting_all_tokens_gives(vocab: int, spread: float) -
     expected = torch.zeros_like(probs).scatter_(-1, order, ranked)
     assert torch.equal(draw_device.nucleus(probs, top_p), expected)
     for i in range(32):
-        scaled = (logits[i] - logits[i].max()).numpy()
-        assert draw._nucleus(scaled, float(top_p[i])).tolist() == expected[i].nonzero()[:, 0].tolist()
+        weights = np.exp((logits[i] - logits[i].max()).numpy())
+        draw.cut_to_nucleus(weights, float(top_p[i]))
+        assert weights.nonzero()[0].tolist() == expected[i].nonzero()[:, 0].tolist()
