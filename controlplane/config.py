@@ -35,6 +35,11 @@ class Config(BaseSettings):
         [],
         description="Origins that a proxy in front gives the dashboard, such as `https://penstock.example.org` (JSON list).",
     )
+    proxies: list[str] = Field(
+        ["127.0.0.1", "::1"],
+        description="Addresses or networks of proxies in front, whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed "
+        "(JSON list). They must set both themselves.",
+    )
     host: str = Field("127.0.0.1", description="Address the web process binds.")
     port: int = Field(8000, ge=1, le=65535, description="Port the web process binds.")
     web_processes: int = Field(1, ge=1, le=64, description="Web processes that `make up` starts.")

@@ -48,9 +48,9 @@ ALLOWED_HOSTS = PENSTOCK.allowed_hosts
 CSRF_TRUSTED_ORIGINS = PENSTOCK.trusted_origins
 
 INSTALLED_APPS = [
-    "unfold",
+    "unfold.apps.BasicAppConfig",
     "unfold.contrib.filters",
-    "django.contrib.admin",
+    "controlplane.apps.PenstockAdminConfig",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",
@@ -61,7 +61,7 @@ INSTALLED_APPS = [
     "scheduling",
     "inference",
     "dashboard",
-    "controlplane",
+    "controlplane.apps.ControlPlaneConfig",
 ]
 
 MIDDLEWARE = [
@@ -110,7 +110,8 @@ AUTH_PASSWORD_VALIDATORS = [
     for name in ("UserAttributeSimilarityValidator", "MinimumLengthValidator", "CommonPasswordValidator")
 ]
 
-# Security. Cookies are marked secure where the dashboard is reached over https.
+# Security. Cookies are marked secure where the dashboard is reached over https. Which proxies are believed about
+# address and scheme of a client, the server decides (`PENSTOCK_PROXIES`): Django would believe anybody.
 
 _https = any(origin.startswith("https://") for origin in CSRF_TRUSTED_ORIGINS)
 SESSION_COOKIE_HTTPONLY = True
@@ -118,7 +119,7 @@ SESSION_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_SECURE = _https
 CSRF_COOKIE_SAMESITE = "Lax"
 CSRF_COOKIE_SECURE = _https
-SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if _https else None
+SECURE_HSTS_SECONDS = 365 * 86400 if _https else 0
 SECURE_CONTENT_TYPE_NOSNIFF = True
 SECURE_REFERRER_POLICY = "same-origin"
 X_FRAME_OPTIONS = "DENY"
@@ -277,7 +278,11 @@ UNFOLD = {
             },
             {
                 "title": "Who may sign in",
-                "items": [_page("Users", "person", "auth.user"), _page("Groups", "group_work", "auth.group")],
+                "items": [
+                    _page("Users", "person", "auth.user"),
+                    _page("Groups", "group_work", "auth.group"),
+                    _page("API tokens", "token", "controlplane.operatortoken"),
+                ],
             },
         ],
     },

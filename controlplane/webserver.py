@@ -15,6 +15,7 @@ def main() -> None:
 
     Uvicorn's own `--fd` takes the socket for a unix one and leaves out TCP_NODELAY, which delays streamed tokens.
     """
+    config = load_config()
     server = uvicorn.Server(
         uvicorn.Config(
             "controlplane.asgi:application",
@@ -26,7 +27,9 @@ def main() -> None:
             server_header=False,
             backlog=2048,
             timeout_graceful_shutdown=SHUTDOWN_S,
-            log_level=load_config().log_level.lower(),
+            log_level=config.log_level.lower(),
+            proxy_headers=True,
+            forwarded_allow_ips=config.proxies,
         )
     )
     server.run(sockets=[socket.socket(fileno=int(sys.argv[1]))])

@@ -1,4 +1,4 @@
-"""API keys: `ps-<8 characters>-<secret>`. Only the digest of a key is ever stored."""
+"""API keys, `ps-<8 characters>-<secret>`, and tokens of the same form. Only the digest of a key is ever stored."""
 
 import hashlib
 import secrets
@@ -19,10 +19,10 @@ class NewKey:
     digest: str
 
 
-def generate_key() -> NewKey:
-    """A key from 256 random bits, so that a plain digest cannot be searched through."""
+def generate_key(kind: str = "ps") -> NewKey:
+    """A key that begins with `kind`, from 256 random bits, so that a plain digest cannot be searched through."""
     prefix = "".join(secrets.choice(_ALPHABET) for _ in range(PREFIX_CHARS))
-    plaintext = f"ps-{prefix}-{secrets.token_urlsafe(SECRET_BYTES)}"
+    plaintext = f"{kind}-{prefix}-{secrets.token_urlsafe(SECRET_BYTES)}"
     return NewKey(plaintext=plaintext, prefix=prefix, digest=digest_key(plaintext))
 
 

@@ -74,10 +74,19 @@ class Keys:
         """Stream: field `m` is a MessagePack list of HistoryEvent."""
         return f"{self.prefix}:history"
 
+    def sign_in(self, kind: str, digest: str) -> str:
+        """Counter with a time to live: attempts to sign in, by `both` account and address, `account`, or `address`."""
+        return f"{self.prefix}:sign_in:{kind}:{digest}"
+
     @property
     def config_version(self) -> str:
         """Counter: bumped when tenants, keys, quotas or deployments changed; web processes reload on a new value."""
         return f"{self.prefix}:config_version"
+
+    @property
+    def backpressure(self) -> str:
+        """Hash: model -> the level in force, one for all web processes (`inference.messages.SharedLevel`)."""
+        return f"{self.prefix}:backpressure"
 
     @property
     def refusals(self) -> str:

@@ -1,4 +1,4 @@
-"""Who may call the native API: a tenant's key, or a signed-in operator."""
+"""Who may call the native API: a tenant's key, a signed-in operator, or an operator's token."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -11,8 +11,9 @@ from ninja.errors import HttpError
 from ninja.security import APIKeyCookie, HttpBearer
 
 from controlplane.api.caller import Caller, find_caller
+from controlplane.tokens import KIND, find_user
 from dashboard.access import CONTROL_REPLICA, SWITCH_POLICY, VIEW
-from inference.gateway.errors import Forbidden, Unavailable
+from inference.gateway.errors import Forbidden, InvalidKey, Unavailable
 from inference.gateway.gateway import Gateway
 
 
@@ -28,25 +29,38 @@ def find_gateway(request: HttpRequest) -> Gateway:
 class KeyAuth(HttpBearer):
     """A tenant's API key."""
 
-    def authenticate(self, request: HttpRequest, token: str) -> Caller:
-        """The key's caller. Raises InvalidKey or Forbidden."""
+    def authenticate(self, request: HttpRequest, token: str) -> Caller | None:
+        """The key's caller; None for an operator's token. Raises InvalidKey or Forbidden."""
+        if token.startswith(f"{KIND}-"):
+            return None
         return find_caller(f"Bearer {token}", find_gateway(request).directory)
 
 
 class ViewerAuth(APIKeyCookie):
-    """A signed-in user who may see the dashboard."""
+    """A user who may see the dashboard: signed in, or by a token of theirs (`Authorization: Bearer pso-...`)."""
 
     param_name = settings.SESSION_COOKIE_NAME
     permission = VIEW
 
+    def __call__(self, request: HttpRequest) -> Any:
+        """The user. A token is no cookie that a browser sends by itself, so it needs no CSRF token."""
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token.startswith(f"{KIND}-"):
+            return super().__call__(request)
+        user = find_user(token.strip())
+        if user is None:
+            raise InvalidKey("The token is unknown, has expired or was revoked.")
+        return self._check(user)
+
     def authenticate(self, request: HttpRequest, key: str | None) -> AbstractUser | None:
         """The user, None where nobody is signed in. Raises Forbidden without the permission."""
         user = request.user
-        if not user.is_authenticated:
-            return None
+        return self._check(cast(AbstractUser, user)) if user.is_authenticated else None
+
+    def _check(self, user: AbstractUser) -> AbstractUser:
         if not user.has_perm(self.permission):
             raise Forbidden(f"This needs the permission {self.permission}.")
-        return cast(AbstractUser, user)
+        return user
 
 
 class OperatorAuth(ViewerAuth):
@@ -59,6 +73,18 @@ class OperatorAuth(ViewerAuth):
             return super()._get_key(request)
         except HttpError as error:
             raise Forbidden("The CSRF token is missing or wrong (header X-CSRFToken).", code="csrf_failed") from error
+
+
+class SessionAuth(OperatorAuth):
+    """A signed-in user, for what a token may not do: make others."""
+
+    permission = VIEW
+
+    def __call__(self, request: HttpRequest) -> Any:
+        """The user. Raises Forbidden for a token."""
+        if request.headers.get("Authorization", ""):
+            raise Forbidden("This needs a session, not a token.")
+        return super().__call__(request)
 
 
 class ControlAuth(OperatorAuth):

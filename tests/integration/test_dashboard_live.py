@@ -220,7 +220,7 @@ class Socket:
 def open_socket(
     aggregator: Aggregator, session: str | None, origin: tuple[bytes, bytes] | None = ORIGIN, path: str = "/live/"
 ) -> Socket:
-    headers = [] if origin is None else [origin]
+    headers = [(b"host", b"localhost")] + ([] if origin is None else [origin])
     if session:
         headers.append((b"cookie", f"sessionid={session}".encode()))
     scope = {"type": "websocket", "path": path, "query_string": b"", "headers": headers, "subprotocols": []}
@@ -258,12 +258,13 @@ async def test_a_viewer_gets_state_and_then_updates(aggregator: Aggregator, flee
 async def test_who_is_not_signed_in_or_comes_from_another_site_is_refused(aggregator: Aggregator) -> None:
     session = await sync_to_async(sign_in)("viewer")
     no_group = await sync_to_async(sign_in)(None, "nobody")
-    other_site = (b"origin", b"https://evil.example")
+    other_site, other_port = (b"origin", b"https://evil.example"), (b"origin", b"http://localhost:9999")
     for cookie, origin in (
         (None, ORIGIN),
         ("bogus", ORIGIN),
         (no_group, ORIGIN),
         (session, other_site),
+        (session, other_port),
         (session, None),
     ):
         communicator = open_socket(aggregator, cookie, origin)
