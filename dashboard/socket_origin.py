@@ -4,7 +4,6 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from channels.security.websocket import WebsocketDenier
 from django.http.request import validate_host
 
 Application = Callable[..., Awaitable[Any]]
@@ -26,7 +25,7 @@ class OwnOriginValidator:
         headers = {name: value.decode("latin-1").lower() for name, value in scope.get("headers", [])}
         if self._is_ours(headers.get(b"origin", ""), headers.get(b"host", "")):
             return await self._application(scope, receive, send)
-        return await WebsocketDenier()(scope, receive, send)
+        return await send({"type": "websocket.close"})  # before it is accepted: the handshake is answered with 403
 
     def _is_ours(self, origin: str, host: str) -> bool:
         if origin in self._trusted:
