@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from scheduling.core.answers import (
+    TOTALS,
     ActivePolicy,
     Cancelled,
     Claimed,
     ClaimedRequest,
+    DropReason,
     Enqueued,
     Position,
     QueueSnapshot,
@@ -26,7 +28,7 @@ from scheduling.core.answers import (
 )
 from scheduling.core.policies import build_policy
 from scheduling.core.request import Placement, QueueEntry
-from scheduling.core.rules import PLAIN, QueueRules
+from scheduling.core.rules import MAX_EXPIRED, PLAIN, QueueRules
 from scheduling.keys import Keys
 from scheduling.store import Command, load_script
 
@@ -102,8 +104,15 @@ class FleetQueue:
         `number`, raised by one for each new claim of an owner, makes a repeated call (a lost reply, redis-py's own
         retry) answer with what the first one claimed and is still held; without it such requests would hang on a live
         lease.
+
+        First drops waiting requests whose deadline has passed, where they ask for that (`drop_expired` of their entry)
+        and were never claimed before; while there are more than MAX_EXPIRED of them it serves nobody.
         """
         return self.script("claim", _read_claimed, owner, max_requests, max_tokens, repr(lease_s), _time(now), number)
+
+    def drop_expired(self, now: float | None = None, limit: int = MAX_EXPIRED) -> Command[list[Shed]]:
+        """What a claim drops for its deadline, also where nobody claims."""
+        return self.script("drop_expired", _read_expired_requests, _time(now), limit)
 
     def journal(self, owner: str, appends: Sequence[tuple[str, int, int, bytes]]) -> Command[list[str]]:
         """Append output tokens: (request id, attempt, number of the first token, little-endian int32s).
@@ -128,11 +137,11 @@ class FleetQueue:
         return self.script("cancel", _read_cancelled, request_id)
 
     def end_shed(self, request_id: str, finish: bytes) -> Command[bool]:
-        """Write down how a shed request ended. True for the one caller who now ends it towards client and tenant."""
+        """Write down how a dropped request ended. True for the one caller who now ends it towards client and tenant."""
         return self.script("end_shed", bool, request_id, finish)
 
     def shed_before(self, before_s: float, limit: int = 100) -> Command[list[str]]:
-        """Requests shed before then (unix seconds) that nobody has ended: who shed them died or lost the answer."""
+        """Requests dropped before then (unix seconds) that nobody has ended: who was to do it died, say."""
         return Command(("ZRANGEBYSCORE", f"{self.base}:shed", "-inf", before_s, "LIMIT", 0, limit), _read_ids)
 
     def renew(self, owner: str, lease_s: float, now: float | None = None) -> Command[bool]:
@@ -226,12 +235,13 @@ def pack_entry(entry: QueueEntry, reply_to: str, keep_s: int) -> tuple[Any, ...]
     """An entry as scripts store it; a script appends the arrival number. No nil: a Lua list ends at its first hole."""
     deadline = False if entry.deadline_s is None else entry.deadline_s
     head = (entry.id, entry.tenant, entry.priority, entry.arrival_s, entry.prompt_tokens, entry.max_tokens)
-    return (*head, deadline, entry.share, reply_to, keep_s)
+    expires = entry.drop_expired and entry.deadline_s is not None
+    return (*head, deadline, entry.share, reply_to, keep_s, expires)
 
 
 def unpack_entry(packed: bytes) -> tuple[QueueEntry, int]:
     """An entry as scripts store it, and its arrival number. Lua writes whole floats as integers."""
-    id_, tenant, priority, arrival_s, prompt, maximum, deadline, share, _reply_to, _keep_s, number = _unpack(packed)
+    id_, tenant, priority, arrival_s, prompt, maximum, deadline, share, _, _, expires, number = _unpack(packed)
     entry = QueueEntry(
         id=id_,
         tenant=tenant,
@@ -241,6 +251,7 @@ def unpack_entry(packed: bytes) -> tuple[QueueEntry, int]:
         max_tokens=maximum,
         deadline_s=None if deadline is False else float(deadline),
         share=float(share),
+        drop_expired=expires,
     )
     return entry, number
 
@@ -259,14 +270,21 @@ _read_tokens = read_tokens
 
 def _read_enqueued(reply: list[Any]) -> Enqueued:
     status, depth, revision, shed = reply
-    dropped = tuple(Shed(id_.decode(), body) for id_, body in zip(shed[::2], shed[1::2], strict=True))
-    return Enqueued(status.decode(), depth, revision, dropped)
+    return Enqueued(status.decode(), depth, revision, _read_dropped(shed, "shed"))
+
+
+def _read_dropped(flat: list[bytes], reason: DropReason) -> tuple[Shed, ...]:
+    return tuple([Shed(id_.decode(), body, reason) for id_, body in zip(flat[::2], flat[1::2], strict=True)])
+
+
+def _read_expired_requests(reply: list[bytes]) -> list[Shed]:
+    return list(_read_dropped(reply, "deadline_exceeded"))
 
 
 def _read_claimed(reply: list[Any]) -> Claimed:
-    revision, policy, depth, rows = reply
+    revision, policy, depth, rows, dropped, more = reply
     requests = [ClaimedRequest(row[0].decode(), row[1], row[2], read_tokens(row[3]), row[4]) for row in rows]
-    return Claimed(revision, policy.decode(), requests, depth)
+    return Claimed(revision, policy.decode(), requests, depth, _read_dropped(dropped, "deadline_exceeded"), bool(more))
 
 
 def _read_ids(reply: Iterable[bytes]) -> list[str]:
@@ -297,8 +315,11 @@ def _read_unplaced(reply: list[Any]) -> tuple[ActivePolicy, list[QueueEntry]]:
 def _read_record(reply: list[Any] | None) -> RequestRecordView | None:
     if reply is None:
         return None
-    state, attempt, output, finish, body, num_bytes = reply
-    return RequestRecordView(state.decode(), int(attempt), output.decode(), finish or None, num_bytes // 4, body)
+    state, attempt, output, finish, body, num_bytes, dropped = reply
+    end = finish or None
+    return RequestRecordView(
+        state.decode(), int(attempt), output.decode(), end, num_bytes // 4, body, dropped.decode() or None
+    )
 
 
 def _read_ended(reply: list[Any]) -> float | None:
@@ -313,7 +334,7 @@ def _read_position(reply: list[Any] | None) -> Position | None:
 def _read_snapshot(reply: list[Any]) -> QueueSnapshot:
     fields, oldest = _pairs(reply[0]), reply[1]
     policy = _read_policy([fields.get(b"revision"), fields.get(b"policy"), fields.get(b"params")])
-    totals = {f"{name}_total": int(fields.get(name.encode(), 0)) for name in _TOTALS}
+    totals = {f"{name}_total": int(fields.get(name.encode(), 0)) for name in TOTALS}
     return QueueSnapshot(
         depth=int(fields.get(b"depth", 0)),
         waiting_tokens=int(fields.get(b"waiting_tokens", 0)),
@@ -330,9 +351,6 @@ def _read_snapshot(reply: list[Any]) -> QueueSnapshot:
 
 def _counts(fields: dict[bytes, bytes], prefix: bytes) -> list[tuple[bytes, int]]:
     return sorted((name[len(prefix) :], int(num)) for name, num in fields.items() if name.startswith(prefix))
-
-
-_TOTALS = ("enqueued", "claimed", "claimed_tokens", "finished", "finished_tokens", "cancelled", "requeued", "shed")
 
 
 def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:

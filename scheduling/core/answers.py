@@ -4,6 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+TOTALS = (
+    "enqueued",
+    "claimed",
+    "claimed_tokens",
+    "finished",
+    "finished_tokens",
+    "cancelled",
+    "requeued",
+    "shed",
+    "expired",
+)
+"""What a queue counts; `*_total` of a snapshot."""
+
 DropReason = Literal["shed", "deadline_exceeded"]
 
 

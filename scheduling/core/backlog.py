@@ -1,7 +1,6 @@
 """What waits: in flows, in the orders that cut across them (arrival, right to stay, deadline), and counted."""
 
 from array import array
-from collections import Counter
 
 from scheduling.core.flows import Flows, Head
 from scheduling.core.policy import Policy
@@ -18,9 +17,8 @@ class Backlog:
         self.flows = Flows()
         self.unplaced: dict[str, Record] = {}
         """Waiting in no flow until somebody runs the active policy on them."""
+        self.depth = 0
         self.tokens = 0
-        self.by_priority: Counter[int] = Counter()
-        self.by_tenant: Counter[str] = Counter()
         self._returned: set[str] = set()
         """Who was claimed before, and so is never dropped."""
         self._arrivals: Rows | None = None
@@ -30,11 +28,8 @@ class Backlog:
         self._deadlines = _by_time()
         """Those of the others that are dropped when their deadline passes."""
 
-    def __len__(self) -> int:
-        return len(self.flows) + len(self.unplaced)
-
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self.flows or request_id in self.unplaced
+        return request_id in self.flows.at or request_id in self.unplaced
 
     def add(self, entry: QueueEntry, body: bytes, number: int, placement: Placement) -> None:
         """A new request waits."""
@@ -115,7 +110,7 @@ class Backlog:
 
     def find_victims(self, entry: QueueEntry, depth_limit: int, tokens_limit: float, shed: bool) -> list[str] | None:
         """Who has to go for this request; None where those of lower priority do not suffice."""
-        depth, tokens = len(self), self.tokens + entry.cost_tokens
+        depth, tokens = self.depth, self.tokens + entry.cost_tokens
         victims: list[str] = []
         if depth < depth_limit and (tokens <= tokens_limit or not depth):
             return victims
@@ -147,17 +142,13 @@ class Backlog:
         return entry
 
     def _count(self, entry: QueueEntry) -> None:
-        self.by_priority[entry.priority] += 1
-        self.by_tenant[entry.tenant] += 1
+        self.depth += 1
         self.tokens += entry.prompt_tokens + entry.max_tokens
         if self._arrivals is not None:
             self._arrivals.insert(entry.arrival_s, entry.id)
 
     def _discount(self, entry: QueueEntry) -> None:
-        self.by_priority[entry.priority] -= 1
-        self.by_tenant[entry.tenant] -= 1
-        if not self.by_tenant[entry.tenant]:
-            del self.by_tenant[entry.tenant]
+        self.depth -= 1
         self.tokens -= entry.prompt_tokens + entry.max_tokens
         if self._arrivals is not None:
             self._arrivals.discard(entry.arrival_s, entry.id)

@@ -1,4 +1,8 @@
-"""How hard the queue pushes back: a level from depth, wait and KV memory, whom it refuses, and when to come again."""
+"""How hard the queue pushes back: a level from depth, wait and KV memory, whom it refuses, and when to come again.
+
+A level rises at once and falls late: where the reading has stayed below lower thresholds for a while (`settle`), so
+that a load that hovers around a threshold does not let requests of a priority in and out by turns.
+"""
 
 import math
 from dataclasses import dataclass
@@ -17,15 +21,38 @@ class Level(IntEnum):
     CRITICAL = 4
 
 
+Thresholds = tuple[float, float, float, float]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackpressureLimits:
     """Where levels 1 to 4 begin."""
 
-    depth: tuple[float, float, float, float] = (0.5, 0.7, 0.85, 0.95)
+    depth: Thresholds = (0.5, 0.7, 0.85, 0.95)
     """Fractions of the queue's bound."""
-    wait_s: tuple[float, float, float, float] = (30.0, 60.0, 120.0, 300.0)
-    kv_usage: tuple[float, float, float, float] = (0.90, 0.95, 0.98, 0.995)
+    wait_s: Thresholds = (30.0, 60.0, 120.0, 300.0)
+    kv_usage: Thresholds = (0.90, 0.95, 0.98, 0.995)
     """Fractions of the fleet's KV blocks; count only while requests wait: a full cache without a queue is good use."""
+    band: float = 0.1
+    """A level for depth or wait is left only below its threshold less this part of it."""
+    hold_s: float = 1.0
+    """And only after no reading has called for it for this long."""
+
+    def lowered(self) -> "BackpressureLimits":
+        """The thresholds below which levels are left; for KV memory, where twice as much is free."""
+        keep = 1 - self.band
+        return BackpressureLimits(
+            depth=_scaled(self.depth, keep, 0.0),
+            wait_s=_scaled(self.wait_s, keep, 0.0),
+            kv_usage=_scaled(self.kv_usage, 2.0, -1.0),
+            band=0.0,
+            hold_s=self.hold_s,
+        )
+
+
+def _scaled(four: Thresholds, factor: float, offset: float) -> Thresholds:
+    a, b, c, d = four
+    return (a * factor + offset, b * factor + offset, c * factor + offset, d * factor + offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +61,33 @@ class Assessment:
 
     level: Level
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The level in force, and when a reading last called for it."""
+
+    assessment: Assessment
+    called_s: float
+
+
+CALM = Standing(Assessment(Level.NONE, ""), 0.0)
+"""Before anything was read."""
+
+
+def settle(before: Standing, *, rises: Assessment, stays: Assessment, hold_s: float, now_s: float) -> Standing:
+    """The level in force after a reading, assessed by the limits (`rises`) and by the lowered ones (`stays`).
+
+    `now_s` by any clock that is the same for all calls.
+    """
+    level = before.assessment.level
+    if rises.level >= level:
+        return Standing(rises, now_s)
+    if stays.level >= level:
+        return Standing(Assessment(level, stays.reason), now_s)
+    if abs(now_s - before.called_s) < hold_s:
+        return before
+    return Standing(stays, now_s)
 
 
 def assess(
@@ -68,6 +122,14 @@ def admitted_priorities(level: Level) -> Priority:
     return _ADMITTED[level]
 
 
+def release_depth(priority: int, queue_limit: int, limits: BackpressureLimits) -> int:
+    """The depth from which a refused priority is let in again, as far as the depth decides."""
+    refusing = _refusing_level(priority)
+    if refusing is None:
+        return queue_limit
+    return max(1, math.floor(limits.lowered().depth[refusing - 1] * queue_limit))
+
+
 def depth_limit(priority: int, queue_limit: int, level: Level, limits: BackpressureLimits) -> int:
     """The depth from which a request of this priority is refused, for `enqueue`; 0 where the level refuses it outright.
 
@@ -83,11 +145,11 @@ def depth_limit(priority: int, queue_limit: int, level: Level, limits: Backpress
 
 
 def excess_wait_s(priority: int, wait_s: float | None, limits: BackpressureLimits) -> float:
-    """By how much the estimated wait is above that at which this priority is refused: where nothing comes, it falls by
-    a second each second.
+    """By how much the estimated wait is above that at which this priority is let in again: where nothing comes, it
+    falls by a second each second.
     """
     refusing = _refusing_level(priority)
-    return 0.0 if refusing is None or wait_s is None else max(0.0, wait_s - limits.wait_s[refusing - 1])
+    return 0.0 if refusing is None or wait_s is None else max(0.0, wait_s - limits.lowered().wait_s[refusing - 1])
 
 
 def _refusing_level(priority: int) -> Level | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush, heapreplace
 
 from scheduling.core.request import Placement, QueueEntry
-from scheduling.core.rows import Chunk, Rows
+from scheduling.core.rows import CHUNK, Chunk, Rows
 
 RANK, NUMBER, ENTRY, BODY = 0, 1, 2, 3
 """Columns of a flow."""
@@ -36,15 +36,17 @@ class Flow(Rows):
         entries.insert(at, entry)
         bodies.insert(at, body)
         self.at[entry.id] = chunk
-        self.note_inserted(chunk, at)
+        self.size += 1
+        if len(ranks) > CHUNK:
+            self._split(chunk, at)
 
     def row(self, chunk: Chunk, at: int) -> Row:
         """What stands there."""
         ranks, numbers, entries, bodies = chunk.columns
         return ranks[at], numbers[at], entries[at], bodies[at]
 
-    def _split(self, chunk: Chunk, cut: int) -> Chunk:
-        upper = super()._split(chunk, cut)
+    def _split(self, chunk: Chunk, at: int) -> Chunk:
+        upper = super()._split(chunk, at)
         self.at.update((entry.id, upper) for entry in upper.columns[ENTRY])
         return upper
 
@@ -65,13 +67,8 @@ class Flows:
         """Drained flows that are ahead of the system."""
         self._order: list[tuple[float, str]] = []
         """A heap of (virtual time, flow); out-of-date pairs are dropped when they come up."""
-        self._at: dict[str, Chunk] = {}
-
-    def __len__(self) -> int:
-        return len(self._at)
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._at
+        self.at: dict[str, Chunk] = {}
+        """Where each request stands."""
 
     def __iter__(self) -> Iterator[Row]:
         for flow in self._flows.values():
@@ -82,7 +79,7 @@ class Flows:
         name, weight, rank = placement
         flow = self._flows.get(name)
         if flow is None:
-            flow = self._flows[name] = Flow(name, weight, max(self.vt, self._idle.pop(name, 0.0)), self._at)
+            flow = self._flows[name] = Flow(name, weight, max(self.vt, self._idle.pop(name, 0.0)), self.at)
             heappush(self._order, (flow.vt, name))
         flow.weight = weight
         flow.push(rank, number, entry, body)
@@ -105,7 +102,7 @@ class Flows:
 
     def find(self, request_id: str) -> Head | None:
         """Where a request stands; None where it is in no flow."""
-        chunk = self._at.get(request_id)
+        chunk = self.at.get(request_id)
         if chunk is None:
             return None
         flow = chunk.rows
@@ -127,7 +124,7 @@ class Flows:
             self.head()
         if order[0][0] > self.vt:
             self.vt = order[0][0]
-        del self._at[chunk.columns[ENTRY][at].id]
+        del self.at[chunk.columns[ENTRY][at].id]
         flow.delete(chunk, at)
         charged = vt + cost_tokens / flow.weight
         if not flow.size:
@@ -151,7 +148,7 @@ class Flows:
         flow, chunk, at = head
         row = flow.row(chunk, at)
         flow.delete(chunk, at)
-        del self._at[request_id]
+        del self.at[request_id]
         if not flow.size:
             self._drain(flow, flow.vt)
         return row

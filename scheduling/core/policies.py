@@ -42,37 +42,37 @@ class UnknownPolicy(PolicyError):  # noqa: N818
 
 
 def _place_fifo(entry: QueueEntry, params: Params) -> Placement:
-    return Placement(flow="all", weight=1.0, rank=entry.arrival_s)
+    return Placement("all", 1.0, entry.arrival_s)
 
 
 def _place_priority(entry: QueueEntry, params: Params) -> Placement:
-    return Placement(flow="all", weight=1.0, rank=_aged_rank(entry, params))
+    return Placement("all", 1.0, _aged_rank(entry, params))
 
 
 def _place_edf(entry: QueueEntry, params: Params) -> Placement:
-    return Placement(flow="all", weight=1.0, rank=_deadline(entry, params))
+    return Placement("all", 1.0, _deadline(entry, params))
 
 
 def _place_size(entry: QueueEntry, params: Params) -> Placement:
     edge, last = params["first_edge"], int(params["buckets"]) - 1
-    bucket = 0
-    while entry.cost_tokens > edge and bucket < last:
+    bucket, tokens = 0, entry.prompt_tokens + entry.max_tokens
+    while tokens > edge and bucket < last:
         edge, bucket = 2 * edge, bucket + 1
-    return Placement(flow=f"{bucket:02d}", weight=1.0, rank=entry.arrival_s)
+    return Placement(f"{bucket:02d}", 1.0, entry.arrival_s)
 
 
 def _place_wrr(entry: QueueEntry, params: Params) -> Placement:
     name = CLASSES[entry.priority // 2]
-    return Placement(flow=name, weight=params[name], rank=entry.arrival_s)
+    return Placement(name, params[name], entry.arrival_s)
 
 
 def _place_fair(entry: QueueEntry, params: Params) -> Placement:
-    return Placement(flow=entry.tenant, weight=max(entry.share, MIN_SHARE), rank=_aged_rank(entry, params))
+    return Placement(entry.tenant, max(entry.share, MIN_SHARE), _aged_rank(entry, params))
 
 
 def _place_hierarchical(entry: QueueEntry, params: Params) -> Placement:
     rank = _RANKS[params["within"]](entry, params)
-    return Placement(flow=entry.tenant, weight=max(entry.share, MIN_SHARE), rank=rank)
+    return Placement(entry.tenant, max(entry.share, MIN_SHARE), rank)
 
 
 def _place_adaptive(entry: QueueEntry, params: Params) -> Placement:

@@ -12,6 +12,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from scheduling.core.answers import (
+    TOTALS,
     ActivePolicy,
     Cancelled,
     Claimed,
@@ -67,8 +68,8 @@ class FlowQueue:
         if self._ended:
             self._forget()
         backlog, active = self._backlog, self._policy.revision if self._policy else 0
-        depth = len(backlog)
-        if entry.id in backlog.flows or entry.id in self._records:
+        depth = backlog.depth
+        if entry.id in backlog.flows.at or entry.id in self._records:
             return Enqueued("duplicate", depth, active)
         if revision != active:
             return Enqueued("stale", depth, active)
@@ -113,7 +114,7 @@ class FlowQueue:
                 state.number, state.given = number, rows
         requests = [_claimed(self._records[id_]) for id_, _ in rows]
         active = self._policy or _DEFAULT
-        return Claimed(active.revision, active.name, requests, len(self._backlog), dropped, more)
+        return Claimed(active.revision, active.name, requests, self._backlog.depth, dropped, more)
 
     def drop_expired(self, now: float | None = None, limit: int = MAX_EXPIRED) -> list[Shed]:
         return list(self._drop_overdue(self._now(now), limit))
@@ -203,18 +204,18 @@ class FlowQueue:
         return list(self._owners[owner].cancels) if owner in self._owners else []
 
     def snapshot(self) -> QueueSnapshot:
-        active, backlog = self.active_policy(), self._backlog
+        active, waiting = self.active_policy(), self._backlog.entries()
         return QueueSnapshot(
-            depth=len(backlog),
-            waiting_tokens=backlog.tokens,
-            by_priority={level: num for level, num in sorted(backlog.by_priority.items()) if num},
-            by_tenant=dict(sorted(backlog.by_tenant.items())),
+            depth=len(waiting),
+            waiting_tokens=self._backlog.tokens,
+            by_priority=dict(sorted(Counter(entry.priority for entry in waiting).items())),
+            by_tenant=dict(sorted(Counter(entry.tenant for entry in waiting).items())),
             running=sum(len(state.held) for state in self._owners.values()),
-            oldest_arrival_s=min((entry.arrival_s for entry in backlog.entries()), default=None),
+            oldest_arrival_s=min((entry.arrival_s for entry in waiting), default=None),
             revision=active.revision,
             policy=active.name,
             params=active.params,
-            **{f"{name}_total": self._totals[name] for name in _TOTALS},
+            **{f"{name}_total": self._totals[name] for name in TOTALS},
         )
 
     def record(self, request_id: str) -> RequestRecordView | None:
@@ -233,7 +234,7 @@ class FlowQueue:
     def position(self, request_id: str) -> Position | None:
         if request_id not in self._backlog:
             return None
-        depth = len(self._backlog)
+        depth = self._backlog.depth
         found = self._backlog.flows.position(request_id, max(1.0, self._backlog.tokens / depth))
         return Position("", depth - 1, depth - 1) if found is None else Position(*found)
 
@@ -241,7 +242,7 @@ class FlowQueue:
         return self._policy or _DEFAULT
 
     def init_policy(self, name: str, params: Mapping[str, Any], revision: int) -> bool:
-        if self._policy is not None or len(self._backlog):
+        if self._policy is not None or self._backlog.depth:
             return False
         self._policy = ActivePolicy(revision, name, dict(params))
         self._rules = build_policy(name, params).rules
@@ -263,7 +264,7 @@ class FlowQueue:
         self._policy = ActivePolicy(revision, policy.name, dict(policy.params))
         self._rules = policy.rules
         self._backlog.reorder(policy)
-        return len(self._backlog)
+        return self._backlog.depth
 
     def unplaced(self, limit: int = 500) -> tuple[ActivePolicy, list[QueueEntry]]:
         return self.active_policy(), [record.entry for record in list(self._backlog.unplaced.values())[:limit]]
@@ -278,9 +279,9 @@ class FlowQueue:
     ) -> tuple[list[tuple[str, int]], bool]:
         """(Id, attempt) of those served, and whether a bound of this call kept it from serving more."""
         backlog, rules, records = self._backlog, self._rules, self._records
-        turns = Turns(backlog, rules, now) if rules.reorders else None
+        turns = Turns(backlog, rules, now) if rules.reorders and self._needs_turns(max_requests, now) else None
         next_head = backlog.flows.head if turns is None else turns.next
-        rows: list[tuple[str, int]] = []
+        claimed_tokens, rows = 0, list[tuple[str, int]]()
         while len(rows) < max_requests and (head := next_head()) is not None:
             flow, chunk, at = head
             columns = chunk.columns
@@ -296,17 +297,23 @@ class FlowQueue:
             record.attempt += 1
             record.state = "running"
             backlog.take(head, entry, rules.charge(entry.prompt_tokens, entry.max_tokens))
-            if turns is not None:
-                turns.note_taken()
             state.held[entry.id] = record
             if record.cancelled:
                 state.cancels.append(entry.id)
-            self._totals["claimed_tokens"] += entry.prompt_tokens + entry.max_tokens
+            claimed_tokens += entry.prompt_tokens + entry.max_tokens
             rows.append((entry.id, record.attempt))
         if rows:
             self._totals["claimed"] += len(rows)
+            self._totals["claimed_tokens"] += claimed_tokens
             backlog.flows.settle()
         return rows, turns is not None and turns.is_cut_short
+
+    def _needs_turns(self, max_requests: int, now: float) -> bool:
+        """Whether the rules can change anything in this claim."""
+        rules, backlog = self._rules, self._backlog
+        if rules.late_slack_s is not None or (rules.run > 1 and max_requests > 1):
+            return True
+        return rules.promote_after_s is not None and backlog.oldest(now, rules.promote_after_s) is not None
 
     def _drop_overdue(self, now: float, limit: int) -> tuple[Shed, ...]:
         dropped: list[Shed] = []
@@ -369,17 +376,6 @@ class FlowQueue:
 
 
 _DEFAULT = ActivePolicy(0, "fifo", {})
-_TOTALS = (
-    "enqueued",
-    "claimed",
-    "claimed_tokens",
-    "finished",
-    "finished_tokens",
-    "cancelled",
-    "requeued",
-    "shed",
-    "expired",
-)
 
 
 def _claimed(record: Record) -> ClaimedRequest:

@@ -40,24 +40,26 @@ class Rows:
         keys, ties = chunk.columns
         keys.insert(at, key)
         ties.insert(at, tie)
-        self.note_inserted(chunk, at)
+        self.size += 1
+        if len(keys) > CHUNK:
+            self._split(chunk, at)
 
     def locate(self, key: float, tie: Any) -> tuple[Chunk, int]:
         """Where the row of this key is, or belongs."""
         chunks = self.chunks
-        chunk = chunks[bisect_right(self.bounds, (key, tie), 1) - 1] if len(chunks) > 1 else chunks[0]
-        keys, ties = chunk.columns[0], chunk.columns[1]
-        end = bisect_right(keys, key)
+        chunk = chunks[-1]
+        keys = chunk.columns[0]
+        if not keys or key > keys[-1]:
+            return chunk, len(keys)
+        if len(chunks) > 1:
+            chunk = chunks[bisect_right(self.bounds, (key, tie), 1) - 1]
+            keys = chunk.columns[0]
+        ties, end = chunk.columns[1], bisect_right(keys, key)
         if not end or keys[end - 1] != key or ties[end - 1] < tie:
             return chunk, end
+        if ties[end - 1] == tie:
+            return chunk, end - 1
         return chunk, bisect_left(ties, tie, bisect_left(keys, key, 0, end), end)
-
-    def note_inserted(self, chunk: Chunk, at: int) -> None:
-        """A row was put there: count it, split a chunk that became too long."""
-        self.size += 1
-        if len(chunk.columns[0]) > CHUNK:
-            # Where rows come in order, chunks stay full.
-            self._split(chunk, CHUNK if at == CHUNK and chunk is self.chunks[-1] else CHUNK // 2)
 
     def delete(self, chunk: Chunk, at: int) -> None:
         """Take a row out."""
@@ -85,8 +87,10 @@ class Rows:
         """How many rows come before this one."""
         return at + sum(len(other.columns[0]) for other in self.chunks[: self.chunks.index(chunk)])
 
-    def _split(self, chunk: Chunk, cut: int) -> Chunk:
-        columns = chunk.columns
+    def _split(self, chunk: Chunk, at: int) -> Chunk:
+        """Split a chunk into which a row was put at `at`; the new one."""
+        # Where rows come in order, chunks stay full.
+        columns, cut = chunk.columns, CHUNK if at == CHUNK and chunk is self.chunks[-1] else CHUNK // 2
         upper = Chunk([column[cut:] for column in columns], self)
         for column in columns:
             del column[cut:]

@@ -19,23 +19,16 @@ class Turns:
         self._late_before = -math.inf if rules.late_slack_s is None else now + rules.late_slack_s
         self._demotions_left = MAX_DEMOTIONS
         self._run, self._run_left = "", 0
-        self._is_promoted = False
         self.is_cut_short = False
         """More requests are late than one claim moves."""
 
     def next(self) -> Head | None:
-        """Who is served next, if it is taken."""
+        """Who is served next. It has to be taken before the next call."""
         if self._promote_after_s is not None:
             head = self._backlog.oldest(self._now, self._promote_after_s)
-            self._is_promoted = head is not None
             if head is not None:
                 return head
         return self._by_turn()
-
-    def note_taken(self) -> None:
-        """Who was named last was served."""
-        if not self._is_promoted:
-            self._run_left -= 1
 
     def _by_turn(self) -> Head | None:
         flows = self._flows
@@ -46,6 +39,7 @@ class Turns:
                     return None
                 self._run, self._run_left = head[0].name, self._run_length
             if head[1].columns[RANK][0] >= self._late_before:
+                self._run_left -= 1
                 return head
             if not self._demotions_left:
                 self.is_cut_short = True

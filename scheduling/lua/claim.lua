@@ -1,10 +1,11 @@
 -- owner, max requests, max tokens, lease seconds, now, claim number
---   -> {revision, policy, depth, {{id, body, attempt, journal, failures}}}
+--   -> {revision, policy, depth, {{id, body, attempt, journal, failures}}, {id, body, of those dropped, ...}, 1 if the
+--      claim was cut short}
 local owner, lease_s = ARGV[1], tonumber(ARGV[4])
 local room_requests, room_tokens = tonumber(ARGV[2]), tonumber(ARGV[3])
 local own, last = Q .. ':own:' .. owner, Q .. ':last:' .. owner
 local queue = load_queue()
-local rows = {}
+local rows, dropped, more = {}, {}, false
 
 -- The same claim again: its reply was lost.
 local function repeated()
@@ -126,7 +127,7 @@ local function serve_next(now, late_before)
   run_left = run_left - 1
   local head = pop(queue.at .. ':f:' .. flow, late_before)
   if not head then
-    ring()
+    more = true
     return false
   end
   return serve(flow, vt, head, first_vt)
@@ -136,7 +137,8 @@ local now = clock(ARGV[5])
 local late_before = queue.rules[SLACK] and now + queue.rules[SLACK]
 call('ZADD', Q .. ':owners', now + lease_s, owner)
 if not repeated() then
-  while #rows < room_requests and serve_next(now, late_before) do end
+  dropped, more = drop_expired(queue, now, MAX_EXPIRED)
+  while not more and #rows < room_requests and serve_next(now, late_before) do end
   if #rows > 0 then
     queue.depth = queue.depth - #rows
     queue.sets.vt = queue.vt
@@ -149,4 +151,4 @@ if not repeated() then
   end
   save(queue)
 end
-return { queue.revision, queue.policy, queue.depth, rows }
+return { queue.revision, queue.policy, queue.depth, rows, dropped, more and 1 or 0 }

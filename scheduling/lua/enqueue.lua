@@ -37,24 +37,15 @@ local function find_victims()
 end
 
 local shed = {}
-local function drop(victim, victim_body)
-  local victim_id, now = victim[ID], clock()
-  unplace(queue, victim_id)
-  call('ZREM', ARRIVALS, victim_id)
-  call('HSET', Q .. ':req:' .. victim_id, 'state', 'failed', 'ended', now)
-  call('ZADD', Q .. ':shed', now, victim_id)
-  count_waiting(queue, victim, -1)
-  add(queue, 'shed', 1)
-  forget_later(victim)
-  touch(queue, victim_id)
-  shed[#shed + 1] = victim_id
-  shed[#shed + 1] = victim_body
-end
-
 if over(queue.depth, tokens) then
   local victims = ARGV[7] == '1' and depth_limit > 0 and find_victims()
   if not victims then return { 'full', queue.depth, queue.revision, {} } end
-  for _, victim in ipairs(victims) do drop(victim[1], victim[2]) end
+  for _, victim in ipairs(victims) do
+    drop(queue, victim[1], 'shed', clock())
+    add(queue, 'shed', 1)
+    shed[#shed + 1] = victim[1][ID]
+    shed[#shed + 1] = victim[2]
+  end
 end
 
 entry[NUMBER] = queue.enqueued + 1
@@ -63,6 +54,7 @@ call('HSET', record, 'body', body, 'state', 'queued', 'attempt', 0, 'entry', cms
   'at', queue.epoch .. ':' .. digits .. placement[1])
 call('ZADD', ARRIVALS, entry[ARRIVAL], id)
 call('ZADD', RIGHT, entry[PRIORITY] * PRIORITY_STEP + entry[ARRIVAL], id)
+if entry[EXPIRES] then call('ZADD', DEADLINES, entry[DEADLINE], id) end
 call('ZADD', queue.at .. ':f:' .. placement[1], placement[3], digits .. ':' .. id)
 set_backlogged(queue, placement[1], placement[2])
 if entry[REPLY_TO] ~= '' then call('SADD', Q .. ':web:' .. entry[REPLY_TO], id) end
@@ -72,4 +64,4 @@ save(queue)
 touch(queue, id)
 -- With so many waiting, nobody who could take one is idle.
 if queue.depth < 64 then ring() end
-return { 'queued', queue.depth + 1 - #shed / 2, queue.revision, shed }
+return { 'queued', queue.depth + 1, queue.revision, shed }

@@ -6,29 +6,30 @@
 --                  totals and counts, t:TENANT and p:PRIORITY waiting requests, w:EPOCH:FLOW weights of backlogged flows
 --   :arrivals      waiting ids by arrival        :unplaced   waiting ids in no flow
 --   :right         waiting ids that were never claimed, by priority, then arrival: the last has the least right to stay
---   :shed          ids dropped for others whose clients have not been told, by the time of it
+--   :shed          ids dropped while they waited whose clients have not been told, by the time of it
+--   :deadlines     waiting ids that were never claimed and are dropped when their deadline passes, by that
 --   :eN:flows      backlogged flows by virtual time          :eN:idle   drained flows that are ahead of the system
 --   :eN:f:FLOW     members by rank; a member is the arrival number in 16 digits, a colon, the id: so equal ranks are
 --                  served in order of arrival
 --   :owners        owners by the end of their lease          :own:OWNER   id -> attempt, colon, packed lease
 --   :last:OWNER    its last numbered claim                   :cancels:OWNER   ids to stop
 --   :req:ID        the record: body, state, attempt, entry (packed), at (epoch, colon, arrival number, flow), owner,
---                  cancel, finish, output, ended (time)      :tok:ID   the journal       :web:WEB   its live ids
+--                  cancel, finish, output, ended (time), dropped (why)      :tok:ID   the journal       :web:WEB   its live ids
 --   :eN:at         id -> arrival number, flow, of waiting requests that a switch placed, where `at` is of an older epoch
 --   :switch        a switch's lock      :dirty   ids touched during it      :epochs   those that may have keys
 local call = redis.call
 local Q = KEYS[1]
-local META, ARRIVALS, RIGHT = Q .. ':meta', Q .. ':arrivals', Q .. ':right'
+local META, ARRIVALS, RIGHT, DEADLINES = Q .. ':meta', Q .. ':arrivals', Q .. ':right', Q .. ':deadlines'
 
 -- Fields of a packed entry and of a packed lease.
-local ID, TENANT, PRIORITY, ARRIVAL, PROMPT, MAXIMUM, DEADLINE, SHARE, REPLY_TO, KEEP, NUMBER =
-  1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
+local ID, TENANT, PRIORITY, ARRIVAL, PROMPT, MAXIMUM, DEADLINE, SHARE, REPLY_TO, KEEP, EXPIRES, NUMBER =
+  1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12
 local FLOW, RANK, WEIGHT, EPOCH, ENTRY = 1, 2, 3, 4, 5
 
 -- Rules of the active policy, see core/rules.py.
 local PROMOTE, SLACK, PER_REQUEST, PER_PROMPT, PER_OUTPUT, RUN = 1, 2, 3, 4, 5, 6
 local PLAIN, LATE, MAX_DEMOTIONS = { false, false, 0, 1, 1, 1 }, 1e10, 1000
-local PRIORITY_STEP, MAX_SHED = 1e10, 16
+local PRIORITY_STEP, MAX_SHED, MAX_EXPIRED = 1e10, 16, 100
 
 local function clock(given)
   if given and given ~= '' then return tonumber(given) end
@@ -175,7 +176,10 @@ local function correct(queue, flow, delta)
 end
 
 local function count_waiting(queue, entry, by)
-  if by < 0 then call('ZREM', RIGHT, entry[ID]) end
+  if by < 0 then
+    call('ZREM', RIGHT, entry[ID])
+    if entry[EXPIRES] then call('ZREM', DEADLINES, entry[ID]) end
+  end
   add(queue, 'depth', by)
   add(queue, 'waiting_tokens', by * (entry[PROMPT] + entry[MAXIMUM]))
   add(queue, 't:' .. entry[TENANT], by)
@@ -192,6 +196,37 @@ local function forget_later(entry)
   call('EXPIRE', Q .. ':req:' .. entry[ID], entry[KEEP])
   call('EXPIRE', Q .. ':tok:' .. entry[ID], entry[KEEP])
   if entry[REPLY_TO] ~= '' then call('SREM', Q .. ':web:' .. entry[REPLY_TO], entry[ID]) end
+end
+
+-- Drop a waiting request; whoever is told of it ends it, or the sweeper.
+local function drop(queue, entry, reason, now)
+  local id = entry[ID]
+  unplace(queue, id)
+  call('ZREM', ARRIVALS, id)
+  call('HSET', Q .. ':req:' .. id, 'state', 'failed', 'ended', now, 'dropped', reason)
+  call('ZADD', Q .. ':shed', now, id)
+  count_waiting(queue, entry, -1)
+  queue.depth = queue.depth - 1
+  forget_later(entry)
+  touch(queue, id)
+end
+
+-- Drop so many of those whose deadline has passed -> {id, body, ...}, whether there are more
+local function drop_expired(queue, now, limit)
+  local ids, dropped = call('ZRANGEBYSCORE', DEADLINES, '-inf', string.format('(%.17g', now), 'LIMIT', 0, limit + 1), {}
+  for i = 1, math.min(limit, #ids) do
+    local id = ids[i]
+    local r = call('HMGET', Q .. ':req:' .. id, 'entry', 'body')
+    if r[1] then
+      drop(queue, cmsgpack.unpack(r[1]), 'deadline_exceeded', clock())
+      add(queue, 'expired', 1)
+      dropped[#dropped + 1] = id
+      dropped[#dropped + 1] = r[2]
+    else
+      call('ZREM', DEADLINES, id)
+    end
+  end
+  return dropped, #ids > limit
 end
 
 -- The attempt and lease under which `owner` holds a request, or nil.

@@ -59,6 +59,7 @@ class BothQueues(RuleBasedStateMachine):
         deadline_s=st.none() | TIMES,
         tokens_limit=st.sampled_from([None, None, 100, 300]),
         shed=st.booleans(),
+        drop_expired=st.booleans(),
     )
     def enqueue(
         self,
@@ -73,6 +74,7 @@ class BothQueues(RuleBasedStateMachine):
         deadline_s: float | None = None,
         tokens_limit: int | None = None,
         shed: bool = False,
+        drop_expired: bool = False,
     ) -> None:
         id_ = f"r{len(self.ids)}"
         entry = QueueEntry(
@@ -84,6 +86,7 @@ class BothQueues(RuleBasedStateMachine):
             max_tokens=tokens[1],
             share=share,
             deadline_s=deadline_s,
+            drop_expired=drop_expired,
         )
         revision = self.revision - (stale == 0)
         args: dict[str, Any] = {
@@ -117,7 +120,14 @@ class BothQueues(RuleBasedStateMachine):
         assert self.run(self.fleet.claim(owner, **args)) == answer
         if again:
             repeated = self.run(self.fleet.claim(owner, **args))
-            assert repeated == self.memory.claim(owner, **args) == answer
+            assert repeated == self.memory.claim(owner, **args) == answer._replace(dropped=(), more=False)
+
+    @rule(limit=st.integers(1, 3), elapsed_s=st.floats(0, 300))
+    def drop_expired(self, limit: int, elapsed_s: float) -> None:
+        self.now += elapsed_s
+        dropped = self.run(self.fleet.drop_expired(self.now, limit))
+        assert dropped == self.memory.drop_expired(self.now, limit)
+        assert all(shed.reason == "deadline_exceeded" for shed in dropped)
 
     @rule(owner=OWNERS, index=st.integers(0), start=st.integers(0, 3), num=st.integers(1, 3), attempt=st.integers(0, 3))
     def journal(self, owner: str, index: int, start: int, num: int, attempt: int) -> None:

@@ -97,7 +97,7 @@ def test_flows_conserve_requests_and_virtual_time_never_goes_back(steps: list[tu
             flows.correct(flow, -cost / 2)
         elif (served := take(cost)) is not None:
             waiting.remove(served)
-        assert len(flows) == len(waiting)
+        assert len(flows.at) == len(waiting)
         assert flows.vt >= vt
         vt = flows.vt
     while (served := take(1)) is not None:

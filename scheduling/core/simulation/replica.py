@@ -1,12 +1,16 @@
 """One simulated engine: the real planner and block accounting, with a cost model in place of the forward pass."""
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
 
 from scheduling.core.planner import StepOutput, StepPlanner
+from scheduling.core.room import Room
 from scheduling.core.sequence import PartResult, SamplingParams, Sequence, StepPart
 from scheduling.core.simulation.outcome import Outcome
 from scheduling.core.sizing.cost_model import StepCost, StepFeatures, SwapLink, cheaper_preemption, measure_parts
+from scheduling.core.swap import SwapSpace
 
 EOS = 0
 """The simulated end-of-sequence token."""
@@ -23,12 +27,23 @@ class SwapSettings:
 
     link: SwapLink
     kv_bytes_per_token: int
+    num_blocks: int = 2**16
+    """Places for KV blocks in host memory."""
+
+    def make_space(self, block_size: int, cost: StepCost) -> SwapSpace:
+        """Host memory, used where that costs less time than computing again."""
+
+        def pays(num_tokens: int) -> bool:
+            how = cheaper_preemption(cost, self.link, num_tokens=num_tokens, kv_bytes_per_token=self.kv_bytes_per_token)
+            return how == "swap"
+
+        return SwapSpace(self.num_blocks, block_size, pays)
 
 
 class SimulatedSequence(Sequence):
     """A sequence that knows how long its answer will be."""
 
-    __slots__ = ("final_tokens", "outcome", "swapped_tokens")
+    __slots__ = ("final_tokens", "outcome")
 
     def __init__(self, request_id: str, attempt: int, outcome: Outcome) -> None:
         request = outcome.request
@@ -45,14 +60,19 @@ class SimulatedSequence(Sequence):
         )
         self.outcome = outcome
         self.final_tokens = request.prompt_tokens + request.output_tokens
-        self.swapped_tokens = 0
-        """Computed tokens whose keys and values wait in host memory."""
+
+
+class OnItsWay(NamedTuple):
+    """A claimed sequence that the engine takes at its first turn from `ready_s` on."""
+
+    sequence: SimulatedSequence
+    ready_s: float
 
 
 class SimulatedReplica:
     """Runs steps of its planner in virtual time.
 
-    `begin_step` plans a step and sets `busy_until_s`; `end_step` applies it then. A run of steps in which the same
+    `plan` plans a step, `start` sets `busy_until_s`, and `end_step` applies it then. A run of steps in which the same
     sequences each decode one token, which nothing from outside can change, is taken as one (nothing can before
     `horizon_s`, and where room opens not before `claimable_s`, when something waits); every clock reading and every
     count is the same as if each step were planned.
@@ -61,7 +81,9 @@ class SimulatedReplica:
     def __init__(
         self, planner: StepPlanner, cost: StepCost, *, swap: SwapSettings | None = None, fast_forward: bool = True
     ) -> None:
+        assert planner.prefix is None, "all simulated tokens are alike"
         self.planner = planner
+        self.on_its_way: deque[OnItsWay] = deque()
         self.busy_until_s: float | None = None
         self.steps = 0
         self.busy_s = 0.0
@@ -72,20 +94,34 @@ class SimulatedReplica:
         self._swap = swap
         self._fast_forward = fast_forward
         self._parts: list[StepPart] = []
-        self._num_swapped = 0
 
-    def begin_step(self, now_s: float, horizon_s: float, claimable_s: float) -> bool:
-        """Plan at `now_s` and start to compute; False where there is nothing to run."""
-        preemptions = self.planner.num_preemptions
-        parts = self._parts = self.planner.plan(now_s)
-        swap_s = self._swap_out() if self._swap and self.planner.num_preemptions > preemptions else 0.0
-        if not parts:
-            return False
+    @property
+    def room(self) -> Room:
+        """What may be claimed beside what is on its way already."""
+        room = self.planner.room()
+        if not self.on_its_way or not room.requests:
+            return room
+        tokens = room.tokens - sum(len(one.sequence.tokens) for one in self.on_its_way)
+        return Room(max(0, room.requests - len(self.on_its_way)), max(0, tokens))
+
+    @property
+    def ready_s(self) -> float:
+        """When the first of what is on its way is there."""
+        return self.on_its_way[0].ready_s if self.on_its_way else inf
+
+    def plan(self, now_s: float) -> bool:
+        """Plan a step; False where there is nothing to run."""
+        self._parts = self.planner.plan(now_s)
+        return bool(self._parts)
+
+    def start(self, now_s: float, horizon_s: float, claimable_s: float) -> float:
+        """Compute what was planned; when that will be done."""
+        parts = self._parts
         features = measure_parts(parts)
-        if self._num_swapped:
-            features, swap_in_s = self._without_swapped(features)
-            swap_s += swap_in_s
-        seconds = self._cost.price(features) + swap_s
+        seconds = self._cost.price(features)
+        if self._swap is not None:
+            link, bytes_each = self._swap.link, self._swap.kv_bytes_per_token * self.planner.allocator.block_size
+            seconds += sum(link.transfer_s(len(move.pairs) * bytes_each) for move in self.planner.take_moves())
         self.busy_until_s = now_s + seconds
         num_steps = 1
         self.busy_s += seconds
@@ -93,13 +129,24 @@ class SimulatedReplica:
             num_steps = self._run_ahead(features, horizon_s, claimable_s)
         self.steps += num_steps
         self.batch_sizes[len(parts)] += num_steps
-        return True
+        return self.busy_until_s
 
     def end_step(self) -> list[StepOutput]:
-        """Apply the step that ends now: whoever got a token or ended."""
+        """Apply the step that ends now: who got a first token or ended. Other tokens are not told of."""
         parts, self._parts, self.busy_until_s = self._parts, [], None
-        outputs = self.planner.apply(parts, [_sample(part) for part in parts])
-        self.tokens += len(outputs)
+        planned: list[StepPart] = []
+        for part in parts:
+            sequence = part.sequence
+            assert isinstance(sequence, SimulatedSequence)
+            tokens = sequence.tokens
+            if part.samples and len(tokens) + 1 < sequence.final_tokens and sequence.outcome.first_token_s is not None:
+                # All that the planner would do for a token that is neither the first nor the last.
+                tokens.append(TOKEN)
+                sequence.num_computed += part.num_tokens
+            else:
+                planned.append(part)
+        outputs = self.planner.apply(planned, [_sample(part) for part in planned])
+        self.tokens += len(parts) - len(planned) + len(outputs)
         return outputs
 
     def _run_ahead(self, features: StepFeatures, horizon_s: float, claimable_s: float) -> int:
@@ -171,47 +218,6 @@ class SimulatedReplica:
             if blocks > 0:
                 sequence.block_table += allocator.allocate(blocks)
         self.tokens += num_tokens * len(self._parts)
-
-    def _swap_out(self) -> float:
-        """Decide for the sequences preempted just now whether to keep what they computed; the seconds of moving it."""
-        assert self._swap is not None
-        seconds = 0.0
-        for sequence in self.planner.sequences[self.planner.num_running :]:
-            assert isinstance(sequence, SimulatedSequence)
-            num_tokens = len(sequence.tokens) - 1
-            if not sequence.num_output_tokens or sequence.swapped_tokens:
-                continue
-            bytes_each = self._swap.kv_bytes_per_token
-            how = cheaper_preemption(self._cost, self._swap.link, num_tokens=num_tokens, kv_bytes_per_token=bytes_each)
-            if how == "swap":
-                sequence.swapped_tokens = num_tokens
-                self._num_swapped += 1
-                seconds += self._swap.link.transfer_s(num_tokens * bytes_each)
-        return seconds
-
-    def _without_swapped(self, features: StepFeatures) -> tuple[StepFeatures, float]:
-        """The step without what comes back from host memory, and the seconds that takes."""
-        assert self._swap is not None
-        seconds, parts = 0.0, []
-        for part in self._parts:
-            sequence = part.sequence
-            assert isinstance(sequence, SimulatedSequence)
-            moved = min(part.num_tokens, max(0, sequence.swapped_tokens - sequence.num_computed))
-            if not moved:
-                parts.append(part)
-                continue
-            seconds += self._swap.link.transfer_s(moved * self._swap.kv_bytes_per_token)
-            if sequence.num_computed + moved == sequence.swapped_tokens:
-                sequence.swapped_tokens = 0
-                self._num_swapped -= 1
-            if part.samples:
-                # What is left to compute is its last token: a decode.
-                context = len(sequence.tokens)
-                features = features._replace(
-                    decode_sequences=features.decode_sequences + 1, context_tokens=features.context_tokens + context
-                )
-        rest = measure_parts(parts)
-        return features._replace(prefill_tokens=rest.prefill_tokens, attention_pairs=rest.attention_pairs), seconds
 
 
 def _sample(part: StepPart) -> PartResult:

@@ -1,79 +1,35 @@
 """A discrete-event simulator: replays a trace through the very queue, policies, planner and sizing that serve.
 
 Only the forward pass is a model (`StepCost`), and the clock is virtual. Replicas bind late, as engine processes do:
-they claim from one queue, between two steps, what they have room for.
+they claim from one queue what they have room for. What is claimed during a step joins the next one.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import islice
 
-from scheduling.core.answers import Enqueued
 from scheduling.core.blocks import BlockAllocator
-from scheduling.core.planner import Mode, RequestTooLongError, StepPlanner
-from scheduling.core.policy import Policy
-from scheduling.core.queue import FlowQueue
-from scheduling.core.request import QueueEntry
-from scheduling.core.simulation.admission import NO_LIMIT, AdmissionSettings, SimulatedAdmission
-from scheduling.core.simulation.outcome import Outcome, ServiceTargets, SimulationResult, SizeChange
-from scheduling.core.simulation.policy import SimulatedPolicy
-from scheduling.core.simulation.replica import EOS, SimulatedReplica, SimulatedSequence, SwapSettings
+from scheduling.core.planner import RequestTooLongError, StepPlanner
+from scheduling.core.simulation.control import SizingWatch
+from scheduling.core.simulation.outcome import Outcome, SimulationResult, SizeChange
+from scheduling.core.simulation.replica import EOS, OnItsWay, SimulatedReplica, SimulatedSequence
+from scheduling.core.simulation.settings import SimulationSettings
 from scheduling.core.simulation.trace import TraceRequest
-from scheduling.core.sizing.controller import Observation, Sizing
+from scheduling.core.simulation.waiting import SimulatedQueue
 from scheduling.core.sizing.cost_model import StepCost
 
+__all__ = ["SimulationSettings", "Simulator", "simulate"]
+
 PROGRESS_EVERY = 256
-"""Arrivals between two reports of progress."""
+"""Requests that end between two reports of progress."""
 RETRY_S = 0.25
 """An idle engine that was given nothing although requests wait asks again after this, as engine processes do."""
-LATENCY_WINDOW = 256
-"""How many of the latest requests of a replica a sizing controller judges by."""
+SWEEP_S = 1.0
+"""How often requests past their deadline are looked for, as ops does."""
+STALL_S = 3600.0
+"""Where nothing has begun or ended for so long and nothing comes, what waits waits for ever."""
 
-_CONTROL, _ASSESS, _JUDGE, _STEP, _WAKE = range(5)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulationSettings:
-    """A fleet: its policy, its replicas, and what each of them may hold."""
-
-    policy: Policy
-    num_replicas: int = 1
-    mode: Mode = "continuous"
-    batch_size: int = 64
-    step_tokens: int = 2048
-    num_blocks: int = 16_384
-    block_size: int = 16
-    max_model_len: int = 1_000_000
-    targets: ServiceTargets = field(default_factory=ServiceTargets)
-    sizing: Callable[[int], Sizing] | None = None
-    """Makes the controller of a replica from its number; None keeps the batch size."""
-    control_period_s: float = 0.5
-    admission: AdmissionSettings | None = None
-    """None admits everything."""
-    swap: SwapSettings | None = None
-    """None recomputes what is preempted."""
-    fast_forward: bool = True
-    """Takes runs of like steps at once; without, the result is the same and later."""
-
-    def __post_init__(self) -> None:
-        if self.num_replicas < 1 or self.control_period_s <= 0:
-            raise ValueError("A fleet has at least one replica, and controls it at intervals above 0 s.")
-
-
-@dataclass(slots=True)
-class _Watch:
-    """What a replica's sizing controller has seen, to tell one period from the next."""
-
-    sizing: Sizing
-    steps: int = 0
-    busy_s: float = 0.0
-    tokens: int = 0
-    good_tokens: int = 0
-    preemptions: int = 0
-    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCY_WINDOW))
+_CONTROL, _ASSESS, _JUDGE, _SWEEP, _STEP, _WAKE = range(6)
 
 
 def simulate(
@@ -83,72 +39,91 @@ def simulate(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> SimulationResult:
-    """Replay a trace; `progress` is told now and then how many of its requests have arrived."""
-    return Simulator(trace, settings, cost).run(progress)
+    """Replay a trace; `progress` is told now and then how many of its requests have ended."""
+    return Simulator(trace, settings, cost, progress).run()
 
 
 class Simulator:
     """One run. At equal times arrivals come first, then control, then the steps of replicas by their number."""
 
-    def __init__(self, trace: Sequence[TraceRequest], settings: SimulationSettings, cost: StepCost) -> None:
+    def __init__(
+        self,
+        trace: Sequence[TraceRequest],
+        settings: SimulationSettings,
+        cost: StepCost,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         self._settings = settings
         self._cost = cost
-        self._now = 0.0
+        self._progress = progress
+        self._now = self._moved_s = 0.0
+        """The virtual time, and when something last began or ended."""
         self._outcomes = [Outcome(request) for request in trace]
-        self._num_arrived = 0
+        self._num_arrived = self._num_ended = 0
         self._events: list[tuple[float, int, int]] = []
-        self._queue = FlowQueue(clock=lambda: self._now)
-        self._policy = SimulatedPolicy(settings.policy, self._queue, settings.targets)
-        self._waiting: dict[str, Outcome] = {}
-        """In order of arrival."""
-        self._waiting_tokens = self._claimed = self._claimed_tokens = 0
-        self._admission = SimulatedAdmission(settings.admission)
+        self._queue = SimulatedQueue(settings, lambda: self._now, self._count_end)
         self._replicas = [self._new_replica() for _ in range(settings.num_replicas)]
+        self._listening = list(range(settings.num_replicas))
+        """Replicas in the order in which they hear of an arrival: who claimed last is last."""
         self._wakes: list[float | None] = [None] * settings.num_replicas
-        self._watches: list[_Watch] = []
         self._size_changes: list[SizeChange] = []
+        self._watches: list[SizingWatch] = []
         if settings.sizing is not None:
-            self._watches = [_Watch(settings.sizing(index)) for index in range(settings.num_replicas)]
-            for index in range(settings.num_replicas):
-                self._resize(index)
-            heappush(self._events, (settings.control_period_s, _CONTROL, 0))
-        if settings.admission is not None:
-            heappush(self._events, (settings.admission.period_s, _ASSESS, 0))
-        if self._policy.is_adaptive:
-            heappush(self._events, (self._policy.period_s, _JUDGE, 0))
+            makers = enumerate(self._replicas)
+            self._watches = [SizingWatch(replica, settings.sizing(index), cost) for index, replica in makers]
+            self._resize()
+        self._drops = any(request.drop_expired for request in trace)
+        self._schedule_control()
+        self._is_controlled = bool(self._events)
 
-    def run(self, progress: Callable[[int], None] | None = None) -> SimulationResult:
+    def run(self) -> SimulationResult:
         """Handle events in their order until nothing is left to happen."""
         events, total = self._events, len(self._outcomes)
-        while True:
+        while not self._is_stalled():
             if self._num_arrived < total and not (events and events[0][0] < self._next_arrival_s):
                 self._arrive()
-                if progress is not None and self._num_arrived % PROGRESS_EVERY == 0:
-                    progress(self._num_arrived)
             elif events:
                 self._happen(*heappop(events))
             else:
                 break
-        if progress is not None:
-            progress(total)
+        if self._progress is not None:
+            self._progress(total)
         return self._result()
 
+    def _schedule_control(self) -> None:
+        """The first of each kind of event that comes at regular intervals."""
+        settings, queue = self._settings, self._queue
+        if self._watches:
+            self._schedule(_CONTROL, settings.control_period_s)
+        if settings.admission is not None and queue.admission.is_assessed:
+            self._schedule(_ASSESS, settings.admission.period_s)
+        if queue.policy.is_adaptive:
+            self._schedule(_JUDGE, queue.policy.period_s)
+        if self._drops:
+            self._schedule(_SWEEP, SWEEP_S)
+
+    def _schedule(self, kind: int, after_s: float, index: int = 0) -> None:
+        heappush(self._events, (self._now + after_s, kind, index))
+
     def _happen(self, time_s: float, kind: int, index: int) -> None:
-        if kind <= _JUDGE and self._is_over():
+        if kind <= _SWEEP and self._is_over():
             return
         self._now = time_s
         if kind == _STEP:
             self._end_step(index)
         elif kind == _WAKE:
             if self._wakes[index] == time_s and self._replicas[index].busy_until_s is None:
-                self._begin_step(index)
+                self._turn(index)
         elif kind == _CONTROL:
             self._control()
         elif kind == _ASSESS:
             self._assess()
+        elif kind == _SWEEP:
+            self._queue.sweep()
+            self._schedule(_SWEEP, SWEEP_S)
         else:
-            self._policy.judge(time_s)
-            heappush(self._events, (time_s + self._policy.period_s, _JUDGE, 0))
+            self._queue.policy.judge(time_s)
+            self._schedule(_JUDGE, self._queue.policy.period_s)
 
     @property
     def _next_arrival_s(self) -> float:
@@ -160,122 +135,102 @@ class Simulator:
         """Whether only control events are left."""
         return (
             self._num_arrived == len(self._outcomes)
-            and not self._waiting
-            and not any(replica.planner.sequences for replica in self._replicas)
+            and not self._queue
+            and not any(replica.planner.sequences or replica.on_its_way for replica in self._replicas)
         )
+
+    def _is_stalled(self) -> bool:
+        """Whether what is left waits for a trigger that nothing will ever pull."""
+        return self._num_arrived == len(self._outcomes) and self._now - self._moved_s > STALL_S
 
     def _arrive(self) -> None:
-        """Admit and enqueue the next request; whoever is idle looks."""
+        """Let the next request in; whoever has room for it claims it."""
         number = self._num_arrived
         outcome = self._outcomes[number]
-        request = outcome.request
-        self._now = request.arrival_s
+        self._now = self._moved_s = outcome.request.arrival_s
         self._num_arrived += 1
-        entry = QueueEntry(
-            id=str(number),
-            tenant=request.tenant,
-            priority=request.priority,
-            arrival_s=request.arrival_s,
-            prompt_tokens=request.prompt_tokens,
-            max_tokens=request.max_tokens,
-            deadline_s=request.deadline_s,
-            share=request.share,
-        )
-        answer = self._enqueue(entry)
-        for shed in answer.shed:
-            self._drop(shed.id)
-        if answer.status != "queued":
-            outcome.state, outcome.reason = "refused", "overloaded"
-            return
-        self._waiting[entry.id] = outcome
-        self._policy.note(entry)
-        self._waiting_tokens += entry.cost_tokens
-        for index, replica in enumerate(self._replicas):
-            if not self._waiting:
+        self._queue.arrive(number, outcome)
+        for index in tuple(self._listening):
+            if not self._queue:
                 return
-            if replica.busy_until_s is None:
-                self._begin_step(index)
+            if self._replicas[index].busy_until_s is None:
+                self._turn(index)
+            else:
+                self._claim(index)
 
-    def _enqueue(self, entry: QueueEntry) -> Enqueued:
-        policy, bounds = self._policy.policy, self._admission.bounds(entry.priority)
-        return self._queue.enqueue(
-            entry,
-            policy.place(entry),
-            revision=self._policy.revision,
-            depth_limit=bounds.depth_limit,
-            keep_s=0,
-            tokens_limit=bounds.tokens_limit,
-            shed=bounds.shed,
-        )
-
-    def _drop(self, request_id: str) -> None:
-        """A waiting request gave way to one of higher priority."""
-        outcome = self._waiting.pop(request_id)
-        outcome.state, outcome.reason = "refused", "shed"
-        self._waiting_tokens -= outcome.request.prompt_tokens + outcome.request.max_tokens
-        self._policy.forget(request_id)
-        self._queue.end_shed(request_id, b"")
-
-    def _begin_step(self, index: int) -> None:
-        """What an engine does between two steps: claim what there is room for, plan, compute."""
+    def _turn(self, index: int) -> None:
+        """What an engine does between two steps: take what came, plan, claim what there is room for, compute."""
         replica = self._replicas[index]
-        self._claim(index)
-        claimable_s = self._now if self._waiting else self._next_arrival_s
-        if replica.begin_step(self._now, self._horizon_s(replica), claimable_s):
-            assert replica.busy_until_s is not None
-            heappush(self._events, (replica.busy_until_s, _STEP, index))
-            return
-        due_s = replica.planner.due_s(self._now)
-        if due_s is None and self._waiting:
-            due_s = RETRY_S
         self._wakes[index] = None
-        if due_s is not None:
-            # At least the next float, or a wait that rounds to nothing would be waited for ever.
-            wake_s = max(self._now + due_s, math.nextafter(self._now, math.inf))
+        self._take(index)
+        if replica.plan(self._now):
+            self._claim(index)
+        else:
+            # Nothing to compute: what it claims now need not wait for a step, only for its way here.
+            self._claim(index)
+            self._take(index)
+            if not replica.plan(self._now):
+                self._sleep(index)
+                return
+        claimable_s = self._now if self._queue else self._next_arrival_s
+        self._moved_s = self._now
+        heappush(self._events, (replica.start(self._now, self._horizon_s(replica), claimable_s), _STEP, index))
+
+    def _sleep(self, index: int) -> None:
+        """Until something that is on its way arrives, a batch is due, or it is time to ask again."""
+        replica = self._replicas[index]
+        due_s = replica.planner.due_s(self._now)
+        if due_s is None and self._queue:
+            due_s = RETRY_S
+        # At least the next float, or a wait that rounds to nothing would be waited for ever.
+        soonest_s = math.nextafter(self._now, math.inf)
+        wake_s = max(min(math.inf if due_s is None else self._now + due_s, replica.ready_s), soonest_s)
+        if wake_s < math.inf:
             self._wakes[index] = wake_s
             heappush(self._events, (wake_s, _WAKE, index))
 
     def _horizon_s(self, replica: SimulatedReplica) -> float:
         """Until when nothing can reach this replica: a claim needs room, and something to claim that fits it."""
-        horizon_s = self._next_control_s()
-        if not replica.planner.room().requests:
+        horizon_s = min(self._next_control_s(), replica.ready_s)
+        if not replica.room.requests:
             return horizon_s
-        if self._waiting and self._policy.is_timed:
+        if self._queue and (self._queue.policy.is_timed or self._drops):
             return self._now
-        if self._waiting and self._events:
+        if self._queue and self._events:
             horizon_s = min(horizon_s, self._events[0][0])
         return min(horizon_s, self._next_arrival_s)
 
     def _next_control_s(self) -> float:
-        if not self._watches and self._settings.admission is None and not self._policy.is_adaptive:
+        if not self._is_controlled:
             return math.inf
-        return min((time_s for time_s, kind, _ in self._events if kind <= _JUDGE), default=math.inf)
+        return min((time_s for time_s, kind, _ in self._events if kind <= _SWEEP), default=math.inf)
 
     def _claim(self, index: int) -> None:
-        if not self._waiting:
+        """Claim what there is room for; it is on its way then."""
+        replica = self._replicas[index]
+        if not self._queue or (room := replica.room).requests <= 0:
             return
-        replica, owner = self._replicas[index], str(index)
-        room = replica.planner.room()
-        if room.requests <= 0:
-            return
-        queue, lease_s = self._queue, math.inf
-        claimed = queue.claim(owner, max_requests=room.requests, max_tokens=room.tokens, lease_s=lease_s)
-        if not claimed.requests and not replica.planner.sequences:
-            # A prompt that an empty engine has no room for never fits: it is claimed to be refused, as engines do.
-            claimed = queue.claim(owner, max_requests=1, max_tokens=NO_LIMIT, lease_s=lease_s)
-        for request in claimed.requests:
-            outcome = self._waiting.pop(request.id)
-            self._policy.forget(request.id)
-            cost_tokens = outcome.request.prompt_tokens + outcome.request.max_tokens
-            self._waiting_tokens -= cost_tokens
-            self._claimed += 1
-            self._claimed_tokens += cost_tokens
-            outcome.state, outcome.claimed_s, outcome.replica = "running", self._now, index
+        is_idle = not replica.planner.sequences and not replica.on_its_way
+        sequences = self._queue.claim(str(index), room, is_idle=is_idle)
+        ready_s = self._now + self._settings.claim_s
+        for sequence in sequences:
+            outcome = sequence.outcome
+            outcome.state, outcome.claimed_s, outcome.replica = "running", ready_s, index
+            replica.on_its_way.append(OnItsWay(sequence, ready_s))
+        if sequences:
+            self._listening.remove(index)
+            self._listening.append(index)
+
+    def _take(self, index: int) -> None:
+        """Give the planner what has arrived."""
+        replica = self._replicas[index]
+        while replica.ready_s <= self._now:
+            sequence = replica.on_its_way.popleft().sequence
             try:
-                replica.planner.add(SimulatedSequence(request.id, request.attempt, outcome))
+                replica.planner.add(sequence)
             except RequestTooLongError:
-                outcome.state, outcome.reason = "refused", "too long"
-                self._finish(owner, request.id, request.attempt, 0)
+                sequence.outcome.state, sequence.outcome.reason = "refused", "too long"
+                self._end(index, sequence, 0)
 
     def _end_step(self, index: int) -> None:
         for output in self._replicas[index].end_step():
@@ -285,90 +240,44 @@ class Simulator:
             if outcome.first_token_s is None:
                 outcome.first_token_s = self._now
             if output.finish is not None:
-                self._end(index, sequence)
-        self._begin_step(index)
+                outcome.finished_s, outcome.state = self._now, "finished"
+                self._end(index, sequence, len(sequence.tokens))
+                if self._watches:
+                    self._watches[index].judge(outcome, self._settings.targets.of(outcome.request))
+        self._turn(index)
 
-    def _end(self, index: int, sequence: SimulatedSequence) -> None:
-        outcome = sequence.outcome
-        outcome.finished_s, outcome.state = self._now, "finished"
-        self._finish(str(index), sequence.id, sequence.attempt, len(sequence.tokens))
-        if self._watches:
-            self._judge(self._watches[index], outcome)
+    def _end(self, index: int, sequence: SimulatedSequence, used_tokens: int) -> None:
+        self._queue.finish(str(index), sequence, used_tokens)
+        self._count_end(sequence.outcome)
 
-    def _finish(self, owner: str, request_id: str, attempt: int, used_tokens: int) -> None:
-        self._queue.finish(owner, request_id, attempt, state="finished", used_tokens=used_tokens, finish=b"", output="")
-
-    def _judge(self, watch: _Watch, outcome: Outcome) -> None:
-        target = self._settings.targets.of(outcome.request)
-        if outcome.meets(target):
-            watch.good_tokens += outcome.request.output_tokens
-        ratio = outcome.service_ratio(target)
-        if ratio is not None:
-            watch.ratios.append(ratio)
+    def _count_end(self, outcome: Outcome) -> None:
+        self._num_ended += 1
+        self._moved_s = self._now
+        if self._progress is not None and self._num_ended % PROGRESS_EVERY == 0:
+            self._progress(self._num_ended)
 
     def _control(self) -> None:
         """Let every replica's sizing controller see the period and decide."""
-        for index, watch in enumerate(self._watches):
-            watch.sizing.observe(self._observe(self._replicas[index], watch))
-            self._resize(index)
-        heappush(self._events, (self._now + self._settings.control_period_s, _CONTROL, 0))
+        period_s, queue = self._settings.control_period_s, self._queue
+        for watch in self._watches:
+            watch.control(self._now, period_s, num_waiting=len(queue), oldest_wait_s=queue.oldest_wait_s)
+        self._resize()
+        self._schedule(_CONTROL, period_s)
 
-    def _resize(self, index: int) -> None:
-        decision = self._watches[index].sizing.decide()
-        planner = self._replicas[index].planner
-        wanted = min(decision.batch_size, planner.step_tokens)
-        if planner.mode == "serial" or wanted == planner.max_batch_size:
-            return
-        planner.set_batch_size(wanted)
-        self._size_changes.append(SizeChange(self._now, index, wanted, decision.reason))
-
-    def _observe(self, replica: SimulatedReplica, watch: _Watch) -> Observation:
-        planner = replica.planner
-        running = list(islice(planner.sequences, planner.num_running))
-        steps, busy_s = replica.steps - watch.steps, replica.busy_s - watch.busy_s
-        oldest = next(iter(self._waiting.values()), None)
-        ratios = sorted(watch.ratios)
-        observation = Observation(
-            now_s=self._now,
-            seconds=self._settings.control_period_s,
-            steps=steps,
-            step_s=busy_s / steps if steps else 0.0,
-            tokens=replica.tokens - watch.tokens,
-            good_tokens=watch.good_tokens,
-            num_running=len(running),
-            num_waiting=len(self._waiting),
-            oldest_wait_s=self._now - oldest.request.arrival_s if oldest else 0.0,
-            # The share of its target that the engine takes from the claim on: what a batch size can mend. Time in the
-            # queue is left out; a smaller batch, which is the answer to too high a latency, would lengthen it.
-            p99_s=ratios[int(0.99 * (len(ratios) - 1))] if ratios else None,
-            target_s=1.0 if ratios else None,
-            preemptions=planner.num_preemptions - watch.preemptions,
-            kv_blocks_used=planner.allocator.used,
-            kv_blocks_total=planner.allocator.num_blocks,
-            cost=self._cost,
-            mean_context_tokens=sum(len(s.tokens) for s in running) / len(running) if running else 0.0,
-        )
-        watch.steps, watch.busy_s, watch.tokens = replica.steps, replica.busy_s, replica.tokens
-        watch.good_tokens, watch.preemptions = 0, planner.num_preemptions
-        return observation
+    def _resize(self) -> None:
+        changes = [watch.resize(self._now, index) for index, watch in enumerate(self._watches)]
+        self._size_changes += [change for change in changes if change is not None]
 
     def _assess(self) -> None:
         """Backpressure, as web processes find it several times a second."""
-        settings = self._admission.settings
-        assert settings is not None
+        assert self._settings.admission is not None
         allocators = [replica.planner.allocator for replica in self._replicas]
-        self._admission.assess(
-            self._now,
-            claimed=self._claimed,
-            claimed_tokens=self._claimed_tokens,
-            depth=len(self._waiting),
-            waiting_tokens=self._waiting_tokens,
-            kv_usage=sum(allocator.used for allocator in allocators) / sum(a.num_blocks for a in allocators),
-        )
-        heappush(self._events, (self._now + settings.period_s, _ASSESS, 0))
+        self._queue.assess(sum(one.used for one in allocators) / sum(one.num_blocks for one in allocators))
+        self._schedule(_ASSESS, self._settings.admission.period_s)
 
     def _new_replica(self) -> SimulatedReplica:
         settings = self._settings
+        swap = settings.swap
         planner = StepPlanner(
             settings.mode,
             settings.batch_size,
@@ -377,8 +286,10 @@ class Simulator:
             settings.max_model_len,
             lambda: self._now,
             eos_token_ids=frozenset({EOS}),
+            swap=swap.make_space(settings.block_size, self._cost) if swap else None,
+            trigger=settings.trigger,
         )
-        return SimulatedReplica(planner, self._cost, swap=settings.swap, fast_forward=settings.fast_forward)
+        return SimulatedReplica(planner, self._cost, swap=swap, fast_forward=settings.fast_forward)
 
     def _result(self) -> SimulationResult:
         sizes = self._replicas[0].batch_sizes.copy()
@@ -392,6 +303,6 @@ class Simulator:
             preemptions=sum(replica.planner.num_preemptions for replica in self._replicas),
             batch_sizes=sizes,
             size_changes=self._size_changes,
-            policy_changes=self._policy.changes,
+            policy_changes=self._queue.policy.changes,
             num_replicas=len(self._replicas),
         )

@@ -32,6 +32,8 @@ class TraceRequest(NamedTuple):
     """By when it should be complete, on the clock of `arrival_s`."""
     share: float = 1.0
     """The tenant's weight under `fair`."""
+    drop_expired: bool = False
+    """Whether it is dropped when it still waits at its deadline."""
 
 
 def read_trace(path: Path, *, rate: float = 1.0, limit: int | None = None) -> list[TraceRequest]:
