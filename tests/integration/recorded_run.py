@@ -31,18 +31,20 @@ def record_run(requests: list[TraceRequest], cost: StepCost) -> None:
             outcome.claimed_s = clock
             planner.add(SimulatedSequence(str(len(outcomes)), 1, outcome))
             outcomes.append(outcome)
-        if not replica.begin_step(clock, 0.0, 0.0):
+        if not replica.plan(clock):
             clock = start_s + pending[0].request.arrival_s
             continue
+        replica.start(clock, 0.0, 0.0)
         features, num_parts = measure_parts(replica._parts), len(replica._parts)
         step_s = cost.price(features) * draw.uniform(0.95, 1.05)
         clock += step_s + 0.0005
+        tokens = replica.tokens
         outputs = replica.end_step()
         for output in outputs:
             outcome = output.sequence.outcome  # type: ignore[attr-defined]
             outcome.first_token_s = outcome.first_token_s or clock
             outcome.finished_s = clock
-        seconds[int(clock)].append((step_s, num_parts, features.prefill_tokens, len(outputs)))
+        seconds[int(clock)].append((step_s, num_parts, features.prefill_tokens, replica.tokens - tokens))
     _write(seconds, outcomes, start_s)
 
 

@@ -111,7 +111,7 @@ def test_every_request_ends_once_and_its_times_are_in_order(
     for outcome in result.outcomes:
         assert outcome.state in ("finished", "refused")
         if outcome.state == "refused":
-            assert outcome.reason in ("overloaded", "shed", "too long")
+            assert outcome.reason in ("overloaded", "queue_full", "shed", "too long")
             continue
         times = (outcome.request.arrival_s, outcome.claimed_s, outcome.first_token_s, outcome.finished_s)
         assert list(times) == sorted(t for t in times if t is not None)
@@ -198,7 +198,7 @@ def test_backpressure_refuses_low_priorities_first() -> None:
     outcomes = simulate(trace, fleet(batch_size=1, admission=admission), DEFAULT_COST).outcomes
     refused = [o.request.priority for o in outcomes if o.state == "refused"]
     assert refused.count(5) > refused.count(0)
-    assert {o.reason for o in outcomes if o.state == "refused"} == {"overloaded", "shed"}
+    assert {o.reason for o in outcomes if o.state == "refused"} == {"overloaded", "queue_full", "shed"}
 
 
 def test_a_full_queue_drops_the_low_for_the_high_unless_told_not_to() -> None:

@@ -1,0 +1,144 @@
+"""The fleet queue of a simulation, with all that stands before it: admission, policy, and what waits."""
+
+import math
+from collections.abc import Callable
+
+from scheduling.core.queue import FlowQueue
+from scheduling.core.request import QueueEntry
+from scheduling.core.room import Room
+from scheduling.core.simulation.admission import NO_LIMIT, SimulatedAdmission
+from scheduling.core.simulation.outcome import Outcome
+from scheduling.core.simulation.policy import SimulatedPolicy
+from scheduling.core.simulation.replica import SimulatedSequence
+from scheduling.core.simulation.settings import SimulationSettings
+
+
+class SimulatedQueue:
+    """Lets requests in as web processes do, and gives them out as the fleet queue does.
+
+    `refused` is told of each request that is turned away or dropped.
+    """
+
+    def __init__(
+        self, settings: SimulationSettings, clock: Callable[[], float], refused: Callable[[Outcome], None]
+    ) -> None:
+        self._clock = clock
+        self._refused = refused
+        self._queue = FlowQueue(clock=clock)
+        self.policy = SimulatedPolicy(settings.policy, self._queue, settings.targets)
+        self.admission = SimulatedAdmission(settings.admission)
+        self._waiting: dict[str, Outcome] = {}
+        """In order of arrival."""
+        self._tokens = self._claimed = self._claimed_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def oldest_wait_s(self) -> float:
+        """How long the oldest request has waited; 0 with none."""
+        oldest = next(iter(self._waiting.values()), None)
+        return self._clock() - oldest.request.arrival_s if oldest else 0.0
+
+    def arrive(self, number: int, outcome: Outcome) -> None:
+        """Take a request through admission into the queue."""
+        request = outcome.request
+        entry = QueueEntry(
+            id=str(number),
+            tenant=request.tenant,
+            priority=request.priority,
+            arrival_s=request.arrival_s,
+            prompt_tokens=request.prompt_tokens,
+            max_tokens=request.max_tokens,
+            deadline_s=request.deadline_s,
+            share=request.share,
+            drop_expired=request.drop_expired,
+        )
+        refusal = self._enqueue(entry)
+        if refusal:
+            self._refuse(outcome, refusal)
+            return
+        self._waiting[entry.id] = outcome
+        self.policy.note(entry)
+        self._tokens += entry.cost_tokens
+
+    def claim(self, owner: str, room: Room, *, is_idle: bool) -> list[SimulatedSequence]:
+        """What an engine with this room gets; one with nothing at all also what no room will ever fit, to refuse it."""
+        claimed = self._queue.claim(owner, max_requests=room.requests, max_tokens=room.tokens, lease_s=math.inf)
+        dropped, requests = claimed.dropped, claimed.requests
+        if not requests and is_idle:
+            claimed = self._queue.claim(owner, max_requests=1, max_tokens=NO_LIMIT, lease_s=math.inf)
+            dropped, requests = dropped + claimed.dropped, claimed.requests
+        for one in dropped:
+            self._drop(one.id, one.reason)
+        return [SimulatedSequence(one.id, one.attempt, self._leave(one.id)) for one in requests]
+
+    def finish(self, owner: str, sequence: SimulatedSequence, used_tokens: int) -> None:
+        """A claimed request has ended; flow and tenant get back what it did not use."""
+        self._queue.finish(
+            owner, sequence.id, sequence.attempt, state="finished", used_tokens=used_tokens, finish=b"", output=""
+        )
+        unused_tokens = sequence.num_prompt_tokens + sequence.max_tokens - used_tokens
+        self.admission.settle(sequence.tenant, sequence.id, unused_tokens, self._clock())
+
+    def sweep(self) -> None:
+        """Drop what waits past its deadline and may be dropped."""
+        for one in self._queue.drop_expired():
+            self._drop(one.id, one.reason)
+
+    def assess(self, kv_usage: float) -> None:
+        """Find the backpressure level."""
+        self.admission.assess(
+            self._clock(),
+            claimed=self._claimed,
+            claimed_tokens=self._claimed_tokens,
+            depth=len(self._waiting),
+            waiting_tokens=self._tokens,
+            kv_usage=kv_usage,
+        )
+
+    def _enqueue(self, entry: QueueEntry) -> str:
+        """Why a request was refused; "" where it waits now."""
+        bounds = self.admission.admit(entry, self._clock())
+        if isinstance(bounds, str):
+            return bounds
+        policy = self.policy
+        answer = self._queue.enqueue(
+            entry,
+            policy.policy.place(entry),
+            revision=policy.revision,
+            depth_limit=bounds.depth_limit,
+            tokens_limit=bounds.tokens_limit,
+            shed=bounds.shed,
+        )
+        for one in answer.shed:
+            self._drop(one.id, one.reason)
+        if answer.status == "queued":
+            return ""
+        self.admission.refuse_full(entry, self._clock())
+        return "queue_full"
+
+    def _drop(self, request_id: str, reason: str) -> None:
+        """A waiting request gave way to one of higher priority, or its deadline has passed."""
+        outcome = self._waiting.pop(request_id)
+        request = outcome.request
+        cost_tokens = request.prompt_tokens + request.max_tokens
+        self._tokens -= cost_tokens
+        self.policy.forget(request_id)
+        self._queue.end_shed(request_id, b"")
+        self.admission.settle(request.tenant, request_id, cost_tokens, self._clock())
+        self._refuse(outcome, reason)
+
+    def _leave(self, request_id: str) -> Outcome:
+        """A request was claimed."""
+        outcome = self._waiting.pop(request_id)
+        self.policy.forget(request_id)
+        cost_tokens = outcome.request.prompt_tokens + outcome.request.max_tokens
+        self._tokens -= cost_tokens
+        self._claimed += 1
+        self._claimed_tokens += cost_tokens
+        return outcome
+
+    def _refuse(self, outcome: Outcome, reason: str) -> None:
+        outcome.state, outcome.reason = "refused", reason
+        self._refused(outcome)
