@@ -34,7 +34,7 @@ from inference.models import BatchRecord, RequestRecord
 from scheduling.models import Quota, ServiceLevel, Tenant
 from tests.history_data import TENANTS, make_batches, make_requests
 call_command("migrate", verbosity=0)
-for name, group in (("olga", "operator"), ("victor", "viewer"), ("nora", "")):
+for name, group in (("ada", "administrator"), ("olga", "operator"), ("victor", "viewer"), ("nora", "")):
     user = User.objects.create_user(name, password="{PASSWORD}")
     if group:
         user.groups.add(Group.objects.get(name=group))
