@@ -63,7 +63,7 @@ class DocumentBuilder:
         meters.observe(snapshot, reading.time_s)
         mine = [status for status in reading.replicas.values() if status.model == name]
         wait_s = meters.backlog.rate.wait_s(snapshot.waiting_tokens)
-        assessment = assess(
+        assessment = reading.levels.get(name) or assess(
             self._limits,
             depth=snapshot.depth,
             queue_limit=self._queue_limit,

@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 import redis.asyncio
 
+from inference.gateway.monitor import read_level
 from inference.messages import DeploymentSpec, ReplicaStatus
 from scheduling.core.answers import QueueSnapshot
+from scheduling.core.backpressure import Assessment
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 from scheduling.store import Command, aexecute
@@ -29,6 +31,8 @@ class Reading:
     snapshots: Mapping[str, QueueSnapshot] = field(default_factory=dict)
     replicas: Mapping[str, ReplicaStatus] = field(default_factory=dict)
     lost: Mapping[str, ReplicaStatus] = field(default_factory=dict)
+    levels: Mapping[str, Assessment] = field(default_factory=dict)
+    """Backpressure as the web processes agree on it."""
 
 
 class FleetReader:
@@ -43,8 +47,10 @@ class FleetReader:
 
     async def read(self, now_s: float) -> Reading:
         """Two round trips. Raises redis.RedisError or OSError where the server is away."""
-        raw_specs, raw_names = await asyncio.gather(
-            self._ask("HGETALL", self._keys.deployments), self._ask("ZRANGE", self._keys.replicas, 0, -1)
+        raw_specs, raw_names, raw_levels = await asyncio.gather(
+            self._ask("HGETALL", self._keys.deployments),
+            self._ask("ZRANGE", self._keys.replicas, 0, -1),
+            self._ask("HGETALL", self._keys.backpressure),
         )
         deployments = self._deployments(raw_specs)
         queues = [FleetQueue(self._keys, model) for model in deployments]
@@ -59,6 +65,11 @@ class FleetReader:
             snapshots=dict(zip(deployments, snapshots, strict=True)),
             replicas=statuses,
             lost={name: status for name, (_, status) in self._known.items() if name not in statuses},
+            levels={
+                name.decode(): standing.assessment
+                for name, raw in raw_levels.items()
+                if (standing := read_level(raw)) is not None
+            },
         )
 
     async def _ask(self, *words: Any) -> Any:

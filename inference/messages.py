@@ -205,6 +205,17 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     host_blocks_used: int = 0
 
 
+class SharedLevel(msgspec.Struct, frozen=True, array_like=True):
+    """A model's level of backpressure as the web processes agree on it. Times are unix seconds."""
+
+    level: int
+    reason: str
+    called_s: float
+    """When a reading last called for it."""
+    time_s: float
+    """When it was written; after a while without, nobody holds it up."""
+
+
 class RequestEvent(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """A request's end, for the historian. Times are unix seconds; None where it never got there."""
 

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -22,11 +21,11 @@ from inference.gateway.errors import (
     Unavailable,
 )
 from inference.gateway.monitor import FleetMonitor
-from inference.gateway.pipeline import CommandPipeline
+from inference.gateway.pipeline import CommandPipeline, ignore_lost
 from inference.gateway.served import ServedModel
 from inference.messages import InferenceRequest
 from inference.shedding import tell_end, write_end
-from scheduling.core.backpressure import BackpressureLimits, Level, depth_limit, excess_wait_s
+from scheduling.core.backpressure import BackpressureLimits, depth_limit, excess_wait_s, release_depth
 from scheduling.core.request import Priority, QueueEntry
 from scheduling.core.sequence import SamplingParams
 from scheduling.fleet import FleetQueue, Shed
@@ -192,6 +191,7 @@ class AdmissionDesk:
             answer = await self._pipeline.send_within(command, REDIS_WAIT_S)
             for shed in answer.shed:
                 self._end_shed(queue, shed)
+            self._monitor.note_depth(draft.model.name, answer.depth)
             if answer.status in ("queued", "duplicate"):  # a duplicate is our own, sent again after a lost reply
                 return
             if answer.status == "full":
@@ -227,10 +227,10 @@ class AdmissionDesk:
         """Seconds until a request of this priority will probably be let in."""
         status = self._monitor.status(model)
         depth = status.snapshot.depth if status.snapshot else 0
-        target = depth_limit(priority, self._queue_limit, Level.NONE, self._backpressure)
+        target = release_depth(priority, self._queue_limit, self._backpressure)
         by_depth = status.rate.retry_after_s(depth, min(target, depth))
         by_wait = excess_wait_s(priority, status.estimated_wait_s, self._backpressure)
-        return min(LONGEST_RETRY_S, max(by_depth, by_wait))
+        return min(LONGEST_RETRY_S, max(by_depth, by_wait) + self._backpressure.hold_s)
 
     def count_refusal(self, draft: Draft, reason: str) -> None:
         """Count a refusal for the metrics; nobody waits for it."""
@@ -289,10 +289,3 @@ def _limit_reached(admission: Admission, tokens: int, tpd: int | None) -> RateLi
         retry_after_s=admission.retry_after_s,
         admission=admission,
     )
-
-
-def ignore_lost(future: asyncio.Future[Any]) -> None:
-    """What Redis did not take while nobody waits for it is not worth an error."""
-    error = None if future.cancelled() else future.exception()
-    if error is not None and not isinstance(error, RedisUnavailable):
-        log.error("Redis refused a command: %s", error)

@@ -16,12 +16,12 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from inference.directory import Directory, DirectoryWatch
-from inference.gateway.admission import AdmissionDesk, Draft, ignore_lost, to_request
+from inference.gateway.admission import AdmissionDesk, Draft, to_request
 from inference.gateway.errors import GatewayError, RedisUnavailable, RequestLost, ShuttingDown
 from inference.gateway.following import FollowedReplies
 from inference.gateway.idempotency import IdempotencyKey, OnceDesk
 from inference.gateway.monitor import PERIOD_S, FleetMonitor, FleetStatus
-from inference.gateway.pipeline import CommandPipeline
+from inference.gateway.pipeline import CommandPipeline, ignore_lost
 from inference.gateway.repair import read_missing
 from inference.gateway.replies import ReplyReader
 from inference.gateway.reply import Reply

@@ -9,17 +9,28 @@ from typing import Any
 
 import msgspec
 
-from inference.gateway.pipeline import CommandPipeline
+from inference.gateway.pipeline import CommandPipeline, ignore_lost
 from inference.gateway.served import ServedModel
-from inference.messages import ReplicaStatus
+from inference.messages import ReplicaStatus, SharedLevel
 from scheduling.core.answers import QueueSnapshot
-from scheduling.core.backpressure import Assessment, BackpressureLimits, DrainRate, Level, assess
+from scheduling.core.backpressure import (
+    CALM,
+    Assessment,
+    BackpressureLimits,
+    DrainRate,
+    Level,
+    Standing,
+    assess,
+    settle,
+)
 from scheduling.core.policies import Policy, build_policy
 from scheduling.keys import Keys
 from scheduling.store import Command
 
 log = logging.getLogger(__name__)
 PERIOD_S = 0.25
+LEVEL_LIFE_S = 5.0
+"""A level that nobody has written again for this long is forgotten."""
 DEAD_AFTER_S = 15.0
 """A replica not heard of for this long is forgotten."""
 
@@ -36,6 +47,8 @@ class FleetStatus:
     """For a request that joins the end of the queue now; None where nothing drains it."""
     rate: DrainRate = field(default_factory=DrainRate)
     """How fast the queue drains while something waits."""
+    unserved_s: float = 0.0
+    """For how long no replica of the model has reported; 0 while one does."""
 
     @property
     def kv_usage(self) -> float:
@@ -52,6 +65,10 @@ class FleetMonitor:
         self._keys = keys
         self._queue_limit = queue_limit
         self._limits = limits
+        self._lowered = limits.lowered()
+        self._started_s = time.monotonic()
+        self._served_s: dict[str, float] = {}
+        """Model -> when a replica of it was last seen (monotonic)."""
         self._backlogs: dict[str, BacklogRate] = {}
         self._status: dict[str, FleetStatus] = {}
         self._policies: dict[str, tuple[int, Policy]] = {}
@@ -78,11 +95,25 @@ class FleetMonitor:
     async def tick(self, models: Sequence[ServedModel]) -> None:
         """Read all of it once. Raises RedisUnavailable."""
         replicas = await self._read_replicas()
-        snapshots = await asyncio.gather(*(self._pipeline.send(model.queue.snapshot()) for model in models))
+        levels, *snapshots = await asyncio.gather(
+            self._pipeline.send(Command(("HGETALL", self._keys.backpressure), dict)),
+            *(self._pipeline.send(model.queue.snapshot()) for model in models),
+        )
         for model, snapshot in zip(models, snapshots, strict=True):
             mine = [r for r in replicas if r.model == model.name]
             self._keep_policy(model.name, snapshot.revision, snapshot.policy, snapshot.params)
-            self._status[model.name] = self._assess(model.name, snapshot, mine)
+            before = read_level(levels.get(model.name.encode())) or CALM
+            self._status[model.name] = self._assess(model.name, snapshot, mine, before)
+
+    def note_depth(self, model: str, depth: int) -> None:
+        """Learn the depth from an enqueue's own answer, so that a level rises before the next reading."""
+        status = self._status.get(model)
+        if status is None or depth < self._limits.depth[0] * self._queue_limit:
+            return
+        now = assess(self._limits, depth=depth, queue_limit=self._queue_limit, wait_s=None, kv_usage=0.0)
+        if now.level > status.assessment.level:
+            self._status[model] = replace(status, assessment=now)
+            self._share(model, Standing(now, time.time()))
 
     async def _read_replicas(self) -> list[ReplicaStatus]:
         since = time.time() - DEAD_AFTER_S
@@ -97,22 +128,54 @@ class FleetMonitor:
         raws = await self._pipeline.send(Command(("MGET", *(keys.replica(name) for name in names)), list))
         return [self._decode(raw) for raw in raws if raw is not None]
 
-    def _assess(self, model: str, snapshot: QueueSnapshot, replicas: list[ReplicaStatus]) -> FleetStatus:
+    def _assess(
+        self, model: str, snapshot: QueueSnapshot, replicas: list[ReplicaStatus], before: Standing
+    ) -> FleetStatus:
+        now = time.monotonic()
+        serving = any(replica.state != "failed" for replica in replicas)
+        if serving:
+            self._served_s[model] = now
         backlog = self._backlogs.setdefault(model, BacklogRate())
-        backlog.observe(snapshot, time.monotonic())
+        backlog.observe(snapshot, now, serving=serving)
         reading = FleetStatus(time_s=time.time(), snapshot=snapshot, replicas=replicas)
         wait_s = backlog.rate.wait_s(snapshot.waiting_tokens)
-        assessment = assess(
-            self._limits, depth=snapshot.depth, queue_limit=self._queue_limit, wait_s=wait_s, kv_usage=reading.kv_usage
+        rises, stays = (
+            assess(
+                limits, depth=snapshot.depth, queue_limit=self._queue_limit, wait_s=wait_s, kv_usage=reading.kv_usage
+            )
+            for limits in (self._limits, self._lowered)
         )
-        return replace(reading, assessment=assessment, estimated_wait_s=wait_s, rate=backlog.rate)
+        standing = settle(before, rises=rises, stays=stays, hold_s=self._limits.hold_s, now_s=reading.time_s)
+        self._share(model, standing)
+        return replace(
+            reading,
+            assessment=standing.assessment,
+            estimated_wait_s=wait_s,
+            rate=backlog.rate,
+            unserved_s=now - self._served_s.get(model, self._started_s),
+        )
+
+    def _share(self, model: str, standing: Standing) -> None:
+        """Let the other processes know; nobody waits for it."""
+        shared = SharedLevel(int(standing.assessment.level), standing.assessment.reason, standing.called_s, time.time())
+        words = ("HSET", self._keys.backpressure, model, msgspec.msgpack.encode(shared))
+        self._pipeline.send(Command(words, int)).add_done_callback(ignore_lost)
+
+
+def read_level(raw: bytes | None) -> Standing | None:
+    """A model's level in `Keys.backpressure`; None where no web process has written it lately."""
+    shared = msgspec.msgpack.decode(raw, type=SharedLevel) if raw else None
+    if shared is None or abs(time.time() - shared.time_s) > LEVEL_LIFE_S:
+        return None
+    return Standing(Assessment(Level(shared.level), shared.reason), shared.called_s)
 
 
 class BacklogRate:
     """How fast the queue drains while something waits.
 
     Idle time must not count: a fleet that had nothing to do for a minute would look slow, and the first burst after it
-    would be refused. So only intervals that begin and end with a backlog are fed to the average.
+    would be refused. So only intervals that begin and end with a backlog are fed to the average, and none without a
+    replica: what waits for a worker that restarts is no measure of how fast it will work.
     """
 
     def __init__(self) -> None:
@@ -122,9 +185,9 @@ class BacklogRate:
         self._requests = 0
         self._tokens = 0
 
-    def observe(self, snapshot: QueueSnapshot, now: float) -> None:
-        """Take a reading; `now` in seconds of any steady clock."""
-        last, self._last = self._last, (now, snapshot)
+    def observe(self, snapshot: QueueSnapshot, now: float, *, serving: bool = True) -> None:
+        """Take a reading; `now` in seconds of any steady clock. `serving`: whether a replica is there."""
+        last, self._last = self._last, (now, snapshot) if serving else None
         if last is None or not (last[1].depth and snapshot.depth) or snapshot.claimed_total < last[1].claimed_total:
             return
         if not self._busy_s:

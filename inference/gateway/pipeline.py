@@ -125,3 +125,10 @@ def _resolve(command: Command[Any], future: asyncio.Future[Any], reply: Any) -> 
         future.set_result(command.read(reply))
     except Exception as error:
         future.set_exception(error)
+
+
+def ignore_lost(future: asyncio.Future[Any]) -> None:
+    """What Redis did not take while nobody waits for it is not worth an error."""
+    error = None if future.cancelled() else future.exception()
+    if error is not None and not isinstance(error, RedisUnavailable):
+        log.error("Redis refused a command: %s", error)

@@ -5,13 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduling.core.backpressure import (
+    CALM,
     BackpressureLimits,
     DrainRate,
     Level,
+    Standing,
     admitted_priorities,
     assess,
     depth_limit,
     excess_wait_s,
+    release_depth,
+    settle,
 )
 from scheduling.core.request import Priority
 
@@ -112,13 +116,14 @@ def test_retry_after_is_always_whole_seconds_within_its_bounds(readings: list[tu
 
 
 @given(priority=st.sampled_from(Priority), wait_s=st.floats(0, 1e4))
-def test_after_the_excess_of_its_wait_a_priority_is_admitted_and_not_long_before(
+def test_after_the_excess_of_its_wait_a_refused_priority_is_let_in_again_and_not_long_before(
     priority: Priority, wait_s: float
 ) -> None:
     excess_s = excess_wait_s(priority, wait_s, LIMITS)
 
     def lowest_admitted(later_s: float) -> Priority:
-        level = assess(LIMITS, depth=0, queue_limit=100, wait_s=max(0.0, wait_s - later_s), kv_usage=0.0).level
+        wait_then_s = max(0.0, wait_s - later_s)
+        level = assess(LIMITS.lowered(), depth=0, queue_limit=100, wait_s=wait_then_s, kv_usage=0.0).level
         return admitted_priorities(level)
 
     assert priority <= lowest_admitted(excess_s + 0.01)
@@ -128,3 +133,78 @@ def test_after_the_excess_of_its_wait_a_priority_is_admitted_and_not_long_before
 
 def test_nothing_is_known_of_an_unknown_wait() -> None:
     assert excess_wait_s(Priority.BULK, None, LIMITS) == 0
+
+
+def follow(readings: list[tuple[float, int, float]]) -> list[Standing]:
+    """The level in force after each reading: time, depth of a queue of 1,000, KV use."""
+    standing, history = CALM, []
+    for now_s, depth, kv_usage in readings:
+        rises, stays = (
+            assess(limits, depth=depth, queue_limit=1000, wait_s=None, kv_usage=kv_usage)
+            for limits in (LIMITS, LIMITS.lowered())
+        )
+        standing = settle(standing, rises=rises, stays=stays, hold_s=LIMITS.hold_s, now_s=now_s)
+        history.append(standing)
+    return history
+
+
+READINGS = st.lists(st.tuples(st.floats(0, 3), st.integers(0, 1000), st.floats(0, 1)), min_size=1, max_size=40)
+
+
+def at_times(steps: list[tuple[float, int, float]]) -> list[tuple[float, int, float]]:
+    now_s, readings = 100.0, []
+    for gap_s, depth, kv_usage in steps:
+        now_s += gap_s
+        readings.append((now_s, depth, kv_usage))
+    return readings
+
+
+@given(
+    level=st.sampled_from([Level.LOW, Level.MEDIUM, Level.HIGH, Level.CRITICAL]),
+    steps=st.lists(st.tuples(st.floats(0, 100), st.floats(0, 1)), min_size=1, max_size=40),
+)
+def test_a_depth_that_swings_around_a_threshold_within_the_band_changes_the_level_once(
+    level: Level, steps: list[tuple[float, float]]
+) -> None:
+    top = round(LIMITS.depth[level - 1] * 1000)
+    bottom = round(LIMITS.lowered().depth[level - 1] * 1000) + 1
+    above = round(LIMITS.depth[level] * 1000) - 1 if level < Level.CRITICAL else 1000
+    depths = [(gap_s, round(bottom + part * (above - bottom)), 0.0) for gap_s, part in steps]
+    levels = [standing.assessment.level for standing in follow(at_times([(0.0, top, 0.0), *depths]))]
+    assert set(levels) == {level}
+
+
+@given(steps=READINGS)
+def test_a_level_rises_at_once_and_falls_only_after_it_was_not_called_for_a_while(
+    steps: list[tuple[float, int, float]],
+) -> None:
+    readings = at_times(steps)
+    history = follow(readings)
+    called_s = dict.fromkeys(Level, -1e9)
+    before = Level.NONE
+    for (now_s, depth, kv_usage), standing in zip(readings, history, strict=True):
+        level = standing.assessment.level
+        rises, stays = (
+            assess(limits, depth=depth, queue_limit=1000, wait_s=None, kv_usage=kv_usage).level
+            for limits in (LIMITS, LIMITS.lowered())
+        )
+        assert level >= rises
+        assert level == max(before, rises) or stays < before
+        if level < before:
+            assert now_s - called_s[before] >= LIMITS.hold_s
+            assert level == stays
+        assert (standing.assessment.reason != "") == (level > Level.NONE)
+        before = level
+        called_s |= {called: now_s for called in Level if called <= max(rises, min(stays, level))}
+
+
+def test_without_load_every_level_ends() -> None:
+    history = follow([(0.0, 1000, 1.0), (0.5, 0, 0.0), (0.9, 0, 0.0), (1.1, 0, 0.0)])
+    assert [standing.assessment.level for standing in history] == [4, 4, 4, 0]
+
+
+@given(priority=st.sampled_from(Priority), queue_limit=st.integers(20, 100_000))
+def test_a_refused_priority_is_let_in_again_below_the_depth_that_refused_it(
+    priority: Priority, queue_limit: int
+) -> None:
+    assert 1 <= release_depth(priority, queue_limit, LIMITS) <= depth_limit(priority, queue_limit, Level.NONE, LIMITS)
