@@ -97,6 +97,7 @@ class FleetQueue:
         lease_s: float,
         now: float | None = None,
         number: int | None = None,
+        max_priority: int | None = None,
     ) -> Command[Claimed]:
         """Give `owner` the next requests and renew its lease.
 
@@ -107,8 +108,12 @@ class FleetQueue:
 
         First drops waiting requests whose deadline has passed, where they ask for that (`drop_expired` of their entry)
         and were never claimed before; while there are more than MAX_EXPIRED of them it serves nobody.
+
+        With `max_priority` it is for requests that take the slot of a lower one: stops at the first of a higher number,
+        and serves nobody under a policy by which no level outranks another (`QueueRules.preempts`).
         """
-        return self.script("claim", _read_claimed, owner, max_requests, max_tokens, repr(lease_s), _time(now), number)
+        args = (owner, max_requests, max_tokens, repr(lease_s), _time(now), number, max_priority)
+        return self.script("claim", _read_claimed, *args)
 
     def drop_expired(self, now: float | None = None, limit: int = MAX_EXPIRED) -> Command[list[Shed]]:
         """What a claim drops for its deadline, also where nobody claims."""
@@ -228,7 +233,8 @@ def pack_rules(rules: QueueRules) -> bytes:
     if rules == PLAIN:
         return b""
     limits = [False if limit is None else limit for limit in (rules.promote_after_s, rules.late_slack_s)]
-    return _pack((*limits, rules.request_price, rules.prompt_price, rules.output_price, rules.run))
+    prices = (rules.request_price, rules.prompt_price, rules.output_price)
+    return _pack((*limits, *prices, rules.run, rules.preempts))
 
 
 def pack_entry(entry: QueueEntry, reply_to: str, keep_s: int) -> tuple[Any, ...]:

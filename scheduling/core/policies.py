@@ -97,6 +97,10 @@ def _arrival(entry: QueueEntry, params: Params) -> float:
     return entry.arrival_s
 
 
+def _priority_rules(params: Params) -> QueueRules:
+    return QueueRules(preempts=True)
+
+
 def _edf_rules(params: Params) -> QueueRules:
     return QueueRules(late_slack_s=params["slack_s"], promote_after_s=params["promote_after_s"] or None)
 
@@ -168,6 +172,7 @@ _KINDS = (
         source="Linear aging: Kleinrock, A delay dependent queue discipline (1964).",
         placing=_place_priority,
         parameters={"level_s": _LEVEL},
+        ruling=_priority_rules,
     ),
     PolicyKind(
         name="edf",

@@ -95,6 +95,7 @@ class FlowQueue:
         lease_s: float,
         now: float | None = None,
         number: int | None = None,
+        max_priority: int | None = None,
     ) -> Claimed:
         now = self._now(now)
         state = self._owners.get(owner)
@@ -109,7 +110,7 @@ class FlowQueue:
             dropped, rows = self._drop_overdue(now, MAX_EXPIRED), []
             more = self._backlog.overdue(now) is not None
             if not more:
-                rows, more = self._serve(owner, state, max_requests, max_tokens, now)
+                rows, more = self._serve(owner, state, max_requests, max_tokens, now, max_priority)
             if number is not None:
                 state.number, state.given = number, rows
         requests = [_claimed(self._records[id_]) for id_, _ in rows]
@@ -275,10 +276,12 @@ class FlowQueue:
         return sum(self._backlog.place(id_, placement) for id_, placement in placed)
 
     def _serve(
-        self, owner: str, state: Owner, max_requests: int, max_tokens: int, now: float
+        self, owner: str, state: Owner, max_requests: int, max_tokens: int, now: float, max_priority: int | None
     ) -> tuple[list[tuple[str, int]], bool]:
         """(Id, attempt) of those served, and whether a bound of this call kept it from serving more."""
         backlog, rules, records = self._backlog, self._rules, self._records
+        if max_priority is not None and not rules.preempts:
+            return [], False
         turns = Turns(backlog, rules, now) if rules.reorders and self._needs_turns(max_requests, now) else None
         next_head = backlog.flows.head if turns is None else turns.next
         claimed_tokens, rows = 0, list[tuple[str, int]]()
@@ -288,7 +291,7 @@ class FlowQueue:
             entry = columns[ENTRY][at]
             record = records.get(entry.id)
             tokens = entry.prompt_tokens + (len(record.journal) // 4 if record else 0)
-            if tokens > max_tokens:
+            if tokens > max_tokens or (max_priority is not None and entry.priority > max_priority):
                 break
             max_tokens -= tokens
             if record is None:

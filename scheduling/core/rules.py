@@ -36,6 +36,9 @@ class QueueRules:
     run: int = 1
     """Requests that one claim takes from a flow in a row before another flow has its turn."""
 
+    preempts: bool = False
+    """Higher levels outrank lower ones: an engine without a free slot may claim one that takes a lower one's slot."""
+
     @property
     def reorders(self) -> bool:
         """Whether anything but the flows and ranks says who is next."""

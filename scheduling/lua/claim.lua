@@ -1,4 +1,4 @@
--- owner, max requests, max tokens, lease seconds, now, claim number
+-- owner, max requests, max tokens, lease seconds, now, claim number, max priority (empty: any)
 --   -> {revision, policy, depth, {{id, body, attempt, journal, failures}}, {id, body, of those dropped, ...}, 1 if the
 --      claim was cut short}
 local owner, lease_s = ARGV[1], tonumber(ARGV[4])
@@ -6,6 +6,7 @@ local room_requests, room_tokens = tonumber(ARGV[2]), tonumber(ARGV[3])
 local own, last = Q .. ':own:' .. owner, Q .. ':last:' .. owner
 local queue = load_queue()
 local rows, dropped, more = {}, {}, false
+local max_priority = tonumber(ARGV[7]) or math.huge
 
 -- The same claim again: its reply was lost.
 local function repeated()
@@ -62,7 +63,7 @@ local function serve(flow, vt, head, system_vt)
   end
   local entry, journal = cmsgpack.unpack(r[1]), call('GET', Q .. ':tok:' .. id) or ''
   local tokens = entry[PROMPT] + #journal / 4
-  if tokens > room_tokens then
+  if tokens > room_tokens or entry[PRIORITY] > max_priority then
     call('ZADD', list, head[2], head[1])
     return false
   end
@@ -138,6 +139,8 @@ local late_before = queue.rules[SLACK] and now + queue.rules[SLACK]
 call('ZADD', Q .. ':owners', now + lease_s, owner)
 if not repeated() then
   dropped, more = drop_expired(queue, now, MAX_EXPIRED)
+  -- Who comes for the sake of its priority is served where the policy orders by it, and nowhere else.
+  if max_priority < math.huge and not queue.rules[PREEMPTS] then room_requests = 0 end
   while not more and #rows < room_requests and serve_next(now, late_before) do end
   if #rows > 0 then
     queue.depth = queue.depth - #rows

@@ -27,8 +27,8 @@ local ID, TENANT, PRIORITY, ARRIVAL, PROMPT, MAXIMUM, DEADLINE, SHARE, REPLY_TO,
 local FLOW, RANK, WEIGHT, EPOCH, ENTRY = 1, 2, 3, 4, 5
 
 -- Rules of the active policy, see core/rules.py.
-local PROMOTE, SLACK, PER_REQUEST, PER_PROMPT, PER_OUTPUT, RUN = 1, 2, 3, 4, 5, 6
-local PLAIN, LATE, MAX_DEMOTIONS = { false, false, 0, 1, 1, 1 }, 1e10, 1000
+local PROMOTE, SLACK, PER_REQUEST, PER_PROMPT, PER_OUTPUT, RUN, PREEMPTS = 1, 2, 3, 4, 5, 6, 7
+local PLAIN, LATE, MAX_DEMOTIONS = { false, false, 0, 1, 1, 1, false }, 1e10, 1000
 local PRIORITY_STEP, MAX_SHED, MAX_EXPIRED = 1e10, 16, 100
 
 local function clock(given)

@@ -110,11 +110,18 @@ class BothQueues(RuleBasedStateMachine):
     def serve(self, owner: str, num: int) -> None:
         self.claim(owner, num, 100_000, again=False)
 
-    @rule(owner=OWNERS, requests=st.integers(0, 5), tokens=st.sampled_from([30, 200, 10_000]), again=st.booleans())
-    def claim(self, owner: str, requests: int, tokens: int, again: bool) -> None:
+    @rule(
+        owner=OWNERS,
+        requests=st.integers(0, 5),
+        tokens=st.sampled_from([30, 200, 10_000]),
+        again=st.booleans(),
+        max_priority=st.sampled_from([None, None, 0, 2, 4]),
+    )
+    def claim(self, owner: str, requests: int, tokens: int, again: bool, max_priority: int | None = None) -> None:
         self.claims += 1
         args: dict[str, Any] = {
             "max_requests": requests, "max_tokens": tokens, "lease_s": 5.0, "now": self.now, "number": self.claims,
+            "max_priority": max_priority,
         }  # fmt: skip
         answer = self.memory.claim(owner, **args)
         assert self.run(self.fleet.claim(owner, **args)) == answer
