@@ -27,6 +27,9 @@ SECOND_LOOK_S = 3.0
 SLOTS_AT_ONCE = 500
 """Requests looked up in one round trip."""
 
+EXPIRED_AT_ONCE = 500
+"""Requests past their deadline that one round drops from a queue; claims drop them too."""
+
 SHED_GRACE_S = 3.0
 """Whoever dropped a request ends it at once, if it can."""
 
@@ -50,6 +53,8 @@ class Sweeper:
             for owner, num_requeued in execute(self._client, queue.expire()):
                 logger.warning("%s of %s is gone; %d requests go back to the queue.", owner, queue.model, num_requeued)
             place_unplaced(self._client, queue)
+            expired = execute(self._client, queue.drop_expired(limit=EXPIRED_AT_ONCE))
+            end_dropped(self._client, queue, expired)
             self._end_shed(queue)
         for heartbeats, web in self._lapsed_long_enough():
             self._sweep_web(heartbeats, web, queues)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import redis
 
+from inference.shedding import end_dropped
 from inference.worker.active import ActiveRequest
 from inference.worker.inbox import Inbox
 from inference.worker.lease import Lease
@@ -93,9 +94,11 @@ class Intake(threading.Thread):
             try:
                 claimed = self._claim(room)
                 self._rest()
-                if not claimed.requests and claimed.depth == 0:
+                if claimed.requests or claimed.more:
+                    continue
+                if claimed.depth == 0:
                     self._listen()
-                elif not claimed.requests:
+                else:
                     self._await_change(room)
             except redis.RedisError as error:
                 self._rest()
@@ -133,17 +136,23 @@ class Intake(threading.Thread):
         return Room(self._room.requests - len(self._claimed), max(0, tokens))
 
     def _claim(self, room: Room) -> Claimed:
-        """Claim for the room; an idle engine also claims a head of the queue that no room will ever fit."""
+        """Claim for the room; an idle engine also claims a head of the queue that no room will ever fit.
+
+        Requests that were dropped for their deadline are ended here.
+        """
         owner = self._lease.owner
         claimed = self._claim_as(owner, room)
-        if not claimed.requests and claimed.depth and self._is_idle and not self._claimed:
+        dropped = claimed.dropped
+        if not (claimed.requests or claimed.more) and claimed.depth and self._is_idle and not self._claimed:
             claimed = self._claim_as(owner, Room(1, NO_LIMIT))
+            dropped += claimed.dropped
         self.policy, self.revision = claimed.policy, claimed.revision
         if claimed.requests:
             opened = [self._read(request, owner) for request in claimed.requests]
             with self._changed:
                 self._claimed.extend(opened)
             self._inbox.wake()
+        end_dropped(self._client, self._queue, dropped)
         return claimed
 
     def _claim_as(self, owner: str, room: Room) -> Claimed:

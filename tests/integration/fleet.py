@@ -72,7 +72,9 @@ class FleetClient:
         sampling: SamplingParams = GREEDY,
         priority: int = 3,
         body: bytes | None = None,
+        deadline_s: float | None = None,
     ) -> None:
+        """With a deadline, the request is dropped when that passes while it waits."""
         now = time.time()
         request = InferenceRequest(
             id=request_id,
@@ -93,6 +95,8 @@ class FleetClient:
             arrival_s=now,
             prompt_tokens=len(prompt),
             max_tokens=max_tokens,
+            deadline_s=deadline_s,
+            drop_expired=deadline_s is not None,
         )
         command = self.queue.enqueue(
             entry,

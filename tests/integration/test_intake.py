@@ -5,17 +5,23 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 
+from inference.messages import InferenceRequest, RequestEvent
 from inference.worker.active import ActiveRequest, open_request
 from inference.worker.inbox import Inbox
-from inference.worker.intake import Intake
+from inference.worker.intake import BELL_WAIT_S, Intake
 from inference.worker.lease import Lease
 from scheduling.core.answers import ClaimedRequest
 from scheduling.core.planner import Room
+from scheduling.core.policies import build_policy
+from scheduling.core.request import QueueEntry
+from scheduling.core.rules import MAX_DEMOTIONS, MAX_EXPIRED
+from scheduling.core.sequence import SamplingParams
 from scheduling.keys import Keys
-from scheduling.store import connect, execute
+from scheduling.store import connect, execute, execute_many
 from tests.integration.fleet import FleetClient
 
 
@@ -91,3 +97,48 @@ def test_an_idle_intake_claims_what_no_room_will_fit_so_that_it_can_be_refused(
     assert take(intake, 1) == ["huge"]
     intake.offer(Room(4, 20), is_idle=True)
     assert take(intake, 1) == ["next"]
+
+
+def test_requests_past_their_deadline_are_ended_at_a_claim_and_never_given(intake: Intake, fleet: FleetClient) -> None:
+    for i in range(2 * MAX_EXPIRED + 7):
+        fleet.submit(f"late{i}", [1], 5, deadline_s=time.time() - 1)
+    fleet.submit("r", [1], 5, deadline_s=time.time() + 600)
+    started = time.monotonic()
+    intake.offer(Room(4, 100), is_idle=False)
+    assert take(intake, 1) == ["r"]
+    assert time.monotonic() - started < BELL_WAIT_S, "a claim that was cut short is repeated at once"
+    late = [answer for name, answer in fleet.answers.items() if name != "r"]
+    fleet.until(lambda: all(answer.finish for answer in late))
+    assert {answer.finish.error_code for answer in late if answer.finish} == {"deadline_exceeded"}
+    assert len(fleet.events(RequestEvent)) == len(late), "each is ended once"
+
+
+def test_a_claim_that_only_moved_late_requests_is_repeated_at_once(intake: Intake, fleet: FleetClient) -> None:
+    policy = build_policy("edf")
+    assert execute(fleet.client, fleet.queue.init_policy("edf", {}, 1))
+    now = time.time()
+    for name, deadline_s, num in (("late", now - 9, MAX_DEMOTIONS + 1), ("early", now + 600, 1)):
+        request = InferenceRequest(
+            id=name, model="m", tenant="acme", priority=3, arrival_s=now, prompt_token_ids=[1], max_tokens=5,
+            sampling=SamplingParams(),
+        )  # fmt: skip
+        entries = [
+            QueueEntry(
+                id=f"{name}{i}", tenant="acme", priority=3, arrival_s=now, prompt_tokens=1, max_tokens=5,
+                deadline_s=deadline_s,
+            )
+            for i in range(num)
+        ]  # fmt: skip
+        execute_many(
+            fleet.client,
+            [
+                fleet.queue.enqueue(
+                    entry, policy.place(entry), revision=1, body=msgspec.msgpack.encode(request), depth_limit=10**6
+                )
+                for entry in entries
+            ],
+        )
+    started = time.monotonic()
+    intake.offer(Room(1, 100), is_idle=False)
+    assert take(intake, 1) == ["early"]
+    assert time.monotonic() - started < BELL_WAIT_S

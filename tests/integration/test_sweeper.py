@@ -17,6 +17,7 @@ from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
 from scheduling.store import TIME, execute
+from tests.integration.fleet import FleetClient
 
 NOW_S = 1_760_000_000.0
 
@@ -144,3 +145,15 @@ def test_what_was_shed_by_a_process_that_died_is_ended_by_the_sweeper_once(
     (update,) = msgspec.msgpack.decode(fields[b"m"], type=list[SequenceUpdate])
     assert update.finish is not None
     assert (update.request_id, update.finish.reason, update.finish.error_code) == ("r1", "error", "shed")
+
+
+def test_a_deadline_that_no_claim_looks_at_is_found_by_the_sweeper(store: redis.Redis, keys: Keys) -> None:
+    fleet = FleetClient(store, keys, "m")
+    store.sadd(keys.models, "m")
+    fleet.submit("late", [1, 2, 3], 5, deadline_s=time.time() - 1)
+    fleet.submit("r", [1, 2, 3], 5, deadline_s=time.time() + 600)
+    for _ in range(2):
+        Sweeper(store, keys).run_once()
+    fleet.until(lambda: fleet.answers["late"].finish)
+    assert [(event.id, event.error_code) for event in history(store, keys)] == [("late", "deadline_exceeded")]
+    assert execute(store, fleet.queue.snapshot()).depth == 1
