@@ -17,6 +17,8 @@ from scheduling.core.sequence import SamplingParams
 REPLACEMENT = "\ufffd"
 MAX_WINDOW_TOKENS = 16
 """Tokens decoded together at most while none of them ends a character; no character has more than four bytes."""
+BREAK = "\U0010fffd"
+"""Cuts text from outside in a rendered chat, so that it spells no control token; a character of private use."""
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -42,7 +44,11 @@ class Tokenizer:
         self._special = special
         self.eos_token_ids = eos_token_ids
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.special_token_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        added = backend.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(i for i, t in added.items() if t.special)
+        self._added = {i: t.content for i, t in added.items()}
+        self._controls = [t.content for t in added.values() if t.special]
+        self._bytes = TokenBytes(json.loads(backend.to_str())["decoder"])
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -75,17 +81,55 @@ class Tokenizer:
     def render_chat(self, messages: Seq[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant answers.
 
-        Raises ChatTemplateMissing or ChatTemplateFailed.
+        Control tokens come from the template only: where a message spells one, it is read as the characters that it
+        has. Raises ChatTemplateMissing or ChatTemplateFailed.
         """
         if self._template is None:
             raise ChatTemplateMissing
         try:
             text = self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special
+                messages=[self._disarm(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise ChatTemplateFailed(f"The model's chat template refused these messages: {error}") from error
-        return self.encode(text, add_special_tokens=False)
+        return [token for piece in text.split(BREAK) for token in self.encode(piece, add_special_tokens=False)]
+
+    def _disarm(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message whose strings have a break inside of every control token that they spell."""
+        return {name: self._break(value) if isinstance(value, str) else value for name, value in message.items()}
+
+    def _break(self, text: str) -> str:
+        for control in self._controls:
+            if control in text:
+                text = text.replace(control, control[0] + BREAK + control[1:])
+        return text
+
+    def token_bytes(self, token_id: int, *, is_first: bool = False) -> bytes:
+        """What a token adds to a text, which may be part of a character. An unknown id gives nothing.
+
+        The bytes of a text's tokens together are its UTF-8. `is_first`: decoders that drop a text's leading space do.
+        """
+        piece = self._added.get(token_id)
+        if piece is not None:
+            return piece.encode()
+        piece = self._backend.id_to_token(token_id)
+        if piece is None:
+            return b""
+        found = self._bytes.read(piece, is_first=is_first)
+        return self.decode([token_id]).encode() if found is None else found
+
+    def silent_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        """Tokens of which a request's text shows nothing: special ones, and those that end it."""
+        silent: frozenset[int] = frozenset()
+        if not sampling.include_stop:
+            silent = frozenset(sampling.stop_token_ids)
+            if not sampling.ignore_eos:
+                silent |= self.eos_token_ids
+        return silent | self.special_token_ids if sampling.skip_special_tokens else silent
 
     def decode(self, ids: Seq[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Ids outside the vocabulary give no text."""
@@ -128,6 +172,58 @@ class _GenerationTag(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class TokenBytes:
+    """Reads the bytes of a token out of its piece in the vocabulary, as the decoder of tokenizer.json does it."""
+
+    def __init__(self, decoder: dict[str, Any] | None) -> None:
+        steps = _flatten(decoder)
+        kinds = {step["type"] for step in steps}
+        self._is_byte_level = "ByteLevel" in kinds
+        self._has_byte_pieces = "ByteFallback" in kinds
+        spaces = {step["replacement"] for step in steps if step["type"] == "Metaspace"}
+        spaces |= {
+            step["pattern"].get("String") for step in steps if step["type"] == "Replace" and step["content"] == " "
+        }
+        self._space = next(iter(spaces), None)
+        self._strips = any(
+            (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+            or (step["type"] == "Strip" and step["content"] == " " and step["start"] > 0)
+            for step in steps
+        )
+
+    def read(self, piece: str, *, is_first: bool) -> bytes | None:
+        """The bytes; None where the decoder is of another kind."""
+        if self._is_byte_level:
+            try:
+                return bytes(BYTE_OF[character] for character in piece)
+            except KeyError:
+                return piece.encode()
+        if self._space is None:
+            return None
+        if self._has_byte_pieces and len(piece) == 6 and piece.startswith("<0x"):
+            return bytes.fromhex(piece[3:5])
+        text = piece.replace(self._space, " ")
+        return (text[1:] if is_first and self._strips and text.startswith(" ") else text).encode()
+
+
+def _flatten(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [step for part in decoder["decoders"] for step in _flatten(part)]
+    return [decoder]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies (Radford et al. 2019, section 2.2)."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+BYTE_OF = _byte_alphabet()
+
+
 class TextStream:
     """Turns tokens into text as they come, never half a character, and looks for stop strings over token boundaries.
 
@@ -144,18 +240,16 @@ class TextStream:
         min_tokens: int = 0,
         include_stop: bool = False,
         skip_special_tokens: bool = True,
-        end_token_ids: frozenset[int] = frozenset(),
+        silent_token_ids: frozenset[int] | None = None,
     ) -> None:
         """Text of the first `min_tokens` tokens is not searched for stop strings. `include_stop`: the text ends with
-        the stop string or with the token of `end_token_ids` that ended it, rather than before it."""
+        the stop string rather than before it. Silent tokens, by default the special ones, give no text."""
         self._tokenizer = tokenizer
         self._stop = tuple(s for s in stop if s)
         self._include_stop = include_stop
         self._num_unsearched = min_tokens
         self._skip_special_tokens = skip_special_tokens
-        self._silent = frozenset() if include_stop else end_token_ids
-        if skip_special_tokens:
-            self._silent |= tokenizer.special_token_ids
+        self._silent = tokenizer.special_token_ids if silent_token_ids is None else silent_token_ids
         self._window: list[int] = []
         self._num_read = 0
         """Tokens of the window whose text is emitted."""
@@ -168,14 +262,13 @@ class TextStream:
     @classmethod
     def of(cls, tokenizer: Tokenizer, sampling: SamplingParams) -> "TextStream":
         """The stream of a request."""
-        ends = frozenset(sampling.stop_token_ids)
         return cls(
             tokenizer,
             sampling.stop,
             min_tokens=sampling.min_tokens,
             include_stop=sampling.include_stop,
             skip_special_tokens=sampling.skip_special_tokens,
-            end_token_ids=ends if sampling.ignore_eos else ends | tokenizer.eos_token_ids,
+            silent_token_ids=tokenizer.silent_token_ids(sampling),
         )
 
     def push(self, token_id: int) -> str:
