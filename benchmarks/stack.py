@@ -181,6 +181,7 @@ def running_stack(tenants: Mapping[str, Mapping[str, int]] | None = None, **sett
             "REDIS_URL": server.url,
             "PENSTOCK_VAR": str(folder),
             "PENSTOCK_KEY_PREFIX": PREFIX,
+            "PENSTOCK_NO_REPLICA_S": "0",
             "DATABASE_URL": "",
             **settings,
         }

@@ -5,6 +5,7 @@ import re
 import sys
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
@@ -85,6 +86,12 @@ class Config(BaseSettings):
         ge=0,
         description="Waiting tokens (prompt and `max_tokens`) per model before new ones are refused; 0: no bound.",
     )
+    no_replica_s: float = Field(
+        30.0,
+        ge=0,
+        le=86_400,
+        description="Requests of a model that no worker has served for this long are refused; 0: they wait.",
+    )
     idempotency_keep_s: int = Field(
         600,
         ge=60,
@@ -99,6 +106,18 @@ class Config(BaseSettings):
     minutes_days: int = Field(30, ge=1, le=3650, description="How long history summed up by minutes is kept.")
     hours_days: int = Field(730, ge=1, le=36500, description="How long history summed up by hours is kept.")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Log level.")
+    log_format: Literal["line", "json"] = Field(
+        "line", description="`json`: an object a line, for log collectors, with the request's id."
+    )
+    traces: str = Field(
+        "",
+        pattern=r"^(https?://.+|/.+)?$",
+        description="Where OpenTelemetry traces go: an OTLP/HTTP endpoint such as `http://collector:4318/v1/traces`, or a file; "
+        "empty: nowhere. Needs `deploy/requirements-traces.txt`.",
+    )
+    metrics_tenants: int = Field(
+        50, ge=0, le=1000, description="Tenants that `/metrics` names; the others are summed up as `other`."
+    )
 
     @cached_property
     def models(self) -> list[str]:

@@ -40,7 +40,7 @@ async def answer_readyz(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def run_checks(gateway: Gateway, directory: DirectoryWatch) -> dict[str, Check]:
-    """All checks by name. No worker is no reason to send clients away: their requests wait in the queue."""
+    """All checks by name. No worker is no reason to take this process out of service: another would not serve more."""
     redis, database = await asyncio.gather(
         _reach(gateway.pipeline.send(Command(("PING",), bool)), "Redis"), _reach(_ask_database(), "The database")
     )
@@ -54,12 +54,14 @@ async def run_checks(gateway: Gateway, directory: DirectoryWatch) -> dict[str, C
         models = Check(True, f"{num_models} of {len(deployments)} loaded")
     else:
         models = Check(False, "No model can be served. Register one with `manage.py add_model`.")
+    unserved = [reason for model in gateway.models.loaded() if (reason := gateway.desk.why_unserved(model.name))]
     accepting = Check(not gateway.closing, "shutting down" if gateway.closing else "")
     return {
         "redis": redis,
         "database": database,
         "configuration": configuration,
         "models": models,
+        "replicas": Check(True, " ".join(unserved)),
         "accepting": accepting,
     }
 

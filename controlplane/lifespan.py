@@ -42,6 +42,7 @@ class Lifespan:
                 queue_limit=self._config.queue_limit,
                 queue_tokens=self._config.queue_tokens or None,
                 idempotency_keep_s=self._config.idempotency_keep_s,
+                no_replica_s=self._config.no_replica_s,
             )
             try:
                 await directory.start()

@@ -21,7 +21,7 @@ from controlplane.api.schemas import (
 )
 from inference.control import send_control
 from inference.gateway.errors import Unavailable
-from inference.gateway.monitor import FleetStatus
+from inference.gateway.gateway import Gateway
 from inference.messages import ReplicaStatus
 from inference.services import announce_policy
 from scheduling.core.policies import POLICIES
@@ -40,7 +40,7 @@ def list_queues(request: HttpRequest) -> list[QueueView]:
     """Depth, waits, backpressure and policy as this process read them within the last quarter of a second."""
     gateway = find_gateway(request)
     caller = request.auth if isinstance(request.auth, Caller) else None  # type: ignore[attr-defined]
-    return [_queue_view(m.name, gateway.status(m.name), caller) for m in gateway.models.loaded()]
+    return [_queue_view(m.name, gateway, caller) for m in gateway.models.loaded()]
 
 
 @router.get("/replicas", response=list[ReplicaView], auth=READERS, summary="Every engine process")
@@ -92,7 +92,8 @@ def _announce(revision: PolicyRevision) -> dict[str, Any]:
     return announce_policy(revision, send_control)
 
 
-def _queue_view(model: str, status: FleetStatus, caller: Caller | None) -> QueueView:
+def _queue_view(model: str, gateway: Gateway, caller: Caller | None) -> QueueView:
+    status = gateway.status(model)
     snapshot = status.snapshot
     if snapshot is None:
         raise Unavailable("The queue has not been read yet.", code="redis_unavailable")
@@ -111,6 +112,8 @@ def _queue_view(model: str, status: FleetStatus, caller: Caller | None) -> Queue
         estimated_wait_s=status.estimated_wait_s,
         backpressure=status.assessment.level.name.lower(),
         backpressure_reason=status.assessment.reason,
+        replicas=len(status.replicas),
+        refused_because=gateway.desk.why_unserved(model),
         policy=snapshot.policy,
         policy_params=dict(snapshot.params),
         policy_revision=snapshot.revision,

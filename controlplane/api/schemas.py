@@ -63,6 +63,8 @@ class QueueView(Schema):
     estimated_wait_s: float | None
     backpressure: str
     backpressure_reason: str
+    replicas: int = Field(description="Engine processes that report.")
+    refused_because: str = Field(description="Why all requests of this model are refused, where they are.")
     policy: str
     policy_params: dict[str, float | str]
     policy_revision: int

@@ -14,6 +14,7 @@ from inference.gateway.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     InvalidRequest,
+    NoReplica,
     Overloaded,
     QueueFull,
     RateLimited,
@@ -73,12 +74,14 @@ class AdmissionDesk:
         queue_limit: int,
         limits: BackpressureLimits,
         queue_tokens: int | None = None,
+        no_replica_s: float = 0.0,
     ) -> None:
         self._pipeline = pipeline
         self._monitor = monitor
         self._keys = keys
         self._queue_limit = queue_limit
         self._queue_tokens = queue_tokens
+        self._no_replica_s = no_replica_s
         self._endings: set[asyncio.Task[None]] = set()
         self._backpressure = limits
         self.limits = TenantLimits(keys)
@@ -86,10 +89,12 @@ class AdmissionDesk:
     async def admit(self, draft: Draft, request: InferenceRequest) -> Admission:
         """Charge the tenant and enqueue.
 
-        Raises ContextLengthExceeded, DeadlineExceeded, Overloaded, RateLimited, QueueFull or RedisUnavailable.
+        Raises ContextLengthExceeded, DeadlineExceeded, NoReplica, Overloaded, RateLimited, QueueFull or
+        RedisUnavailable.
         """
         check_length(draft)
         self._check_deadline(draft)
+        self._check_served(draft)
         max_depth = self._check_backpressure(draft)
         if _is_unlimited(draft.tenant):
             # The charge cannot be refused, so both go in one round trip; the charge is the first of them.
@@ -109,6 +114,18 @@ class AdmissionDesk:
         if draft.tenant.drop_expired and draft.deadline_s is not None and draft.deadline_s <= time.time():
             self.count_refusal(draft, DeadlineExceeded.code)
             raise DeadlineExceeded("The request's deadline had passed when it was to enter the queue.")
+
+    def _check_served(self, draft: Draft) -> None:
+        if reason := self.why_unserved(draft.model.name):
+            self.count_refusal(draft, NoReplica.code)
+            raise NoReplica(reason)
+
+    def why_unserved(self, model: str) -> str:
+        """A sentence where requests of a model are refused since nobody serves it; "" otherwise."""
+        silent_s = self._monitor.status(model).unserved_s
+        if not self._no_replica_s or silent_s <= self._no_replica_s:
+            return ""
+        return f"No worker has served the model '{model}' for {silent_s:.0f} s."
 
     def _check_backpressure(self, draft: Draft) -> int:
         """The depth at which a request of this priority is refused."""

@@ -49,7 +49,10 @@ PATIENCE_S = 600.0
 
 
 class Gateway:
-    """Start once per web process, inside its event loop."""
+    """Start once per web process, inside its event loop.
+
+    With `no_replica_s`, requests of a model are refused once no replica of it has reported for so long.
+    """
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class Gateway:
         queue_limit: int = 20_000,
         queue_tokens: int | None = None,
         idempotency_keep_s: int = 600,
+        no_replica_s: float = 0.0,
         backpressure: BackpressureLimits | None = None,
     ) -> None:
         once = Retry(NoBackoff(), 0)
@@ -76,7 +80,13 @@ class Gateway:
         limits = backpressure or BackpressureLimits()
         self.monitor = FleetMonitor(self.pipeline, keys, queue_limit, limits)
         self.desk = AdmissionDesk(
-            self.pipeline, self.monitor, keys, queue_limit=queue_limit, limits=limits, queue_tokens=queue_tokens
+            self.pipeline,
+            self.monitor,
+            keys,
+            queue_limit=queue_limit,
+            limits=limits,
+            queue_tokens=queue_tokens,
+            no_replica_s=no_replica_s,
         )
         self._directory = directory
         self._reader = ReplyReader(

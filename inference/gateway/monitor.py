@@ -66,7 +66,7 @@ class FleetMonitor:
         self._queue_limit = queue_limit
         self._limits = limits
         self._lowered = limits.lowered()
-        self._started_s = time.monotonic()
+        self._started_s = self._looked_s = time.monotonic()
         self._served_s: dict[str, float] = {}
         """Model -> when a replica of it was last seen (monotonic)."""
         self._backlogs: dict[str, BacklogRate] = {}
@@ -95,6 +95,7 @@ class FleetMonitor:
     async def tick(self, models: Sequence[ServedModel]) -> None:
         """Read all of it once. Raises RedisUnavailable."""
         replicas = await self._read_replicas()
+        self._forgive_silence(time.monotonic())
         levels, *snapshots = await asyncio.gather(
             self._pipeline.send(Command(("HGETALL", self._keys.backpressure), dict)),
             *(self._pipeline.send(model.queue.snapshot()) for model in models),
@@ -104,6 +105,13 @@ class FleetMonitor:
             self._keep_policy(model.name, snapshot.revision, snapshot.policy, snapshot.params)
             before = read_level(levels.get(model.name.encode())) or CALM
             self._status[model.name] = self._assess(model.name, snapshot, mine, before)
+
+    def _forgive_silence(self, now: float) -> None:
+        """After a while without Redis nobody can say who served: begin anew."""
+        if now - self._looked_s > LEVEL_LIFE_S:
+            self._served_s.clear()
+            self._started_s = now
+        self._looked_s = now
 
     def note_depth(self, model: str, depth: int) -> None:
         """Learn the depth from an enqueue's own answer, so that a level rises before the next reading."""

@@ -1,20 +1,30 @@
-"""What the gateway's tests share: raw HTTP to a web process, and waiting for a condition."""
+"""What the gateway's tests share: raw HTTP to a web process, a gateway in this process, waiting for a condition."""
 
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import redis
+import redis.asyncio
 
 from benchmarks.stack import MODEL, PREFIX, Stack
+from benchmarks.tiny_checkpoint import write_tiny_checkpoint
+from inference.directory import Directory, DirectoryWatch, KeyConfig, TenantConfig
+from inference.gateway.admission import Draft
+from inference.gateway.gateway import Gateway
+from inference.messages import DeploymentSpec
+from scheduling.core.backpressure import BackpressureLimits
+from scheduling.core.sequence import SamplingParams
+from scheduling.credentials import digest_key
 from scheduling.fleet import FleetQueue, QueueSnapshot
 from scheduling.keys import Keys
 from scheduling.store import execute
@@ -84,3 +94,42 @@ def frames_of(text: str) -> list[Any]:
 def text_of(text: str) -> str:
     """The text that an event stream of `/v1/completions` carries."""
     return "".join(c["text"] for frame in frames_of(text) for c in frame.get("choices", ()))
+
+
+KEY = "ps-abcdefgh-0123456789abcdef0123456789abcdef"
+TENANT = TenantConfig(name="alpha", max_priority=0)
+
+
+@asynccontextmanager
+async def open_gateway(
+    redis_url: str, keys: Keys, folder: Path, tenant: TenantConfig = TENANT, **options: Any
+) -> AsyncIterator[Gateway]:
+    """A gateway with one tenant, whose key is KEY, and the model `tiny`; estimated waits refuse nobody."""
+    digest = digest_key(KEY)
+    limits = BackpressureLimits(wait_s=(1e9, 1e9, 1e9, 1e9))
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        watch = DirectoryWatch(client, keys)
+        watch.current = Directory(
+            keys={digest: KeyConfig(prefix="abcdefgh", digest=digest, tenant=tenant.name, max_priority=0)},
+            tenants={tenant.name: tenant},
+            deployments={MODEL: DeploymentSpec(name=MODEL, path=str(write_tiny_checkpoint(folder)))},
+        )
+        gateway = Gateway(redis_url, keys, watch, **{"backpressure": limits, **options})
+        await gateway.start()
+        yield gateway
+        await gateway.stop()
+        await watch.stop()
+
+
+def draft(gateway: Gateway, number: int, priority: int = 2, **fields: Any) -> Draft:
+    """A small request."""
+    values: dict[str, Any] = {
+        "endpoint": "completions",
+        "model": gateway.find_model(MODEL),
+        "tenant": TENANT,
+        "prompt_token_ids": [10, 11],
+        "max_tokens": 5,
+        "sampling": SamplingParams(),
+        "reply_to": gateway.name,
+    }
+    return Draft(id=f"cmpl-{number}", priority=priority, **(values | fields))

@@ -11,56 +11,24 @@ import msgspec
 import pytest
 import redis.asyncio
 
-from benchmarks.tiny_checkpoint import write_tiny_checkpoint
 from controlplane.api.openai.app import OpenAIApp
-from inference.directory import Directory, DirectoryWatch, KeyConfig, TenantConfig
+from inference.directory import TenantConfig
 from inference.gateway import gateway as module
-from inference.gateway.admission import Draft
 from inference.gateway.errors import InvalidRequest, Overloaded, QueueFull, RateLimited
 from inference.gateway.gateway import Gateway
-from inference.messages import DeploymentSpec
-from scheduling.core.backpressure import BackpressureLimits
 from scheduling.core.policies import build_policy
-from scheduling.core.sequence import SamplingParams
-from scheduling.credentials import digest_key
 from scheduling.keys import Keys
 from scheduling.store import Command, aexecute, connect
 from scheduling.switch import switch_policy
+from tests.integration.gateway_support import KEY, draft, open_gateway
 
-KEY = "ps-abcdefgh-0123456789abcdef0123456789abcdef"
-TENANT = TenantConfig(name="alpha", max_priority=0)
 QUEUE_LIMIT = 20
 
 
 @pytest.fixture
-async def gateway(astore: redis.asyncio.Redis, redis_url: str, keys: Keys, tmp_path: Path) -> AsyncIterator[Gateway]:
-    watch = DirectoryWatch(astore, keys)
-    digest = digest_key(KEY)
-    watch.current = Directory(
-        keys={digest: KeyConfig(prefix="abcdefgh", digest=digest, tenant="alpha", max_priority=0)},
-        tenants={"alpha": TENANT},
-        deployments={"tiny": DeploymentSpec(name="tiny", path=str(write_tiny_checkpoint(tmp_path)))},
-    )
-    limits = BackpressureLimits(wait_s=(1e9, 1e9, 1e9, 1e9))
-    gateway = Gateway(redis_url, keys, watch, queue_limit=QUEUE_LIMIT, backpressure=limits)
-    await gateway.start()
-    yield gateway
-    await gateway.stop()
-    await watch.stop()
-
-
-def draft(gateway: Gateway, number: int, priority: int = 2) -> Draft:
-    return Draft(
-        id=f"cmpl-{number}",
-        endpoint="completions",
-        model=gateway.find_model("tiny"),
-        tenant=TENANT,
-        prompt_token_ids=[10, 11],
-        max_tokens=5,
-        sampling=SamplingParams(),
-        priority=priority,
-        reply_to=gateway.name,
-    )
+async def gateway(redis_url: str, keys: Keys, tmp_path: Path) -> AsyncIterator[Gateway]:
+    async with open_gateway(redis_url, keys, tmp_path, queue_limit=QUEUE_LIMIT) as gateway:
+        yield gateway
 
 
 @dataclass(slots=True)
