@@ -8,10 +8,10 @@ from dashboard.latency import MEASURES, LatencyWindow, Percentiles, summarise
 from dashboard.rates import RateMeter
 from dashboard.readings import Reading
 from dashboard.state import Document, prune
-from inference.gateway.monitor import BacklogRate
 from inference.messages import ReplicaStatus, Telemetry
 from scheduling.core.answers import QueueSnapshot
 from scheduling.core.backpressure import Assessment, BackpressureLimits, admitted_priorities, assess
+from scheduling.core.drain import BacklogRate
 from scheduling.core.policies import POLICIES
 from scheduling.core.request import Priority
 

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 MODEL_COOKIE = "penstock_model"
 PAGES = (
     ("dashboard", "Live"),
+    ("requests", "Requests"),
     ("policies", "Policies"),
 )
 """URL names and titles, in the order of the navigation."""

@@ -4,13 +4,16 @@ from django.contrib.auth.views import LogoutView
 from django.urls import path
 
 from dashboard.sign_in import SignInView
-from dashboard.views import commands, live, policies
+from dashboard.views import commands, live, policies, requests
 
 urlpatterns = [
     path("", live.live, name="dashboard"),
     path("login/", SignInView.as_view(), name="login"),
     path("logout/", LogoutView.as_view(), name="logout"),
     path("session/", live.session, name="session"),
+    path("requests/", requests.requests, name="requests"),
+    path("requests/<str:request_id>/", requests.life, name="request"),
+    path("requests/<str:request_id>/cancel/", commands.cancel, name="cancel-request"),
     path("policies/", policies.policies, name="policies"),
     path("queues/<path:model>/policy/", commands.switch, name="switch-policy"),
     path("workers/<str:replica>/<str:command>/", commands.control, name="control-replica"),

@@ -2,7 +2,8 @@
 
 from ninja import Router
 
-from controlplane.api import revisions
+from controlplane.api import request_log, revisions
 
 router = Router()
 router.add_router("", revisions.router)
+router.add_router("", request_log.router)

@@ -11,7 +11,9 @@ from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.views.decorators.http import require_POST
 from redis.exceptions import RedisError
 
-from dashboard.access import CONTROL_REPLICA, SWITCH_POLICY
+from dashboard.access import CANCEL_REQUEST, CONTROL_REPLICA, SWITCH_POLICY
+from dashboard.cancelling import cancel_request
+from dashboard.page import list_models
 from dashboard.policy_form import read_params
 from inference.control import send_control
 from inference.services import announce_policy, control_replicas, read_replicas
@@ -104,6 +106,21 @@ def control(request: HttpRequest, *, replica: str, command: str) -> JsonResponse
         why = (ack.get("error") if isinstance(ack, Mapping) else None) or "no answer within two seconds"
         return refuse(502, f"{replica} did not confirm ({why}). Look at its state.")
     return JsonResponse({"message": f"{replica} is {COMMANDS[command]}."})
+
+
+@operators_only(CANCEL_REQUEST)
+def cancel(request: HttpRequest, *, request_id: str) -> JsonResponse:
+    """Take a request out of the queue, or stop it where it runs."""
+    try:
+        was = cancel_request(
+            request_id=request_id, models=list_models(), actor=_actor(request), reason=_reason(request)
+        )
+    except (RedisError, OSError):
+        return refuse(503, "The queue's store does not answer, so the request could not be cancelled. Try again.")
+    if was == "gone":
+        return refuse(404, f"{request_id[:64]} neither waits nor runs; it may have ended meanwhile.")
+    done = "It has left the queue." if was == "queued" else "Its worker stops it at the next step."
+    return JsonResponse({"message": f"{request_id} is cancelled. {done}", "was": was})
 
 
 def _confirmed(acknowledgements: Mapping[str, Any]) -> dict[str, float]:
