@@ -40,6 +40,7 @@ class ConfiguredEngineStep(EngineStep):
             lease_s=config.lease_s,
             drain_s=config.drain_s,
             log_level=config.log_level,
+            log_format=config.log_format,
             gpu=config.gpu,
             step_timeout_s=config.step_timeout_s,
             load_timeout_s=config.load_timeout_s,

@@ -34,10 +34,12 @@ def _secret_key(var: Path) -> str:
 
 
 def _broker(url: str) -> str:
-    """Kombu's spelling of a Redis URL."""
-    if not url.startswith("unix://"):
-        return url
+    """Kombu's spelling of a Redis URL. With TLS it would check no certificate unless told to; redis-py always does."""
     parts = urlsplit(url)
+    if parts.scheme == "rediss" and "ssl_cert_reqs" not in dict(parse_qsl(parts.query)):
+        return f"{url}{'&' if parts.query else '?'}ssl_cert_reqs=required"
+    if parts.scheme != "unix":
+        return url
     login = f"{parts.username or ''}:{parts.password}@" if parts.password else ""
     return f"redis+socket://{login}{parts.path}?virtual_host={dict(parse_qsl(parts.query)).get('db', '0')}"
 
@@ -198,14 +200,19 @@ CELERY_BEAT_SCHEDULE = {
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "{asctime} {levelname} {name}: {message}", "style": "{"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "formatters": {"chosen": {"()": "inference.logs.make_formatter", "kind": PENSTOCK.log_format}},
+    "filters": {
+        "beat": {"()": "inference.logs.OutageFilter", "who": "Periodic tasks wait"},
+        "consumer": {"()": "inference.logs.OutageFilter", "who": "The worker hears no commands and takes no tasks"},
+    },
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "chosen"}},
     "root": {"handlers": ["stderr"], "level": PENSTOCK.log_level},
     "loggers": {
         "django.server": {"level": "WARNING"},
         "django.db.backends": {"level": "INFO"},
         # Beat announces each of its many runs.
-        "celery.beat": {"level": "WARNING"},
+        "celery.beat": {"level": "WARNING", "filters": ["beat"]},
+        "celery.worker.consumer.consumer": {"filters": ["consumer"]},
         "celery.worker.strategy": {"level": "WARNING"},
         "celery.app.trace": {"level": "WARNING"},
     },

@@ -32,9 +32,12 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 class PrefixStream:
     """Writes a process's output line by line, each behind the name of the process."""
 
-    def __init__(self, name: str, out: TextIO) -> None:
+    def __init__(self, name: str, out: TextIO, *, plain: bool = False) -> None:
+        """`plain` leaves the name away, for logs that machines read."""
         colour = out.isatty() and "NO_COLOR" not in os.environ
         self._prefix = f"\033[{COLOURS.get(name, GPU_COLOUR)}m{name:>6} |\033[0m " if colour else f"{name:>6} | "
+        if plain:
+            self._prefix = ""
         self._out = out
         self._rest: dict[tuple[int, str], bytes] = {}
 
@@ -63,8 +66,9 @@ class PrefixStream:
 class Supervisor:
     """Runs processes until a signal comes or `stop` is called. Use it from one asyncio task."""
 
-    def __init__(self, out: TextIO = sys.stdout) -> None:
+    def __init__(self, out: TextIO = sys.stdout, *, plain: bool = False) -> None:
         self._out = out
+        self._plain = plain
         self._folder = Path(tempfile.mkdtemp(prefix="penstock-"))
         self._stopped = asyncio.Event()
         self._young_deaths: dict[str, int] = {}
@@ -137,7 +141,7 @@ class Supervisor:
             checks.start()
 
     def _watcher(self, spec: ProcessSpec) -> Any:
-        stream = {"stream": PrefixStream(spec.name, self._out)}
+        stream = {"stream": PrefixStream(spec.name, self._out, plain=self._plain)}
         return Watcher(
             spec.name,
             shlex.quote(spec.command[0]),
@@ -145,7 +149,7 @@ class Supervisor:
             numprocesses=spec.num_processes,
             working_dir=str(ROOT),
             copy_env=True,
-            env={"PYTHONUNBUFFERED": "1", **spec.environment},
+            env={"PYTHONUNBUFFERED": "1", "OTEL_SERVICE_NAME": f"penstock-{spec.name}", **spec.environment},
             use_sockets=True,
             graceful_timeout=spec.stop_s,
             stdout_stream=stream,
@@ -174,4 +178,4 @@ class Supervisor:
         return True
 
     def _say(self, sentence: str) -> None:
-        PrefixStream("up", self._out)({"pid": 0, "name": "", "data": f"{sentence}\n".encode()})
+        PrefixStream("up", self._out, plain=self._plain)({"pid": 0, "name": "", "data": f"{sentence}\n".encode()})

@@ -27,6 +27,7 @@ def main() -> None:
             server_header=False,
             backlog=2048,
             timeout_graceful_shutdown=SHUTDOWN_S,
+            log_config=None,  # as the settings have it for all of our processes
             log_level=config.log_level.lower(),
             proxy_headers=True,
             forwarded_allow_ips=config.proxies,

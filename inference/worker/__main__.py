@@ -12,6 +12,7 @@ import msgspec
 from inference.checkpoint import CheckpointError
 from inference.engine.errors import ModelLoadError
 from inference.engine.runner import ModelRunner
+from inference.logs import make_formatter
 from inference.tokenization import Tokenizer
 from inference.worker.engine import Engine, connect
 from inference.worker.inbox import Inbox, Told
@@ -38,7 +39,8 @@ def main() -> int:
     """Load the model, serve until told to stop, give back what is left."""
     pipe = Pipe()
     spec = pipe.read_spec()
-    logging.basicConfig(level=spec.log_level, format="{asctime} {levelname} {name}: {message}", style="{")
+    logging.basicConfig(level=spec.log_level)
+    logging.getLogger().handlers[0].setFormatter(make_formatter(spec.log_format))
     inbox = Inbox()
     watch_signals(inbox)
     threading.excepthook = _end_process

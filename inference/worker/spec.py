@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from inference.logs import LogFormat
 from inference.messages import DeploymentSpec
 
 LOST_STATUS = 4
@@ -26,6 +27,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 5.0
     """How long `drain` finishes what runs before the rest goes back to the queue."""
     log_level: str = "INFO"
+    log_format: LogFormat = "line"
     gpu: str = ""
     """NVML's number or UUID of the GPU to watch, and to wait for before loading; empty: the CUDA device's."""
     restarts: dict[str, int] = {}

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import msgspec
 import redis
 
+from inference.logs import LogFormat
 from inference.messages import DeploymentSpec
 from inference.worker.process import EngineGoneError, EngineProcess
 from inference.worker.reporter import STATUS_KEEP_MS
@@ -53,6 +54,7 @@ class SupervisorOptions:
     lease_s: float = 5.0
     drain_s: float = 5.0
     log_level: str = "INFO"
+    log_format: LogFormat = "line"
     gpu: str = ""
     step_timeout_s: float = 120.0
     """An engine that ends no step, idle turns included, for this long is killed."""
@@ -249,6 +251,7 @@ class EngineSupervisor(threading.Thread):
             lease_s=options.lease_s,
             drain_s=options.drain_s,
             log_level=options.log_level,
+            log_format=options.log_format,
             gpu=options.gpu or self._gpu,
             restarts=dict(self._restarts),
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from controlplane.api.errors import Headers, error_body, error_headers, status_of
 from inference.gateway.errors import ClientGone, GatewayError, InvalidRequest
+from inference.logs import current_request
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -58,6 +59,7 @@ class Exchange:
             elif name == b"content-length":
                 self.content_length = int(value) if value.isdigit() else None
         self.id = request_id(given, token)
+        current_request.set(self.id.decode())
 
     async def read_body(self, limit: int) -> bytes | bytearray:
         """The whole body. Raises InvalidRequest where it has over `limit` bytes or takes too long, ClientGone."""

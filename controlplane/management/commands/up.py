@@ -72,7 +72,7 @@ class Command(BaseCommand):
 
     async def _run(self, config: Config, kinds: tuple[str, ...], listener: socket.socket | None) -> str:
         """From the first process to the last; a sentence where a process would not stay up."""
-        supervisor = Supervisor(sys.stdout)
+        supervisor = Supervisor(sys.stdout, plain=config.log_format == "json")
         await supervisor.open()
         try:
             if not config.redis_url:
