@@ -68,6 +68,15 @@ class OperatorAuth(ViewerAuth):
 
     permission = SWITCH_POLICY
 
+    def __call__(self, request: HttpRequest) -> Any:
+        """The user. Raises Forbidden for a tenant's key."""
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and not token.startswith(f"{KIND}-"):
+            raise Forbidden(
+                "A tenant's key may not do this; sign in, or use an operator's token.", code="operator_required"
+            )
+        return super().__call__(request)
+
     def _get_key(self, request: HttpRequest) -> str | None:
         try:
             return super()._get_key(request)

@@ -1,4 +1,4 @@
-"""Control of replicas for operators: pause, resume, drain, batch mode and batch size, while they serve."""
+"""Control of replicas for operators: pause, resume, drain, batch mode, batch size and sizing, while they serve."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +14,11 @@ from inference.control import send_control
 from inference.gateway.errors import InvalidRequest, NotFound, RedisUnavailable, Unavailable
 from inference.services import control_replicas, read_replicas
 from scheduling.connection import live_keys, live_redis
+from scheduling.core.sizing.strategies import build_sizing
 
 router = Router(tags=["fleet"])
 
-ARGUMENTS = {"set_mode": "mode", "set_batch_size": "max_batch_size"}
+ARGUMENTS = {"set_mode": "mode", "set_batch_size": "max_batch_size", "sizing": "sizing"}
 """The commands that need an argument, and which."""
 
 
@@ -27,8 +28,8 @@ ARGUMENTS = {"set_mode": "mode", "set_batch_size": "max_batch_size"}
 def control_replica(request: HttpRequest, replica: str, body: ControlBody) -> AckView:
     """For operators, by session and CSRF token. Obeyed between two steps, recorded with the reason.
 
-    Mode and batch size hold until the replica's worker ends; a deployment's own are set with it. Requests that run go
-    on: a smaller batch is reached as they end.
+    Mode, batch size and sizing hold until the replica's worker ends; a deployment's own are set with it. Requests that
+    run go on: a smaller batch is reached as they end.
     """
     arguments = _read_arguments(body)
     user = request.auth  # type: ignore[attr-defined]
@@ -45,12 +46,20 @@ def control_replica(request: HttpRequest, replica: str, body: ControlBody) -> Ac
 
 
 def _read_arguments(body: ControlBody) -> dict[str, Any]:
-    """What the command takes along. Raises InvalidRequest where it is missing, or belongs to another command."""
+    """What the command takes along. Raises InvalidRequest where it is missing, or belongs to another command, or
+    SizingError.
+    """
     needed = ARGUMENTS.get(body.command)
     for name in ARGUMENTS.values():
         if (getattr(body, name) is None) == (name == needed):
             problem = f"{body.command} needs {name}." if name == needed else f"{body.command} takes no {name}."
             raise InvalidRequest(problem, param=name)
+    if body.params is not None and body.command != "sizing":
+        raise InvalidRequest(f"{body.command} takes no params.", param="params")
+    if body.command == "sizing":
+        assert body.sizing is not None
+        build_sizing(body.sizing, body.params)
+        return {"name": body.sizing, "params": body.params or {}}
     return {} if needed is None else {needed: getattr(body, needed)}
 
 

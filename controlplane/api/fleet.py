@@ -1,6 +1,7 @@
 """Queues, replicas and policies for reading, and the switch of a policy for operators."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from django.contrib.auth.models import User
@@ -17,15 +18,18 @@ from controlplane.api.schemas import (
     QueueView,
     ReplicaView,
     RevisionView,
+    SizingKindView,
     SwitchBody,
 )
 from inference.control import send_control
-from inference.gateway.errors import Unavailable
+from inference.gateway.errors import NotFound, Unavailable
 from inference.gateway.gateway import Gateway
 from inference.messages import ReplicaStatus
 from inference.services import announce_policy
 from scheduling.core.policies import POLICIES
+from scheduling.core.policy import Parameter, PolicyKind
 from scheduling.core.request import Priority
+from scheduling.core.sizing.strategies import SIZINGS
 from scheduling.models import PolicyRevision
 from scheduling.policy_switch import switch_policy
 
@@ -59,7 +63,25 @@ def list_policies(request: HttpRequest) -> PoliciesView:
         for model in gateway.models.loaded()
         if (at := gateway.status(model.name).snapshot) is not None
     ]
-    return PoliciesView(kinds=_policy_kinds(), active=active)
+    return PoliciesView(kinds=[_policy_kind(kind) for kind in POLICIES.values()], active=active)
+
+
+@router.get("/policies/{name}", response=PolicyKindView, auth=READERS, summary="A policy's parameters")
+def show_policy(request: HttpRequest, name: str) -> PolicyKindView:
+    """What a form for its parameters needs: type, default, bounds or choices, and a sentence for each."""
+    kind = POLICIES.get(name)
+    if kind is None:
+        raise NotFound(f"There is no policy {name[:64]!r}; there are {', '.join(POLICIES)}.", code="policy_not_found")
+    return _policy_kind(kind)
+
+
+@router.get("/sizings", response=list[SizingKindView], auth=READERS, summary="Strategies that set batch sizes")
+def list_sizings(request: HttpRequest) -> list[SizingKindView]:
+    """With their parameters, for the command `sizing` of a replica."""
+    return [
+        SizingKindView(name=kind.name, description=kind.description, parameters=_parameters(kind.parameters))
+        for kind in SIZINGS.values()
+    ]
 
 
 @router.post("/models/{path:model}/policy", response=RevisionView, auth=OperatorAuth(), summary="Switch a policy")
@@ -139,23 +161,25 @@ def _replica_view(replica: ReplicaStatus) -> ReplicaView:
     )
 
 
-def _policy_kinds() -> list[PolicyKindView]:
-    return [
-        PolicyKindView(
-            name=kind.name,
-            description=kind.description,
-            guarantee=kind.guarantee,
-            source=kind.source,
-            parameters={
-                name: ParameterView(
-                    default=p.default,
-                    minimum=p.minimum,
-                    maximum=p.maximum,
-                    description=p.description,
-                    choices=list(p.choices),
-                )
-                for name, p in kind.parameters.items()
-            },
+def _policy_kind(kind: PolicyKind) -> PolicyKindView:
+    return PolicyKindView(
+        name=kind.name,
+        description=kind.description,
+        guarantee=kind.guarantee,
+        source=kind.source,
+        parameters=_parameters(kind.parameters),
+    )
+
+
+def _parameters(specs: Mapping[str, Parameter]) -> dict[str, ParameterView]:
+    return {
+        name: ParameterView(
+            type="choice" if spec.choices else "number",
+            default=spec.default,
+            minimum=spec.minimum,
+            maximum=spec.maximum,
+            description=spec.description,
+            choices=list(spec.choices),
         )
-        for kind in POLICIES.values()
-    ]
+        for name, spec in specs.items()
+    }

@@ -13,7 +13,8 @@ from controlplane.api import control, fleet, operators, requests, tokens
 from controlplane.api.errors import error_body, error_headers, status_of
 from controlplane.api.openai.body import ChatBody, CompletionBody
 from inference.gateway.errors import Forbidden, GatewayError, InvalidKey, InvalidRequest, NotFound
-from scheduling.core.policies import PolicyError
+from scheduling.core.policies import InvalidPolicyParameter, PolicyError
+from scheduling.core.sizing.strategies import SizingError, UnknownSizing
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,15 @@ def _validation_error(request: HttpRequest, error: ValidationError) -> HttpRespo
 
 @api.exception_handler(PolicyError)
 def _policy_error(request: HttpRequest, error: PolicyError) -> HttpResponse:
-    return _respond(request, InvalidRequest(str(error), param="name", code="invalid_policy"))
+    parameter = error.parameter if isinstance(error, InvalidPolicyParameter) else ""
+    param = f"params.{parameter[:100]}" if parameter else "name"
+    return _respond(request, InvalidRequest(str(error), param=param, code="invalid_policy"))
+
+
+@api.exception_handler(SizingError)
+def _sizing_error(request: HttpRequest, error: SizingError) -> HttpResponse:
+    param = "sizing" if isinstance(error, UnknownSizing) else "params"
+    return _respond(request, InvalidRequest(str(error), param=param, code="invalid_sizing"))
 
 
 @api.exception_handler(HttpError)

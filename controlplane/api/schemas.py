@@ -90,8 +90,9 @@ class ReplicaView(Schema):
 
 
 class ParameterView(Schema):
-    """A policy's parameter: a number within bounds, or one of `choices` where there are any."""
+    """A parameter: a number within bounds, or one of `choices`."""
 
+    type: Literal["number", "choice"]
     default: float | str
     minimum: float
     maximum: float
@@ -106,6 +107,14 @@ class PolicyKindView(Schema):
     description: str
     guarantee: str
     source: str
+    parameters: dict[str, ParameterView]
+
+
+class SizingKindView(Schema):
+    """A strategy that sets a replica's batch size."""
+
+    name: str
+    description: str
     parameters: dict[str, ParameterView]
 
 
@@ -147,11 +156,13 @@ class RevisionView(Schema):
 
 
 class ControlBody(Schema, extra="forbid"):
-    """A command to a replica; `mode` and `max_batch_size` belong to the commands that set them."""
+    """A command to a replica; the other fields belong to the commands that set them."""
 
-    command: Literal["pause", "resume", "drain", "set_mode", "set_batch_size"]
+    command: Literal["pause", "resume", "drain", "set_mode", "set_batch_size", "sizing"]
     mode: BatchMode | None = None
     max_batch_size: int | None = Field(default=None, ge=1, le=4096, strict=True, description="Requests in a batch.")
+    sizing: str | None = Field(default=None, max_length=64, description="The strategy that sets the batch size.")
+    params: dict[str, float] | None = Field(default=None, description="Those of the strategy that differ.")
     reason: str = Field(min_length=1, max_length=500, description="Why; kept in the audit trail.")
 
 

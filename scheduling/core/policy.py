@@ -20,6 +20,10 @@ class PolicyError(Exception):
 class InvalidPolicyParameter(PolicyError):  # noqa: N818
     """A parameter is unknown or out of range; the message says which and what is allowed."""
 
+    def __init__(self, message: str, parameter: str = "") -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
@@ -50,12 +54,13 @@ class Parameter:
         if self.choices:
             if value not in self.choices:
                 allowed = ", ".join(self.choices)
-                raise InvalidPolicyParameter(f"Policy {policy}: {name} must be one of {allowed}, not {value!r}.")
+                raise InvalidPolicyParameter(f"Policy {policy}: {name} must be one of {allowed}, not {value!r}.", name)
             return str(value)
         number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
         if not number or not self.minimum <= value <= self.maximum:
             raise InvalidPolicyParameter(
-                f"Policy {policy}: {name} must be a number from {self.minimum:g} to {self.maximum:g}, not {value!r}."
+                f"Policy {policy}: {name} must be a number from {self.minimum:g} to {self.maximum:g}, not {value!r}.",
+                name,
             )
         return float(value)
 
@@ -85,7 +90,9 @@ class PolicyKind:
         """The policy with these parameters and the defaults of the others. Raises InvalidPolicyParameter."""
         if unknown := sorted(given.keys() - self.parameters.keys()):
             known = ", ".join(self.parameters) or "none"
-            raise InvalidPolicyParameter(f"Policy {self.name} has no parameter {unknown[0]!r}; it has: {known}.")
+            raise InvalidPolicyParameter(
+                f"Policy {self.name} has no parameter {unknown[0]!r}; it has: {known}.", unknown[0]
+            )
         values = {
             name: spec.check(self.name, name, given.get(name, spec.default)) for name, spec in self.parameters.items()
         }

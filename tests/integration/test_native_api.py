@@ -131,13 +131,25 @@ def test_queues_replicas_and_policies_are_read(api: Api, stack: Stack) -> None:
     policies = api.call("GET", "/api/v1/policies").json()
     assert {"fifo", "priority", "fair"} <= {kind["name"] for kind in policies["kinds"]}
     assert all(kind["guarantee"] for kind in policies["kinds"])
+    for kind in policies["kinds"]:
+        assert api.call("GET", f"/api/v1/policies/{kind['name']}").json() == kind
+        for parameter in kind["parameters"].values():
+            assert parameter["description"]
+            if parameter["type"] == "number":
+                assert parameter["minimum"] <= parameter["default"] <= parameter["maximum"]
+            else:
+                assert parameter["default"] in parameter["choices"]
+    assert code_of(api.call("GET", "/api/v1/policies/none")) == "policy_not_found"
+    sizings = {kind["name"]: kind for kind in api.call("GET", "/api/v1/sizings").json()}
+    assert sizings["fixed"]["parameters"]["initial"]["type"] == "number"
 
 
 def test_an_operator_switches_the_policy_and_a_viewer_may_not(api: Api, stack: Stack) -> None:
     path = f"/api/v1/models/{MODEL}/policy"
     body = {"name": "fair", "reason": "share by weight"}
     response = api.call("POST", path, json=body)
-    assert response.status_code in (401, 403)
+    assert (response.status_code, code_of(response)) == (403, "operator_required")
+    assert api.call("POST", path, None, json=body).status_code in (401, 403)
     with signed_in(stack, "viewer") as viewer:
         assert viewer.get("/api/v1/policies").status_code == 200
         response = viewer.post(path, json=body)
@@ -149,6 +161,14 @@ def test_an_operator_switches_the_policy_and_a_viewer_may_not(api: Api, stack: S
         wait_until(lambda: operator.get("/api/v1/policies").json()["active"][0]["name"] == "fair")
         response = operator.post(path, json={"name": "none", "reason": "x"})
         assert (response.status_code, code_of(response)) == (400, "invalid_policy")
+        for params, param in (
+            ({"aging_rate": 1}, "params.aging_rate"),
+            ({"weight_high": -1}, "params.weight_high"),
+            ({"weight_high": "much"}, "params.weight_high"),
+        ):
+            response = operator.post(path, json={"name": "wrr", "params": params, "reason": "x"})
+            assert (response.status_code, code_of(response)) == (400, "invalid_policy"), params
+            assert response.json()["error"]["param"] == param
         response = operator.post(path, json={"name": "fifo"})
         assert (response.status_code, code_of(response)) == (400, "invalid_value")
         del operator.headers["X-CSRFToken"]
@@ -173,12 +193,20 @@ def test_a_command_to_a_replica_is_for_operators_and_whole_or_refused_by_name(st
             ({"command": "pause"}, "mode"),
             ({"command": "stop", "mode": None}, "body.command"),
             ({"reason": ""}, "body.reason"),
+            ({"params": {"initial": 4}}, "params"),
+            ({"command": "sizing", "mode": None}, "sizing"),
         ):
             response = operator.post(path, json=body | fields)
             assert (response.status_code, code_of(response)) == (400, "invalid_value"), fields
             assert response.json()["error"]["param"].endswith(param)
-        response = operator.post(path, json=body)
-        assert (response.status_code, code_of(response)) == (404, "replica_not_found")
+        sizing = {"command": "sizing", "mode": None, "sizing": "latency_first"}
+        for fields, param in (({"sizing": "none"}, "sizing"), ({"params": {"initial": 0}}, "params")):
+            response = operator.post(path, json=body | sizing | fields)
+            assert (response.status_code, code_of(response)) == (400, "invalid_sizing"), fields
+            assert response.json()["error"]["param"] == param
+        for fields in ({}, sizing, sizing | {"params": {"initial": 4}}):
+            response = operator.post(path, json=body | fields)
+            assert (response.status_code, code_of(response)) == (404, "replica_not_found")
         del operator.headers["X-CSRFToken"]
         response = operator.post(path, json=body)
         assert (response.status_code, code_of(response)) == (403, "csrf_failed")

@@ -40,9 +40,10 @@ def client(stack: Stack) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
+def test_models_are_listed_and_retrieved(client: openai.OpenAI, api: Api) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).owned_by == "penstock"
+    assert api.call("GET", f"/v1/models/{MODEL}/").json()["id"] == MODEL
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("none")
     assert caught.value.code == "model_not_found"
@@ -115,7 +116,8 @@ async def test_200_requests_at_once_of_four_tenants_are_all_answered(stack: Stac
     ("fields", "status", "code", "param"),
     [
         ({"model": "none"}, 404, "model_not_found", "model"),
-        ({"n": 2}, 400, "unsupported_parameter", "n"),
+        ({"n": 2, "best_of": 4}, 400, "unsupported_parameter", "best_of"),
+        ({"stop_token_ids": [10**6]}, 400, "invalid_value", "stop_token_ids[0]"),
         ({"foo": 2}, 400, "unknown_parameter", "foo"),
         ({"temperature": 3}, 400, "invalid_value", "temperature"),
         ({"prompt": ""}, 400, "empty_prompt", "prompt"),
