@@ -29,7 +29,7 @@ def record_run(requests: list[TraceRequest], cost: StepCost) -> None:
         while pending and start_s + pending[0].request.arrival_s <= clock and planner.room().requests:
             outcome = pending.pop(0)
             outcome.claimed_s = clock
-            planner.add(SimulatedSequence(str(len(outcomes)), 1, outcome))
+            replica.add(SimulatedSequence(str(len(outcomes)), 1, outcome))
             outcomes.append(outcome)
         if not replica.plan(clock):
             clock = start_s + pending[0].request.arrival_s

@@ -15,19 +15,21 @@ from scheduling.core.backpressure import BackpressureLimits
 from scheduling.core.planner import Mode
 from scheduling.core.policies import POLICIES, build_policy
 from scheduling.core.simulation.admission import AdmissionSettings
+from scheduling.core.simulation.limits import TenantLimit
 from scheduling.core.simulation.outcome import ServiceTarget, ServiceTargets, SimulationResult
 from scheduling.core.simulation.replica import SwapSettings
 from scheduling.core.simulation.simulator import SimulationSettings, simulate
 from scheduling.core.simulation.trace import TraceRequest
 from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost, SwapLink
 from scheduling.core.sizing.strategies import SIZINGS, build_sizing
+from scheduling.core.triggers import UrgentPresent, batch_triggers
 
 SWAP = SwapSettings(link=SwapLink(bytes_per_s=50e9), kv_bytes_per_token=131_072)
 RESTLESS = build_policy("adaptive", {"calm_depth": 1, "dwell_s": 1, "hold_s": 0, "imbalance": 1.1})
 TARGETS = ServiceTargets(default=ServiceTarget(ttft_s=0.5, e2e_s=2.0))
 
 
-def request(arrival_s: float, tenant: str = "a", prompt: int = 20, output: int = 5, **more: int) -> TraceRequest:
+def request(arrival_s: float, tenant: str = "a", prompt: int = 20, output: int = 5, **more: Any) -> TraceRequest:
     return TraceRequest(arrival_s, tenant, prompt, output, **{"max_tokens": output, **more})
 
 
@@ -51,13 +53,24 @@ traces = st.lists(
         st.integers(1, 90),
         st.integers(0, 5),
         st.integers(0, 30),
+        st.none() | st.floats(0, 0.5),
+        st.booleans(),
     ),
     min_size=1,
     max_size=40,
 ).map(
     lambda rows: [
-        TraceRequest(at, tenant, prompt, output, priority, output + spare)
-        for at, tenant, prompt, output, priority, spare in sorted(rows)
+        TraceRequest(
+            at,
+            tenant,
+            prompt,
+            output,
+            priority,
+            output + spare,
+            None if within is None else at + within,
+            drop_expired=drop,
+        )
+        for at, tenant, prompt, output, priority, spare, within, drop in sorted(rows, key=lambda row: row[0])
     ]
 )
 sizings: st.SearchStrategy[Callable[[int], Any] | None] = st.none() | st.sampled_from(sorted(SIZINGS)).map(
@@ -77,12 +90,19 @@ fleets = st.builds(
     admission=st.none()
     | st.builds(
         AdmissionSettings,
-        queue_limit=st.integers(1, 20),
+        queue_limit=st.none() | st.integers(1, 20),
         tokens_limit=st.none() | st.integers(50, 2000),
         shed=st.booleans(),
+        tenants=st.just({"a": TenantLimit(rpm=200, tpm=9000), "b": TenantLimit(concurrency=3, tpd=1500)}),
     ),
     swap=st.none() | st.just(SWAP),
+    trigger=st.none() | st.sampled_from([batch_triggers(3, 0.02), batch_triggers(6, 0.1, alone=True)]),
+    claim_s=st.sampled_from([0.0, 0.0, 0.004, 0.03]),
 )
+REASONS = {
+    "overloaded", "queue_full", "shed", "too long", "deadline_exceeded",
+    "requests_per_minute", "tokens_per_minute", "tokens_per_day", "concurrency",
+}  # fmt: skip
 
 
 @settings(max_examples=80, deadline=None)
@@ -111,7 +131,7 @@ def test_every_request_ends_once_and_its_times_are_in_order(
     for outcome in result.outcomes:
         assert outcome.state in ("finished", "refused")
         if outcome.state == "refused":
-            assert outcome.reason in ("overloaded", "queue_full", "shed", "too long")
+            assert outcome.reason in REASONS
             continue
         times = (outcome.request.arrival_s, outcome.claimed_s, outcome.first_token_s, outcome.finished_s)
         assert list(times) == sorted(t for t in times if t is not None)
@@ -120,7 +140,7 @@ def test_every_request_ends_once_and_its_times_are_in_order(
         limit = fleet.num_blocks * fleet.block_size
         for outcome in result.outcomes:
             is_too_long = outcome.request.prompt_tokens + outcome.request.max_tokens > limit
-            assert (outcome.state == "refused") == is_too_long
+            assert (outcome.state == "refused") == (is_too_long or outcome.reason == "deadline_exceeded")
     assert sum(result.batch_sizes.values()) == result.steps
     assert result.busy_s <= result.end_s * fleet.num_replicas + 1e-9
 
@@ -241,6 +261,66 @@ def test_dynamic_mode_waits_for_its_batch() -> None:
     together = simulate([request(1.0)] * 4, fleet(mode="dynamic"), DEFAULT_COST).outcomes[0]
     assert together.ttft_s is not None
     assert together.ttft_s < 0.05
+
+
+def test_a_batch_starts_when_its_trigger_fires() -> None:
+    patient = fleet(mode="dynamic", trigger=batch_triggers(4, 0.2))
+    alone = simulate([request(1.0)], patient, DEFAULT_COST).outcomes[0]
+    urgent = simulate([request(1.0, priority=0)], patient, DEFAULT_COST).outcomes[0]
+    assert alone.ttft_s is not None
+    assert urgent.ttft_s is not None
+    assert alone.ttft_s - urgent.ttft_s == pytest.approx(0.2)
+
+
+def test_what_no_trigger_ever_starts_waits_when_the_simulation_ends() -> None:
+    result = simulate([request(1.0)], fleet(mode="static", trigger=UrgentPresent()), DEFAULT_COST)
+    assert result.outcomes[0].state == "running"
+    assert result.outcomes[0].first_token_s is None
+
+
+def test_a_higher_request_takes_a_slot_under_priority_and_waits_for_one_under_fifo() -> None:
+    trace = [*(request(0.0, output=80, priority=5) for _ in range(4)), request(0.1, output=5, priority=0)]
+    first: dict[str, float] = {}
+    for name in ("fifo", "priority"):
+        result = simulate(trace, fleet(policy=build_policy(name)), DEFAULT_COST)
+        first[name] = result.outcomes[-1].ttft_s or 0.0
+        assert (result.preemptions > 0) == (name == "priority")
+        assert all(outcome.state == "finished" for outcome in result.outcomes)
+    assert first["priority"] < 0.03 < 0.2 < first["fifo"]
+
+
+def test_a_request_past_its_deadline_is_dropped_where_its_tenant_asks_for_that() -> None:
+    crowd = [request(0.0, output=80) for _ in range(40)]
+    for drop in (True, False):
+        late = request(0.01, tenant="b")._replace(deadline_s=0.2, drop_expired=drop)
+        outcome = simulate([*crowd, late], fleet(batch_size=1), DEFAULT_COST).outcomes[-1]
+        assert (outcome.state, outcome.reason) == (("refused", "deadline_exceeded") if drop else ("finished", ""))
+
+
+def test_a_tenant_s_limits_refuse_what_is_too_much_and_nothing_else() -> None:
+    trace = sorted([*(request(0.25 * i, "a") for i in range(200)), *(request(0.25 * i, "b") for i in range(200))])
+    admission = AdmissionSettings(queue_limit=None, tenants={"a": TenantLimit(rpm=60)})
+    outcomes = simulate(trace, fleet(admission=admission), DEFAULT_COST).outcomes
+    refused = [o for o in outcomes if o.state == "refused"]
+    assert {(o.request.tenant, o.reason) for o in refused} == {("a", "requests_per_minute")}
+    # A bucket of 60 that one a second goes into, for 49.75 s.
+    assert len([o for o in outcomes if o.request.tenant == "a"]) - len(refused) == 109
+
+
+def test_a_claim_takes_its_time_where_the_engine_waits_for_it() -> None:
+    trace = [request(float(i)) for i in range(3)]
+    at_once, later = (simulate(trace, fleet(claim_s=seconds), DEFAULT_COST).outcomes for seconds in (0.0, 0.005))
+    for before, after in zip(at_once, later, strict=True):
+        assert after.wait_s == pytest.approx(0.005)
+        assert (after.e2e_s or 0) - (before.e2e_s or 0) == pytest.approx(0.005)
+
+
+def test_a_slot_that_nobody_saw_becoming_free_stays_empty_for_a_step() -> None:
+    cost = StepCost(step_s=0.01, prefill_token_s=0, decode_sequence_s=0, context_token_s=0)
+    for spare, steps in ((0, 20), (50, 21)):
+        trace = [request(0.0, output=10, max_tokens=10 + spare)] * 2 + [request(0.0, output=10, max_tokens=10 + spare)]
+        result = simulate(trace, fleet(batch_size=2), cost)
+        assert result.end_s == pytest.approx(0.01 * steps)
 
 
 def test_progress_is_told_up_to_the_end() -> None:

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from scheduling.core.backpressure import BackpressureLimits, DrainRate, Level, assess, depth_limit
+from scheduling.core.answers import QueueSnapshot
+from scheduling.core.backpressure import CALM, BackpressureLimits, assess, depth_limit, settle
+from scheduling.core.drain import BacklogRate
 from scheduling.core.request import QueueEntry
 from scheduling.core.simulation.limits import TenantLedger, TenantLimit
 
@@ -44,8 +46,8 @@ class SimulatedAdmission:
 
     def __init__(self, settings: AdmissionSettings | None) -> None:
         self.settings = settings
-        self._drain = DrainRate()
-        self._level = Level.NONE
+        self._backlog = BacklogRate()
+        self._standing = CALM
         self._ledger = TenantLedger(settings.tenants, start_s=settings.start_s) if settings else None
 
     @property
@@ -72,20 +74,19 @@ class SimulatedAdmission:
         if self._ledger is not None:
             self._ledger.settle(tenant, request_id, unused_tokens, now_s)
 
-    def assess(
-        self, now_s: float, *, claimed: int, claimed_tokens: int, depth: int, waiting_tokens: int, kv_usage: float
-    ) -> None:
-        """Look at what was claimed in all, at what waits, and at KV use."""
-        assert self.settings is not None
-        assert self.settings.queue_limit is not None
-        self._drain.update(now_s, claimed, claimed_tokens)
-        self._level = assess(
-            self.settings.limits,
-            depth=depth,
-            queue_limit=self.settings.queue_limit,
-            wait_s=self._drain.wait_s(waiting_tokens),
-            kv_usage=kv_usage,
-        ).level
+    def assess(self, now_s: float, snapshot: QueueSnapshot, kv_usage: float) -> None:
+        """Find the level as web processes do: from the queue's depth, its drain, and KV use; with hysteresis."""
+        settings = self.settings
+        assert settings is not None
+        assert settings.queue_limit is not None
+        limit = settings.queue_limit
+        self._backlog.observe(snapshot, now_s)
+        wait_s = self._backlog.rate.wait_s(snapshot.waiting_tokens)
+        rises, stays = (
+            assess(limits, depth=snapshot.depth, queue_limit=limit, wait_s=wait_s, kv_usage=kv_usage)
+            for limits in (settings.limits, settings.limits.lowered())
+        )
+        self._standing = settle(self._standing, rises=rises, stays=stays, hold_s=settings.limits.hold_s, now_s=now_s)
 
     def _bounds(self, priority: int) -> Bounds:
         settings = self.settings
@@ -93,5 +94,5 @@ class SimulatedAdmission:
             return NO_BOUNDS
         limit = NO_LIMIT
         if settings.queue_limit is not None:
-            limit = depth_limit(priority, settings.queue_limit, self._level, settings.limits)
+            limit = depth_limit(priority, settings.queue_limit, self._standing.assessment.level, settings.limits)
         return Bounds(limit, settings.tokens_limit, settings.shed)

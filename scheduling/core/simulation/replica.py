@@ -6,7 +6,7 @@ from math import inf
 from typing import NamedTuple
 
 from scheduling.core.planner import StepOutput, StepPlanner
-from scheduling.core.room import Room
+from scheduling.core.room import Room, UrgentRoom
 from scheduling.core.sequence import PartResult, SamplingParams, Sequence, StepPart
 from scheduling.core.simulation.outcome import Outcome
 from scheduling.core.sizing.cost_model import StepCost, StepFeatures, SwapLink, cheaper_preemption, measure_parts
@@ -94,24 +94,38 @@ class SimulatedReplica:
         self._swap = swap
         self._fast_forward = fast_forward
         self._parts: list[StepPart] = []
+        self._room: Room | None = None
+        """The planner's room; None when it may have changed."""
 
     @property
     def room(self) -> Room:
         """What may be claimed beside what is on its way already."""
-        room = self.planner.room()
+        if self._room is None:
+            self._room = self.planner.room()
+        room = self._room
         if not self.on_its_way or not room.requests:
             return room
         tokens = room.tokens - sum(len(one.sequence.tokens) for one in self.on_its_way)
         return Room(max(0, room.requests - len(self.on_its_way)), max(0, tokens))
 
     @property
+    def urgent_room(self) -> UrgentRoom | None:
+        """What may be claimed to take the place of something lower, one after the other."""
+        return None if self.on_its_way else self.planner.urgent_room()
+
+    @property
     def ready_s(self) -> float:
         """When the first of what is on its way is there."""
         return self.on_its_way[0].ready_s if self.on_its_way else inf
 
+    def add(self, sequence: SimulatedSequence) -> None:
+        """Give the planner what has arrived. Raises RequestTooLongError."""
+        self._room = None
+        self.planner.add(sequence)
+
     def plan(self, now_s: float) -> bool:
         """Plan a step; False where there is nothing to run."""
-        self._parts = self.planner.plan(now_s)
+        self._parts, self._room = self.planner.plan(now_s), None
         return bool(self._parts)
 
     def start(self, now_s: float, horizon_s: float, claimable_s: float) -> float:
@@ -133,7 +147,7 @@ class SimulatedReplica:
 
     def end_step(self) -> list[StepOutput]:
         """Apply the step that ends now: who got a first token or ended. Other tokens are not told of."""
-        parts, self._parts, self.busy_until_s = self._parts, [], None
+        parts, self._parts, self.busy_until_s, self._room = self._parts, [], None, None
         planned: list[StepPart] = []
         for part in parts:
             sequence = part.sequence
@@ -218,6 +232,7 @@ class SimulatedReplica:
             if blocks > 0:
                 sequence.block_table += allocator.allocate(blocks)
         self.tokens += num_tokens * len(self._parts)
+        self._room = None
 
 
 def _sample(part: StepPart) -> PartResult:

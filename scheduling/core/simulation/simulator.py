@@ -10,6 +10,7 @@ from heapq import heappop, heappush
 
 from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import RequestTooLongError, StepPlanner
+from scheduling.core.request import Priority
 from scheduling.core.simulation.control import SizingWatch
 from scheduling.core.simulation.outcome import Outcome, SimulationResult, SizeChange
 from scheduling.core.simulation.replica import EOS, OnItsWay, SimulatedReplica, SimulatedSequence
@@ -60,6 +61,8 @@ class Simulator:
         """The virtual time, and when something last began or ended."""
         self._outcomes = [Outcome(request) for request in trace]
         self._num_arrived = self._num_ended = 0
+        self._next_of = [0] * (max(Priority) + 1)
+        """Priority -> no request before this number that has yet to come is of it or higher."""
         self._events: list[tuple[float, int, int]] = []
         self._queue = SimulatedQueue(settings, lambda: self._now, self._count_end)
         self._replicas = [self._new_replica() for _ in range(settings.num_replicas)]
@@ -131,6 +134,14 @@ class Simulator:
             return math.inf
         return self._outcomes[self._num_arrived].request.arrival_s
 
+    def _next_arrival_of(self, max_priority: int) -> float:
+        """When the next request of this priority number or lower arrives."""
+        outcomes, number = self._outcomes, max(self._num_arrived, self._next_of[max_priority])
+        while number < len(outcomes) and outcomes[number].request.priority > max_priority:
+            number += 1
+        self._next_of[max_priority] = number
+        return outcomes[number].request.arrival_s if number < len(outcomes) else math.inf
+
     def _is_over(self) -> bool:
         """Whether only control events are left."""
         return (
@@ -192,6 +203,10 @@ class Simulator:
     def _horizon_s(self, replica: SimulatedReplica) -> float:
         """Until when nothing can reach this replica: a claim needs room, and something to claim that fits it."""
         horizon_s = min(self._next_control_s(), replica.ready_s)
+        if self._queue.policy.policy.rules.preempts and (urgent := replica.urgent_room):
+            if self._queue.has_urgent(urgent):
+                return self._now
+            horizon_s = min(horizon_s, self._next_arrival_of(urgent.max_priority))
         if not replica.room.requests:
             return horizon_s
         if self._queue and (self._queue.policy.is_timed or self._drops):
@@ -207,11 +222,14 @@ class Simulator:
 
     def _claim(self, index: int) -> None:
         """Claim what there is room for; it is on its way then."""
-        replica = self._replicas[index]
-        if not self._queue or (room := replica.room).requests <= 0:
+        if not self._queue:
             return
-        is_idle = not replica.planner.sequences and not replica.on_its_way
-        sequences = self._queue.claim(str(index), room, is_idle=is_idle)
+        replica, sequences = self._replicas[index], list[SimulatedSequence]()
+        if (room := replica.room).requests > 0:
+            is_idle = not replica.planner.num_running and not replica.planner.num_waiting and not replica.on_its_way
+            sequences = self._queue.claim(str(index), room, is_idle=is_idle)
+        if not sequences and self._queue.policy.policy.rules.preempts and (urgent := replica.urgent_room):
+            sequences = self._queue.claim_urgent(str(index), urgent)
         ready_s = self._now + self._settings.claim_s
         for sequence in sequences:
             outcome = sequence.outcome
@@ -227,7 +245,7 @@ class Simulator:
         while replica.ready_s <= self._now:
             sequence = replica.on_its_way.popleft().sequence
             try:
-                replica.planner.add(sequence)
+                replica.add(sequence)
             except RequestTooLongError:
                 sequence.outcome.state, sequence.outcome.reason = "refused", "too long"
                 self._end(index, sequence, 0)

@@ -1,11 +1,12 @@
 """The fleet queue of a simulation, with all that stands before it: admission, policy, and what waits."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
-from scheduling.core.room import Room
+from scheduling.core.room import Room, UrgentRoom
 from scheduling.core.simulation.admission import NO_LIMIT, SimulatedAdmission
 from scheduling.core.simulation.outcome import Outcome
 from scheduling.core.simulation.policy import SimulatedPolicy
@@ -29,7 +30,8 @@ class SimulatedQueue:
         self.admission = SimulatedAdmission(settings.admission)
         self._waiting: dict[str, Outcome] = {}
         """In order of arrival."""
-        self._tokens = self._claimed = self._claimed_tokens = 0
+        self._levels: Counter[int] = Counter()
+        """How many wait, by priority."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -59,8 +61,8 @@ class SimulatedQueue:
             self._refuse(outcome, refusal)
             return
         self._waiting[entry.id] = outcome
+        self._levels[request.priority] += 1
         self.policy.note(entry)
-        self._tokens += entry.cost_tokens
 
     def claim(self, owner: str, room: Room, *, is_idle: bool) -> list[SimulatedSequence]:
         """What an engine with this room gets; one with nothing at all also what no room will ever fit, to refuse it."""
@@ -72,6 +74,26 @@ class SimulatedQueue:
         for one in dropped:
             self._drop(one.id, one.reason)
         return [SimulatedSequence(one.id, one.attempt, self._leave(one.id)) for one in requests]
+
+    def claim_urgent(self, owner: str, room: UrgentRoom) -> list[SimulatedSequence]:
+        """What a full engine gets to take the place of something lower: one at most, where the policy lets it."""
+        if not self.has_urgent(room):
+            return []
+        claimed = self._queue.claim(
+            owner, max_requests=1, max_tokens=room.tokens, lease_s=math.inf, max_priority=room.max_priority
+        )
+        for one in claimed.dropped:
+            self._drop(one.id, one.reason)
+        sequences = [SimulatedSequence(one.id, one.attempt, self._leave(one.id)) for one in claimed.requests]
+        for sequence in sequences:
+            sequence.is_urgent = True
+        return sequences
+
+    def has_urgent(self, room: UrgentRoom) -> bool:
+        """Whether one waits that may take the place of something lower."""
+        if not self.policy.policy.rules.preempts:
+            return False
+        return any(count and level <= room.max_priority for level, count in self._levels.items())
 
     def finish(self, owner: str, sequence: SimulatedSequence, used_tokens: int) -> None:
         """A claimed request has ended; flow and tenant get back what it did not use."""
@@ -88,14 +110,7 @@ class SimulatedQueue:
 
     def assess(self, kv_usage: float) -> None:
         """Find the backpressure level."""
-        self.admission.assess(
-            self._clock(),
-            claimed=self._claimed,
-            claimed_tokens=self._claimed_tokens,
-            depth=len(self._waiting),
-            waiting_tokens=self._tokens,
-            kv_usage=kv_usage,
-        )
+        self.admission.assess(self._clock(), self._queue.snapshot(), kv_usage)
 
     def _enqueue(self, entry: QueueEntry) -> str:
         """Why a request was refused; "" where it waits now."""
@@ -122,21 +137,18 @@ class SimulatedQueue:
         """A waiting request gave way to one of higher priority, or its deadline has passed."""
         outcome = self._waiting.pop(request_id)
         request = outcome.request
-        cost_tokens = request.prompt_tokens + request.max_tokens
-        self._tokens -= cost_tokens
+        self._levels[request.priority] -= 1
         self.policy.forget(request_id)
         self._queue.end_shed(request_id, b"")
-        self.admission.settle(request.tenant, request_id, cost_tokens, self._clock())
+        unused_tokens = request.prompt_tokens + request.max_tokens
+        self.admission.settle(request.tenant, request_id, unused_tokens, self._clock())
         self._refuse(outcome, reason)
 
     def _leave(self, request_id: str) -> Outcome:
         """A request was claimed."""
         outcome = self._waiting.pop(request_id)
+        self._levels[outcome.request.priority] -= 1
         self.policy.forget(request_id)
-        cost_tokens = outcome.request.prompt_tokens + outcome.request.max_tokens
-        self._tokens -= cost_tokens
-        self._claimed += 1
-        self._claimed_tokens += cost_tokens
         return outcome
 
     def _refuse(self, outcome: Outcome, reason: str) -> None:
