@@ -1,0 +1,3 @@
+"""The Django project: settings, API, admin, health and metrics."""
+
+VERSION = "0.1.0"

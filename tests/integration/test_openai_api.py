@@ -249,4 +249,4 @@ def test_probes_and_metrics_tell_of_the_fleet(api: Api) -> None:
         "penstock_prompt_tokens_total",
         "penstock_request_success_total",
     } <= families
-    assert 'tenant="' not in metrics.text
+    assert 'tenant="other"' in metrics.text
