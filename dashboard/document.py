@@ -18,6 +18,8 @@ from scheduling.core.request import Priority
 MAX_TENANTS = 24
 """Tenants shown one by one in a queue; the rest is a sum."""
 MAX_SLOTS = 256
+MAX_CHANGES = 6
+"""Latest changes of a replica's batch size that are shown."""
 WAITS = dict(zip(MEASURES, ("queue", "ttft", "tpot", "e2e"), strict=True))
 
 
@@ -187,6 +189,15 @@ def _replica(status: ReplicaStatus) -> Document:
         "preemptions": status.preemptions,
         "policy": status.policy,
         "policy_revision": status.policy_revision,
+        "sizing": status.sizing,
+        "sizing_params": dict(status.sizing_params),
+        "size_changes": [
+            [round(change.time_s, 1), change.batch_size, change.reason] for change in status.size_changes[-MAX_CHANGES:]
+        ],
+        "trigger": status.trigger,
+        "trigger_reason": status.trigger_reason,
+        "triggers": dict(status.triggers),
+        "restarts": dict(status.restarts),
         "telemetry": _telemetry(status.telemetry),
     }
 

@@ -26,6 +26,7 @@ PAGES = (
     ("dashboard", "Live"),
     ("requests", "Requests"),
     ("policies", "Policies"),
+    ("fleet", "Fleet"),
 )
 """URL names and titles, in the order of the navigation."""
 

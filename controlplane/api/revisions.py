@@ -10,7 +10,7 @@ from controlplane.api.access import ViewerAuth
 from dashboard.selectors.revisions import MAX_REVISIONS, list_revisions
 from scheduling.models import PolicyRevision
 
-router = Router(tags=["policies"], auth=ViewerAuth())
+router = Router(tags=["operator"], auth=ViewerAuth())
 
 
 class RevisionRow(Schema):
@@ -48,7 +48,7 @@ class RevisionsQuery(Schema, extra="forbid"):
     limit: int = Field(default=20, ge=1, le=MAX_REVISIONS)
 
 
-@router.get("/policies/revisions", response=RevisionsPage, summary="What a queue's policy was, and why")
+@router.get("/operator/revisions", response=RevisionsPage, summary="What a queue's policy was, and why")
 def list_policy_revisions(request: HttpRequest, query: Annotated[RevisionsQuery, Query()]) -> RevisionsPage:
     """For signed-in viewers."""
     rows, more = list_revisions(query.model, before=query.before, limit=query.limit)

@@ -15,6 +15,7 @@ from dashboard.access import CANCEL_REQUEST, CONTROL_REPLICA, SWITCH_POLICY
 from dashboard.cancelling import cancel_request
 from dashboard.page import list_models
 from dashboard.policy_form import read_params
+from dashboard.replica_form import read_arguments
 from inference.control import send_control
 from inference.services import announce_policy, control_replicas, read_replicas
 from scheduling.connection import live_keys, live_redis
@@ -23,7 +24,15 @@ from scheduling.models import PolicyRevision
 from scheduling.policy_switch import switch_policy
 
 log = logging.getLogger(__name__)
-COMMANDS = {"pause": "paused", "resume": "resumed", "drain": "draining"}
+COMMANDS = {
+    "pause": "is paused",
+    "resume": "claims again",
+    "drain": "is draining",
+    "set_mode": "forms batches in another mode",
+    "set_batch_size": "has another batch size",
+    "sizing": "sizes its batches by another strategy",
+}
+"""What a worker does once it has confirmed."""
 MAX_REASON = 500
 
 View = Callable[..., HttpResponse]
@@ -90,14 +99,22 @@ def switch(request: HttpRequest, *, model: str) -> JsonResponse:
 
 @operators_only(CONTROL_REPLICA)
 def control(request: HttpRequest, *, replica: str, command: str) -> JsonResponse:
-    """Pause, resume or drain a worker."""
+    """Pause, resume or drain a worker, or change how it forms batches."""
     if command not in COMMANDS:
         return refuse(404, f"A worker knows the commands {', '.join(COMMANDS)}, not {command}.")
+    arguments, problems = read_arguments(command, request.POST)
+    if problems:
+        return refuse(400, next(iter(problems.values())), fields=problems)
     try:
         if replica not in {status.replica for status in read_replicas(live_redis(), live_keys())}:
             return refuse(404, f"No worker {replica} is running.")
         acks = control_replicas(
-            replicas=[replica], command=command, send=send_control, actor=_actor(request), reason=_reason(request)
+            replicas=[replica],
+            command=command,
+            send=send_control,
+            actor=_actor(request),
+            reason=_reason(request),
+            **arguments,
         )
     except (RedisError, OSError):
         return refuse(503, f"{replica} could not be told: the queue's store does not answer.")
@@ -105,7 +122,7 @@ def control(request: HttpRequest, *, replica: str, command: str) -> JsonResponse
     if not isinstance(ack, Mapping) or not ack.get("ok"):
         why = (ack.get("error") if isinstance(ack, Mapping) else None) or "no answer within two seconds"
         return refuse(502, f"{replica} did not confirm ({why}). Look at its state.")
-    return JsonResponse({"message": f"{replica} is {COMMANDS[command]}."})
+    return JsonResponse({"message": f"{replica} {COMMANDS[command]}."})
 
 
 @operators_only(CANCEL_REQUEST)

@@ -56,7 +56,7 @@ function create(r) {
     el("td", { text: PRIORITIES[r.priority] ?? "" }),
     el("td", { class: "num", text: count(r.prompt_tokens) }),
     el("td", { class: "num" }),
-    el("td"),
+    el("td", { class: "nowrap" }),
   );
 }
 

@@ -3,8 +3,8 @@
 import { byId, el, keyed, setAttribute, setText, setVariable } from "./dom.js";
 import { ago, brief, bytes, count, duration, percent, plural, rate } from "./format.js";
 
-const SIGNS = { ready: "●", starting: "◌", paused: "❚❚", draining: "◒", stopped: "○", failed: "✕", lost: "✕" };
-const COMMANDS = { ready: ["pause", "drain"], paused: ["resume", "drain"], draining: ["resume"] };
+export const SIGNS = { ready: "●", starting: "◌", paused: "❚❚", draining: "◒", stopped: "○", failed: "✕", lost: "✕" };
+export const COMMANDS = { ready: ["pause", "drain"], paused: ["resume", "drain"], draining: ["resume"] };
 const SOURCES = { nvml: "NVML", host: "host" };
 
 export function drawWorkers(parent, replicas, now, onCommand) {
@@ -74,7 +74,7 @@ function updateWorker(node, [name, r], now) {
 
 const control = (node) => node.parentElement === null || node.parentElement.dataset.control !== undefined;
 
-function facts(r, now) {
+export function facts(r, now) {
   if (r.state === "lost") return [];
   const t = r.telemetry;
   const rows = [
@@ -107,10 +107,10 @@ function facts(r, now) {
   return rows;
 }
 
-const createFact = ([label]) =>
+export const createFact = ([label]) =>
   el("div", {}, el("dt", { text: label }), el("dd", {}, el("span"), el("i", { class: "level-bar" })));
 
-function updateFact(node, [, value, share]) {
+export function updateFact(node, [, value, share]) {
   const [text, bar] = node.lastElementChild.children;
   setText(text, value);
   bar.hidden = share === undefined;

@@ -82,9 +82,9 @@ def test_revisions_are_listed_newest_first_and_read_on_from_where_a_page_ended(f
     assert "try 16" in page
     assert "try 1<" not in page
     assert "try 1<" in signed_in().get("/policies/", {"before": "3"}).content.decode()
-    first = get_json(signed_in(), "policies/revisions", model="demo", limit=10)
+    first = get_json(signed_in(), "operator/revisions", model="demo", limit=10)
     assert [row["revision"] for row in first["revisions"]] == list(range(17, 7, -1))
-    rest = get_json(signed_in(), "policies/revisions", model="demo", before=first["next_before"])
+    rest = get_json(signed_in(), "operator/revisions", model="demo", before=first["next_before"])
     assert [row["revision"] for row in rest["revisions"]] == list(range(7, 0, -1))
     assert rest["next_before"] is None
     assert rest["revisions"][0]["previous_params"] == {"level_s": 15.0}
@@ -92,7 +92,7 @@ def test_revisions_are_listed_newest_first_and_read_on_from_where_a_page_ended(f
 
 
 @pytest.mark.parametrize(
-    "path", ["policies/revisions?model=demo", "operator/requests", "operator/requests/live?model=demo"]
+    "path", ["operator/revisions?model=demo", "operator/requests", "operator/requests/live?model=demo"]
 )
 def test_the_api_of_pages_is_for_viewers(fleet: FleetWriter, path: str) -> None:
     assert Client().get(f"/api/v1/{path}").status_code == 401
@@ -220,3 +220,38 @@ def test_an_operator_cancels_what_waits_and_what_runs_and_nobody_else_does(fleet
     assert actions == [("request.cancel", id_, "runaway", "127.0.0.1") for id_ in (waiting, running)]
     Historian(fleet.client, fleet.keys).run_once()
     assert RequestRecord.objects.get().error_code == "cancelled_by_operator"
+
+
+# Fleet
+
+
+@pytest.mark.parametrize(
+    ("command", "form", "problem"),
+    [
+        ("set_batch_size", {"max_batch_size": "0"}, {"max_batch_size": "whole number from 1 to 4,096"}),
+        ("set_batch_size", {"max_batch_size": "ten"}, {"max_batch_size": "whole number"}),
+        ("set_mode", {"mode": "magic"}, {"mode": "one of continuous, dynamic, static, serial"}),
+        ("sizing", {"sizing": "magic"}, {"sizing": "one of fixed"}),
+        ("sizing", {"sizing": "balanced", "balanced.gain": "9"}, {"balanced.gain": "from 0.05 to 2"}),
+        ("sizing", {"sizing": "balanced", "balanced.largest": "2", "balanced.smallest": "4"}, {"sizing": "smallest"}),
+    ],
+)
+def test_what_a_worker_cannot_be_told_is_refused_at_its_field(
+    fleet: FleetWriter, command: str, form: dict[str, str], problem: dict[str, str]
+) -> None:
+    answer = signed_in("operator").post(f"/workers/gpu-0/{command}/", {"reason": "tune", **form})
+    assert answer.status_code == 400
+    ((field, sentence),) = problem.items()
+    assert list(answer.json()["fields"]) == [field]
+    assert sentence in answer.json()["fields"][field]
+
+
+def test_a_command_that_no_worker_confirms_is_said_and_kept_with_its_arguments(fleet: FleetWriter) -> None:
+    fleet.publish(fleet.status())
+    form = {"reason": "tune", "sizing": "balanced", "balanced.gain": "0.7"}
+    answer = signed_in("operator").post("/workers/gpu-0/sizing/", form)
+    assert (answer.status_code, "did not confirm" in answer.json()["error"]) == (502, True)
+    action = OperatorAction.objects.get()
+    assert action.action == "replica.sizing"
+    assert action.after["arguments"]["name"] == "balanced"
+    assert action.after["arguments"]["params"]["gain"] == 0.7
