@@ -1,18 +1,17 @@
 """From a validated body to a draft for admission: prompt to tokens, defaults, seed, priority, deadline."""
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any
 
 from controlplane.api.caller import Caller
 from controlplane.api.openai.body import ChatBody, CompletionBody, Message, Sampling
+from controlplane.api.sampling import read_sampling
 from inference.gateway.admission import Draft
 from inference.gateway.errors import ContextLengthExceeded, InvalidRequest
 from inference.gateway.served import ServedModel
 from inference.tokenization import ChatTemplateFailed, ChatTemplateMissing
-from scheduling.core.sequence import SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 """`max_tokens` of `/v1/completions` where absent, as OpenAI has it."""
@@ -68,14 +67,6 @@ def _draft(
         raise InvalidRequest("The prompt is empty.", param=param, code="empty_prompt")
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only allowed with stream.", param="stream_options")
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    sampling = SamplingParams(
-        temperature=1.0 if body.temperature is None else float(body.temperature),
-        top_p=1.0 if body.top_p is None else float(body.top_p),
-        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
-        stop=stop,
-        ignore_eos=bool(body.ignore_eos),
-    )
     return Draft(
         id=draft_id,
         endpoint=endpoint,
@@ -83,7 +74,7 @@ def _draft(
         tenant=caller.tenant,
         prompt_token_ids=token_ids,
         max_tokens=max_tokens,
-        sampling=sampling,
+        sampling=read_sampling(body, vocab_size=model.vocab_size, max_tokens=max_tokens),
         priority=priority,
         deadline_s=_deadline_s(body.deadline_ms, caller.tenant.deadlines_s.get(priority)),
         user=body.user or "",

@@ -14,6 +14,7 @@ from controlplane.api.drafting import draft_chat, draft_completion
 from controlplane.api.errors import limit_headers
 from controlplane.api.idempotency import read_idempotency_key
 from controlplane.api.openai.body import ChatBody, CompletionBody, read_body, read_fields
+from controlplane.api.sampling import refuse_what_polling_lacks
 from controlplane.api.schemas import CancelView, Problem, RequestView, Usage
 from inference.gateway.errors import InvalidRequest, NotFound
 from inference.gateway.gateway import Gateway
@@ -54,6 +55,7 @@ async def submit_request(request: HttpRequest, response: HttpResponse) -> tuple[
     body = read_body(raw, ChatBody) if "messages" in read_fields(raw) else read_body(raw, CompletionBody)
     if body.stream:
         raise InvalidRequest("A submitted request cannot stream; use /v1.", param="stream")
+    refuse_what_polling_lacks(body)
     model = gateway.find_model(body.model)
     request_id = f"req-{uuid.uuid4().hex}"
     if isinstance(body, ChatBody):

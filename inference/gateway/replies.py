@@ -11,6 +11,7 @@ import redis.asyncio
 from inference.gateway.errors import GatewayError
 from inference.gateway.pipeline import FIRST_PAUSE_S, LONGEST_PAUSE_S, LOST
 from inference.messages import Finish, SequenceUpdate
+from scheduling.core.sequence import TokenLogprob
 
 log = logging.getLogger(__name__)
 BLOCK_MS = 2000
@@ -24,6 +25,7 @@ class Mailbox:
     """
 
     __slots__ = (
+        "_logprobs",
         "_texts",
         "_waiter",
         "attempt",
@@ -53,6 +55,7 @@ class Mailbox:
         self.whole = False
         """Nobody looks before the end."""
         self._texts: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, update: SequenceUpdate, now: float) -> bool:
@@ -67,6 +70,7 @@ class Mailbox:
         texts = update.texts
         if skip < len(texts):
             self._texts.extend(texts[skip:] if skip else texts)
+            self._logprobs.extend(update.logprobs[skip:])
             self.num_tokens += len(texts) - skip
         if update.finish is not None:
             self._texts.append(update.finish.text)
@@ -105,6 +109,11 @@ class Mailbox:
             return ""
         self._texts = []
         return texts[0] if len(texts) == 1 else "".join(texts)
+
+    def take_logprobs(self) -> list[TokenLogprob]:
+        """Those of the tokens since the last call, where the request asked for them."""
+        taken, self._logprobs = self._logprobs, []
+        return taken
 
 
 class StreamReader:

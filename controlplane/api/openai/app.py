@@ -15,8 +15,19 @@ from controlplane.api.errors import error_body, limit_headers
 from controlplane.api.idempotency import read_idempotency_key
 from controlplane.api.openai.body import ChatBody, CompletionBody, read_body
 from controlplane.api.openai.exchange import Exchange, Receive, Scope, Send
-from controlplane.api.openai.render import SIGN_OF_LIFE, ChatRendering, CompletionRendering, error_frame
+from controlplane.api.openai.logprobs import TokenTrail
+from controlplane.api.openai.render import (
+    SIGN_OF_LIFE,
+    ChatRendering,
+    CompletionRendering,
+    Heading,
+    error_frame,
+    render_end,
+    render_whole,
+)
+from controlplane.api.sampling import split_choices
 from inference.gateway.admission import Draft
+from inference.gateway.choices import read_choices, read_whole, submit_choices
 from inference.gateway.errors import (
     DeadlineExceeded,
     GatewayError,
@@ -107,16 +118,54 @@ class OpenAIApp:
         key = None
         if exchange.idempotency_key is not None:
             key = read_idempotency_key(exchange.idempotency_key, draft.endpoint, body)
-        reply = await gateway.submit(replace(draft, reply_to=gateway.name), key)
-        request = reply.request
-        include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        render = rendering(id=request.id, created=int(request.arrival_s), model=body.model, include_usage=include_usage)
-        watcher = asyncio.create_task(_abandon_when_gone(exchange, reply))
+        drafts = [replace(choice, reply_to=gateway.name) for choice in split_choices(draft, body)]
+        replies = await submit_choices(gateway, drafts, key)
+        answer = Answer(replies, body, rendering)
+        watcher = asyncio.create_task(_abandon_when_gone(exchange, replies))
         try:
-            await (_stream if body.stream else _whole)(exchange, reply, render)
+            await (_stream if body.stream else _whole)(exchange, answer)
         finally:
             watcher.cancel()
-            reply.abandon()
+            for reply in replies:
+                reply.abandon()
+
+
+class Answer:
+    """The replies to a request's choices, each with its rendering."""
+
+    def __init__(self, replies: list[Reply], body: CompletionBody | ChatBody, kind: type[CompletionRendering]) -> None:
+        request = replies[0].request
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.heading = Heading(
+            id=request.id, created=int(request.arrival_s), model=body.model, include_usage=include_usage
+        )
+        self.kind = kind
+        self.replies = replies
+        self.renders = [kind(self.heading, i, _trail(reply)) for i, reply in enumerate(replies)]
+
+    def text(self, index: int, text: str) -> bytes:
+        """A frame for text of one choice."""
+        return self.renders[index].text(text, self.replies[index].mailbox.take_logprobs())
+
+    def last(self, index: int) -> bytes:
+        """The last frame of one choice. Raises GatewayError where it did not end well."""
+        return self.renders[index].last(_ended_well(self.replies[index]))
+
+    def end(self) -> bytes:
+        """What follows all choices."""
+        return render_end(self.heading, self.kind, [_ended_well(reply) for reply in self.replies])
+
+    def whole(self, texts: list[str]) -> bytes:
+        """All choices in one piece. Raises GatewayError where one did not end well."""
+        finishes = [_ended_well(reply) for reply in self.replies]
+        parts = zip(self.renders, texts, self.replies, finishes, strict=True)
+        choices = [r.whole(text, reply.mailbox.take_logprobs(), finish) for r, text, reply, finish in parts]
+        return render_whole(self.heading, self.kind, choices, finishes)
+
+
+def _trail(reply: Reply) -> TokenTrail | None:
+    sampling = reply.request.sampling
+    return None if sampling.logprobs is None else TokenTrail(reply.model.tokenizer, sampling)
 
 
 class WrongMethod(InvalidRequest):
@@ -129,29 +178,32 @@ class WrongMethod(InvalidRequest):
         self.allowed = allowed
 
 
-async def _abandon_when_gone(exchange: Exchange, reply: Reply) -> None:
+async def _abandon_when_gone(exchange: Exchange, replies: list[Reply]) -> None:
     await exchange.wait_for_disconnect()
-    reply.abandon()
+    for reply in replies:
+        reply.abandon()
 
 
-async def _whole(exchange: Exchange, reply: Reply, render: CompletionRendering) -> None:
-    text = await reply.read_all()
-    finish = _ended_well(reply)
-    await exchange.respond(200, render.whole(text, finish), _limits(reply))
+async def _whole(exchange: Exchange, answer: Answer) -> None:
+    texts = await read_whole(answer.replies)
+    await exchange.respond(200, answer.whole(texts), _limits(answer.replies))
 
 
-async def _stream(exchange: Exchange, reply: Reply, render: CompletionRendering) -> None:
-    await exchange.start(200, [*STREAM_HEADERS, *_limits(reply)])
-    pending = render.start()
+async def _stream(exchange: Exchange, answer: Answer) -> None:
+    await exchange.start(200, [*STREAM_HEADERS, *_limits(answer.replies)])
+    pending = b"".join(render.start() for render in answer.renders)
+    num_running = len(answer.replies)
     try:
-        while True:
-            text = await reply.read()
-            pending += render.text(text) if text else b""
-            if reply.finish is not None:  # and with it `read` took all that was left
-                break
-            await exchange.send(pending or SIGN_OF_LIFE, more=True)
-            pending = b""
-        pending += render.end(_ended_well(reply))
+        async with contextlib.aclosing(read_choices(answer.replies)) as arriving:
+            async for index, text, has_ended in arriving:
+                pending += answer.text(index, text)
+                if has_ended:
+                    pending += answer.last(index)
+                    num_running -= 1
+                if num_running:
+                    await exchange.send(pending or SIGN_OF_LIFE, more=True)
+                    pending = b""
+        pending += answer.end()
     except GatewayError as error:
         pending += error_frame(error_body(error))
     except asyncio.CancelledError:
@@ -177,8 +229,10 @@ def _ended_well(reply: Reply) -> Finish:
     return finish
 
 
-def _limits(reply: Reply) -> list[tuple[bytes, bytes]]:
-    return limit_headers(reply.admission) if reply.admission is not None else []
+def _limits(replies: list[Reply]) -> list[tuple[bytes, bytes]]:
+    """As the last choice left them."""
+    admission = replies[-1].admission
+    return limit_headers(admission) if admission is not None else []
 
 
 def _describe(spec: DeploymentSpec) -> dict[str, object]:

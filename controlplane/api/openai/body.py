@@ -14,7 +14,16 @@ MAX_DEADLINE_MS = 7 * 24 * 3600 * 1000
 MAX_STOP_CHARACTERS = 256
 """Of one stop string: a token that may begin one is held back, so this bounds what is held back."""
 
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_BIASED_TOKENS = 1024
+MAX_STOP_TOKENS = 64
+
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
@@ -41,12 +50,27 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     priority: int | str | None = None
     deadline_ms: Annotated[float, Meta(gt=0, le=MAX_DEADLINE_MS)] | None = None
     """Milliseconds from now in which the answer should be complete; policies order by it."""
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: int | None = None
+    """Nothing but `n` is supported."""
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=MAX_BIASED_TOKENS)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    """This and what follows have vLLM's names and meaning; 0 and -1 are all tokens."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKENS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
 
 
 class CompletionBody(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of `/v1/completions`."""
 
     prompt: str | list[int | str | list[int]]
+    logprobs: NumLogprobs | bool | None = None
 
 
 class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,18 +98,13 @@ class ChatBody(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
 
 
 HARMLESS: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "echo": (False,),
-    "logprobs": (False,),
     "top_logprobs": (0,),
-    "frequency_penalty": (0, 0.0),
-    "presence_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -97,9 +116,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
     "suffix": ("",),
-    "top_k": (0, -1),
-    "min_p": (0, 0.0),
-    "min_tokens": (0,),
     "audio": (),
     "prediction": (),
     "reasoning_effort": (),
@@ -151,7 +167,7 @@ def _read_closely(raw: bytes | bytearray, kind: type[T]) -> T:
         if not _asks_for_nothing(fields.pop(name), HARMLESS[name]):
             raise InvalidRequest(f"The option {name} is not supported.", param=name, code="unsupported_parameter")
     try:
-        return msgspec.convert(fields, kind)
+        return msgspec.convert(fields, kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from error
 

@@ -1,0 +1,69 @@
+"""Several answers to one request: let in together or not at all, and read as they come."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+
+from inference.gateway.admission import Draft
+from inference.gateway.gateway import Gateway
+from inference.gateway.idempotency import IdempotencyKey
+from inference.gateway.reply import Reply
+
+
+async def submit_choices(gateway: Gateway, drafts: Sequence[Draft], key: IdempotencyKey | None) -> list[Reply]:
+    """Let each answer's draft in; where one is refused all are cancelled. Raises GatewayError, of the first refused.
+
+    Each is a request of its own for queue, engine and limits. An idempotency key stands for all of them.
+    """
+    if len(drafts) == 1:
+        return [await gateway.submit(drafts[0], key)]
+    keys = [key and replace(key, digest=f"{key.digest}-{i}") for i in range(len(drafts))]
+    tasks = [asyncio.create_task(gateway.submit(draft, key)) for draft, key in zip(drafts, keys, strict=True)]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, Reply):
+                outcome.abandon()
+        raise
+
+
+async def read_choices(replies: Sequence[Reply]) -> AsyncGenerator[tuple[int, str, bool], None]:
+    """Of each answer as it comes: its index, its text ("" as `Reply.read` gives it), and whether that was the last.
+
+    Raises GatewayError where one ended without `finish`.
+    """
+    if len(replies) == 1:
+        has_ended = False
+        while not has_ended:
+            text, has_ended = await _read(replies[0])
+            yield 0, text, has_ended
+        return
+    reading = {asyncio.create_task(_read(reply)): i for i, reply in enumerate(replies)}
+    try:
+        while reading:
+            done, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                i = reading.pop(task)
+                text, has_ended = task.result()
+                if not has_ended:
+                    reading[asyncio.create_task(_read(replies[i]))] = i
+                yield i, text, has_ended
+    finally:
+        for task in reading:
+            task.cancel()
+
+
+async def _read(reply: Reply) -> tuple[str, bool]:
+    """Text, and whether it is the last; looked at together, before more can arrive."""
+    text = await reply.read()
+    return text, reply.finish is not None
+
+
+async def read_whole(replies: Sequence[Reply]) -> list[str]:
+    """The whole texts of all answers. Raises GatewayError, as soon as one ended without `finish`."""
+    if len(replies) == 1:
+        return [await replies[0].read_all()]
+    return list(await asyncio.gather(*(reply.read_all() for reply in replies)))
