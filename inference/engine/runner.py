@@ -1,6 +1,8 @@
 """Runs steps: one forward pass over a mixed batch, tokens out."""
 
 import logging
+import math
+import time
 from collections.abc import Sequence as Seq
 
 import torch
@@ -15,12 +17,15 @@ from scheduling.core.sequence import PartResult, StepPart
 
 logger = logging.getLogger(__name__)
 
+PROBE_BLOCKS = 64
+"""KV blocks that are moved to see how fast the way to host memory is."""
+
 
 class ModelRunner:
     """A loaded model with its KV cache on one device.
 
     `max_model_len` and `num_blocks` times `block_size` bound what its sequences may hold, in tokens. `num_host_blocks`
-    have room in host memory besides.
+    have room in host memory besides; a block has `block_bytes`, of which `swap_bytes_per_s` move there and back.
     """
 
     def __init__(
@@ -48,10 +53,11 @@ class ModelRunner:
         self.max_model_len, self.vocab_size = assembly.max_model_len, assembly.vocab_size
         self.eos_token_ids = assembly.eos_token_ids
         self.num_blocks, self.block_size = assembly.cache.num_blocks, BLOCK_SIZE
-        self.num_host_blocks = assembly.cache.num_host_blocks
+        self.num_host_blocks, self.block_bytes = assembly.cache.num_host_blocks, assembly.cache.shape.block_bytes
         self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         self._sampler = Sampler(self.eos_token_ids)
         self._cache, self._forward, self._description = assembly.cache, assembly.forward, assembly.description
+        self.swap_bytes_per_s = self._measure_swap()
 
     def describe(self) -> str:
         """What was chosen at load, and why."""
@@ -119,6 +125,22 @@ class ModelRunner:
     def swap_in(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy (host block, device block) pairs back."""
         self._cache.swap_in(pairs)
+
+    def _measure_swap(self) -> float:
+        """Bytes a second that move between cache and host memory, by moving blocks that nobody uses yet."""
+        num_blocks = min(self.num_blocks, self.num_host_blocks, PROBE_BLOCKS)
+        if not num_blocks:
+            return 0.0
+        pairs = [(block, block) for block in range(num_blocks)]
+        best_s = math.inf
+        for _ in range(3):
+            started = time.perf_counter()
+            self.swap_out(pairs)
+            self.swap_in(pairs)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            best_s = min(best_s, time.perf_counter() - started)
+        return 2 * num_blocks * self.block_bytes / best_s
 
 
 def _result(choices: list[Choice]) -> PartResult:

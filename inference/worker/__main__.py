@@ -16,6 +16,7 @@ from inference.logs import make_formatter
 from inference.tokenization import Tokenizer
 from inference.worker.engine import Engine, connect
 from inference.worker.inbox import Inbox, Told
+from inference.worker.memory import build_memory_model
 from inference.worker.nvml import torch_gpus
 from inference.worker.pipe import STOP_NOW, Pipe, watch_signals
 from inference.worker.reporter import Reporter
@@ -100,7 +101,19 @@ def _load_and_serve(spec: EngineSpec, pipe: Pipe, inbox: Inbox, reporter: Report
     telemetry.follow(device, gpus, partial(_leave, inbox))
     detail = runner.describe()
     logger.info("%s serves %s: %s", spec.replica, spec.deployment.name, detail)
-    engine = Engine(spec, runner, tokenizer, pipe=pipe, inbox=inbox, reporter=reporter, detail=detail)
+    memory_model = build_memory_model(
+        path, dtype=str(runner.dtype).removeprefix("torch."), block_size=runner.block_size
+    )
+    engine = Engine(
+        spec,
+        runner,
+        tokenizer,
+        pipe=pipe,
+        inbox=inbox,
+        reporter=reporter,
+        detail=detail,
+        memory_model=memory_model,
+    )
     reading = telemetry.first(DRIVER_PATIENCE_S) if on_cuda else None
     pipe.send(Notice(state="ready", detail=detail, gpu=reading.uuid if reading is not None else ""))
     engine.run()

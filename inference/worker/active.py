@@ -8,7 +8,7 @@ from inference.messages import Finish, FinishReason, InferenceRequest, RequestEv
 from inference.tokenization import TextStream
 from scheduling.core.answers import ClaimedRequest
 from scheduling.core.request import Priority
-from scheduling.core.sequence import SamplingParams, Sequence
+from scheduling.core.sequence import SamplingParams, Sequence, TokenLogprob
 
 MAX_FAILURES = 3
 """A request that so many engine processes ended over, other than in good order, has probably ended them."""
@@ -57,7 +57,10 @@ class ActiveRequest:
             num_prompt_tokens=len(request.prompt_token_ids),
             max_tokens=request.max_tokens,
             sampling=request.sampling,
+            failures=claimed.failures,
         )
+        self.logprobs: list[TokenLogprob] = []
+        """Of the resumed tokens, where the request asks for them."""
         self.num_pushed = 0
         """Output tokens whose text was made."""
         for token_id in claimed.tokens:
@@ -181,5 +184,9 @@ def check_request(active: ActiveRequest, *, vocab_size: int) -> None:
         )
     if not request.prompt_token_ids or request.max_tokens < 1:
         raise RequestRefusedError("bad_request", "A prompt and max_tokens of at least one token are needed.")
+    if request.sampling.logprobs is not None and len(active.logprobs) < active.num_resumed:
+        raise RequestRefusedError(
+            "engine_error", "The log probabilities of tokens before the engine's restart were lost; send it again."
+        )
     if min(active.sequence.tokens) < 0 or max(active.sequence.tokens) >= vocab_size:
         raise RequestRefusedError("bad_request", f"The prompt has a token id outside the vocabulary of {vocab_size}.")

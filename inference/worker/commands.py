@@ -3,10 +3,15 @@
 from collections.abc import Callable
 from typing import Any, get_args
 
-from inference.messages import BatchMode
+import msgspec
+
+from inference.messages import BatchMode, DeploymentSpec
 from inference.worker.gate import Gate
+from inference.worker.sizer import Sizer
 from inference.worker.spec import ControlMessage
 from scheduling.core.planner import StepPlanner
+from scheduling.core.sizing.strategies import SizingError
+from scheduling.core.triggers import TriggerError, parse_trigger
 
 
 class CommandRefusedError(Exception):
@@ -14,12 +19,23 @@ class CommandRefusedError(Exception):
 
 
 class Controls:
-    """What commands move: the gate, the planner, and the policy that is shown."""
+    """What commands move: the gate, the planner, the sizing, and the policy that is shown."""
 
-    def __init__(self, gate: Gate, planner: StepPlanner, announce: Callable[[str, int], None], drain_s: float) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        planner: StepPlanner,
+        sizer: Sizer,
+        announce: Callable[[str, int], None],
+        *,
+        deployment: DeploymentSpec,
+        drain_s: float,
+    ) -> None:
         """`announce` gets name and revision of a policy that was switched on."""
         self._gate = gate
         self._planner = planner
+        self._sizer = sizer
+        self._deployment = deployment
         self._announce = announce
         self._drain_s = drain_s
 
@@ -38,9 +54,48 @@ class Controls:
             case "set_mode":
                 self._planner.set_mode(_mode(arguments.get("mode")))
             case "set_batch_size":
-                self._planner.set_batch_size(_batch_size(arguments.get("max_batch_size")))
+                self._sizer.set_batch_size(_batch_size(arguments.get("max_batch_size")))
+            case "sizing":
+                self._switch_sizing(arguments)
+            case "deployment":
+                self._adopt(_deployment(arguments))
             case "policy":
                 self._announce(str(arguments.get("name", "")), int(_number(arguments, "revision", 0)))
+
+    def _switch_sizing(self, arguments: dict[str, Any]) -> None:
+        name, params = arguments.get("name"), arguments.get("params", {})
+        if not isinstance(name, str) or not isinstance(params, dict):
+            raise CommandRefusedError("sizing needs the name of a strategy, and its parameters as an object.")
+        try:
+            self._sizer.switch(name, params)
+        except SizingError as error:
+            raise CommandRefusedError(str(error)) from error
+
+    def _adopt(self, deployment: DeploymentSpec) -> None:
+        """Take up what has changed of the deployment and needs no other model or memory; see LIVE_FIELDS."""
+        before, planner = self._deployment, self._planner
+        try:
+            trigger = parse_trigger(deployment.triggers)
+            sized = ("sizing", "sizing_params", "max_batch_size")
+            if any(getattr(before, name) != getattr(deployment, name) for name in sized):
+                self._sizer.switch(
+                    deployment.sizing, deployment.sizing_params, batch_size=_batch_size(deployment.max_batch_size)
+                )
+        except (SizingError, TriggerError) as error:
+            raise CommandRefusedError(str(error)) from error
+        if before.mode != deployment.mode:
+            planner.set_mode(deployment.mode)
+        planner.set_trigger(trigger)
+        planner.long_prefill_threshold = deployment.long_prefill_threshold
+        self._sizer.set_targets(deployment.targets)
+        self._deployment = deployment
+
+
+def _deployment(arguments: dict[str, Any]) -> DeploymentSpec:
+    try:
+        return msgspec.convert(arguments, DeploymentSpec)
+    except msgspec.ValidationError as error:
+        raise CommandRefusedError(f"The deployment cannot be read: {error}") from error
 
 
 def _number(arguments: dict[str, Any], name: str, default: float) -> float:

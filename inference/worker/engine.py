@@ -1,30 +1,39 @@
 """An engine: the loop with its threads, put together, run, and taken apart."""
 
 import logging
+import secrets
 import time
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from inference.logprobs import read_logprobs
 from inference.tokenization import TextStream, Tokenizer
 from inference.worker.active import ActiveRequest, open_request
 from inference.worker.commands import Controls
+from inference.worker.costs import StepCosts
 from inference.worker.gate import Gate
 from inference.worker.inbox import Inbox
 from inference.worker.intake import Intake
 from inference.worker.lease import Heartbeat, Lease
 from inference.worker.loop import EngineLoop, Runner
+from inference.worker.memory import DeviceMemory
 from inference.worker.meters import Meters, Second
 from inference.worker.outbox import Outbox
 from inference.worker.pipe import Pipe
 from inference.worker.reporter import Reporter
+from inference.worker.sizer import Sizer
 from inference.worker.spec import EngineSpec
 from inference.worker.status import StatusBoard, first_status
 from scheduling import store
 from scheduling.core.answers import ClaimedRequest
 from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import StepPlanner
+from scheduling.core.prefix import PrefixCache
+from scheduling.core.sizing.memory_model import MemoryModel
+from scheduling.core.swap import SwapSpace
+from scheduling.core.triggers import parse_trigger
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 
@@ -56,16 +65,21 @@ class Engine:
         inbox: Inbox,
         reporter: Reporter,
         detail: str = "",
+        memory_model: MemoryModel | None = None,
     ) -> None:
         keys = Keys(spec.key_prefix)
         model = spec.deployment.name
         self._model = model
+        self._keys = keys
         self._tokenizer = tokenizer
         self._queue = FleetQueue(keys, model)
         self._lease = Lease(spec.replica, spec.lease_s)
         self._reporter = reporter
         self._client = connect(spec)
-        planner = _build_planner(spec, runner)
+        costs = StepCosts(
+            block_bytes=runner.block_bytes, block_size=runner.block_size, swap_bytes_per_s=runner.swap_bytes_per_s
+        )
+        planner = _build_planner(spec, runner, costs)
         meters = Meters(Second(started_s=time.time()))
         gate = Gate(time.monotonic)
         self._intake = Intake(
@@ -73,7 +87,19 @@ class Engine:
         )
         self._outbox = Outbox(connect(spec), keys, self._queue, lease=self._lease, inbox=inbox)
         self._heartbeat = Heartbeat(connect(spec), self._queue, self._lease, inbox)
-        board = StatusBoard(first_status(spec), detail, planner=planner, meters=meters, gate=gate, intake=self._intake)
+        memory = DeviceMemory(memory_model, planner)
+        sizer = Sizer(
+            planner,
+            meters,
+            costs,
+            deployment=spec.deployment,
+            num_waiting=lambda: self._intake.depth,
+            telemetry=reporter.read_telemetry,
+            memory_limit=memory.limit,
+        )
+        board = StatusBoard(
+            first_status(spec), detail, planner=planner, meters=meters, gate=gate, intake=self._intake, sizer=sizer
+        )
         self.loop = EngineLoop(
             planner=planner,
             runner=runner,
@@ -84,9 +110,11 @@ class Engine:
             inbox=inbox,
             pipe=pipe,
             gate=gate,
-            controls=Controls(gate, planner, board.announce, spec.drain_s),
+            controls=Controls(gate, planner, sizer, board.announce, deployment=spec.deployment, drain_s=spec.drain_s),
             board=board,
             meters=meters,
+            costs=costs,
+            sizer=sizer,
         )
 
     def run(self) -> None:
@@ -115,23 +143,41 @@ class Engine:
             logger.info("%d requests went back to the queue.", num_released)
 
     def _read_claimed(self, claimed: ClaimedRequest, owner: str) -> ActiveRequest:
-        return open_request(
+        active = open_request(
             claimed,
             owner=owner,
             model=self._model,
             new_stream=lambda sampling: TextStream.of(self._tokenizer, sampling),
             now_s=time.time(),
         )
+        if active.num_resumed and active.request.sampling.logprobs is not None:
+            try:
+                found = store.execute(self._client, read_logprobs(self._keys, self._model, claimed.id))
+                active.logprobs = found[: active.num_resumed]
+            except redis.RedisError as error:  # then the request ends with an error, rather than the claim hang here
+                logger.warning("The log probabilities of request %s cannot be read: %s", claimed.id, error)
+        return active
 
 
-def _build_planner(spec: EngineSpec, runner: Runner) -> StepPlanner:
+def _build_planner(spec: EngineSpec, runner: Runner, costs: StepCosts) -> StepPlanner:
     deployment = spec.deployment
+    allocator = BlockAllocator(runner.num_blocks, runner.block_size)
+    prefix, swap = None, None
+    if deployment.prefix_cache != "off":
+        is_apart = deployment.prefix_cache == "per_tenant"
+        prefix = PrefixCache(allocator, key=secrets.token_bytes(32), per_tenant=is_apart)
+    if runner.num_host_blocks:
+        swap = SwapSpace(runner.num_host_blocks, runner.block_size, costs.swap_pays)
     return StepPlanner(
         deployment.mode,
         deployment.max_batch_size,
         deployment.step_tokens,
-        BlockAllocator(runner.num_blocks, runner.block_size),
+        allocator,
         runner.max_model_len,
         time.monotonic,
         eos_token_ids=runner.eos_token_ids,
+        prefix=prefix,
+        swap=swap,
+        trigger=parse_trigger(deployment.triggers),
+        long_prefill_threshold=deployment.long_prefill_threshold,
     )

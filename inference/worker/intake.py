@@ -1,4 +1,4 @@
-"""Claims requests from the fleet queue ahead of the loop, for no more room than the planner has."""
+"""Claims requests from the fleet queue ahead of the loop, for no more room than the planner has or can make."""
 
 import logging
 import threading
@@ -14,7 +14,7 @@ from inference.worker.inbox import Inbox
 from inference.worker.lease import Lease
 from scheduling import store
 from scheduling.core.answers import Claimed, ClaimedRequest
-from scheduling.core.planner import Room
+from scheduling.core.room import NO_ROOM, Room, UrgentRoom
 from scheduling.fleet import FleetQueue
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,11 @@ BELL_WAIT_S = 0.25
 """An idle engine process tries to claim this often though no bell rings; also the time that `close` may take."""
 EXPIRE_PERIOD_S = 1.0
 """How often an idle engine process looks for leases that ran out."""
+URGENT_PERIOD_S = 0.05
+"""How often a full engine looks for a request that may take the place of a lower one."""
+LOOK_PERIOD_S = 0.25
+"""How often one that may claim nothing looks how many wait."""
 NO_LIMIT = 2**31 - 1
-NO_ROOM = Room(0, 0)
 
 
 class Intake(threading.Thread):
@@ -52,19 +55,25 @@ class Intake(threading.Thread):
         self._expired_s = 0.0
         self._changed = threading.Condition()
         self._room = NO_ROOM
+        self._urgent: UrgentRoom | None = None
         self._is_idle = False
         self._is_claiming = False
         self._claimed: deque[ActiveRequest] = deque()
         self._closing = False
+        self._looked_s = 0.0
         self.policy = ""
         self.revision = 0
+        self.depth = 0
+        """Requests that waited when the queue was looked at last."""
 
-    def offer(self, room: Room, *, is_idle: bool) -> None:
+    def offer(self, room: Room, *, is_idle: bool, urgent: UrgentRoom | None = None) -> None:
         """Say what may be claimed from now on, in place of what was offered before.
 
         `room` does not know of what is claimed and not yet taken; that is subtracted here. With `is_idle` nothing runs,
-        and a prompt that does not fit the room never will: it is claimed, to be refused.
+        and a prompt that does not fit the room never will: it is claimed, to be refused. `urgent`: what may be claimed
+        where that gives nothing, to take the place of something that runs.
         """
+        self._urgent = urgent
         if room == self._room and is_idle == self._is_idle:
             return
         with self._changed:
@@ -75,7 +84,7 @@ class Intake(threading.Thread):
     def shut(self, timeout_s: float) -> None:
         """Offer nothing, and wait for a claim that is on its way, so that whoever hears of it can rely on it."""
         with self._changed:
-            self._room, self._is_idle = NO_ROOM, False
+            self._room, self._is_idle, self._urgent = NO_ROOM, False, None
             self._changed.wait_for(lambda: not self._is_claiming, timeout_s)
 
     def take(self) -> list[ActiveRequest]:
@@ -83,7 +92,7 @@ class Intake(threading.Thread):
         if not self._claimed:
             return []
         with self._changed:
-            self._room, self._is_idle = self._left(), False
+            self._room, self._is_idle, self._urgent = self._left(), False, None
             taken = list(self._claimed)
             self._claimed.clear()
             return taken
@@ -94,7 +103,7 @@ class Intake(threading.Thread):
             try:
                 claimed = self._claim(room)
                 self._rest()
-                if claimed.requests or claimed.more:
+                if claimed.requests or claimed.more or not room.requests:
                     continue
                 if claimed.depth == 0:
                     self._listen()
@@ -113,8 +122,13 @@ class Intake(threading.Thread):
         self.join()
 
     def _await_room(self) -> Room | None:
+        """Room to claim for; none, where it is time to look at the queue all the same. None when closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._left().requests > 0)
+            while not self._closing and self._left().requests <= 0:
+                looked_s = time.monotonic() - self._looked_s
+                if looked_s >= (URGENT_PERIOD_S if self._left_urgent() else LOOK_PERIOD_S):
+                    break
+                self._changed.wait(URGENT_PERIOD_S)
             self._is_claiming = not self._closing
             return None if self._closing else self._left()
 
@@ -135,35 +149,52 @@ class Intake(threading.Thread):
         tokens = self._room.tokens - sum(len(active.sequence.tokens) for active in self._claimed)
         return Room(self._room.requests - len(self._claimed), max(0, tokens))
 
+    def _left_urgent(self) -> UrgentRoom | None:
+        """One at a time: the planner says what the next may have when it has seen this one."""
+        return None if self._claimed else self._urgent
+
     def _claim(self, room: Room) -> Claimed:
         """Claim for the room; an idle engine also claims a head of the queue that no room will ever fit.
 
-        Requests that were dropped for their deadline are ended here.
+        Where that gives nothing, claim one that may take the place of another. Without any room this still tells how
+        many wait, and by which policy. Requests that were dropped for their deadline are ended here.
         """
-        owner = self._lease.owner
-        claimed = self._claim_as(owner, room)
-        dropped = claimed.dropped
-        if not (claimed.requests or claimed.more) and claimed.depth and self._is_idle and not self._claimed:
-            claimed = self._claim_as(owner, Room(1, NO_LIMIT))
-            dropped += claimed.dropped
-        self.policy, self.revision = claimed.policy, claimed.revision
+        owner, urgent = self._lease.owner, self._left_urgent()
+        claims: list[Claimed] = []
+        if room.requests > 0 or urgent is None:
+            claims.append(self._claim_as(owner, room))
+            if self._gave_nothing(claims) and self._is_idle and not self._claimed:
+                claims.append(self._claim_as(owner, Room(1, NO_LIMIT)))
+        is_urgent = urgent is not None and self._gave_nothing(claims)
+        if urgent is not None and is_urgent:
+            claims.append(self._claim_as(owner, Room(1, urgent.tokens), urgent.max_priority))
+        claimed = claims[-1]
+        self._looked_s = time.monotonic()
+        self.policy, self.revision, self.depth = claimed.policy, claimed.revision, claimed.depth
         if claimed.requests:
             opened = [self._read(request, owner) for request in claimed.requests]
+            for active in opened:
+                active.sequence.is_urgent = is_urgent
             with self._changed:
                 self._claimed.extend(opened)
             self._inbox.wake()
-        end_dropped(self._client, self._queue, dropped)
+        end_dropped(self._client, self._queue, [drop for claim in claims for drop in claim.dropped])
         return claimed
 
-    def _claim_as(self, owner: str, room: Room) -> Claimed:
+    def _gave_nothing(self, claims: list[Claimed]) -> bool:
+        """Whether another kind of claim might give something: requests wait, and this one did not reach its bound."""
+        return not claims or (not (claims[-1].requests or claims[-1].more) and claims[-1].depth > 0)
+
+    def _claim_as(self, owner: str, room: Room, max_priority: int | None = None) -> Claimed:
         """One claim, repeated under its number where the reply was lost, so that no request hangs on our lease."""
         self._number += 1
         command = self._queue.claim(
             owner,
-            max_requests=room.requests,
+            max_requests=max(0, room.requests),
             max_tokens=room.tokens,
             lease_s=self._lease.lease_s,
             number=self._number,
+            max_priority=max_priority,
         )
         while True:
             try:

@@ -9,17 +9,20 @@ from inference.engine.errors import OutOfDeviceMemory
 from inference.messages import FinishReason
 from inference.worker.active import ActiveRequest, RequestRefusedError, check_request
 from inference.worker.commands import CommandRefusedError, Controls
+from inference.worker.costs import StepCosts
 from inference.worker.gate import Gate
 from inference.worker.inbox import Cancelled, Inbox, LeaseLost, Lost, Told, Word
-from inference.worker.intake import NO_ROOM, Intake
+from inference.worker.intake import Intake
 from inference.worker.lease import Lease
 from inference.worker.meters import Meters
 from inference.worker.outbox import Handover, Outbox, Output
 from inference.worker.pipe import Pipe
 from inference.worker.reporter import PERIOD_S, Reporter
+from inference.worker.sizer import Sizer
 from inference.worker.spec import Ack
 from inference.worker.status import StatusBoard
 from scheduling.core.planner import RequestTooLongError, StepOutput, StepPlanner
+from scheduling.core.room import NO_ROOM
 from scheduling.core.sequence import PartResult, StepPart
 from scheduling.core.sizing.cost_model import measure_parts
 
@@ -37,8 +40,20 @@ class Runner(Protocol):
     vocab_size: int
     num_blocks: int
     block_size: int
+    block_bytes: int
     max_model_len: int
+    num_host_blocks: int
+    """Places for KV blocks in host memory; 0: nothing can be swapped."""
+    swap_bytes_per_s: float
     eos_token_ids: frozenset[int]
+
+    def swap_out(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy (device block, host block) pairs of the KV cache out."""
+        ...
+
+    def swap_in(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy (host block, device block) pairs back."""
+        ...
 
     def step(self, parts: Sequence[StepPart]) -> list[PartResult]:
         """One forward pass."""
@@ -63,6 +78,8 @@ class EngineLoop:
         controls: Controls,
         board: StatusBoard,
         meters: Meters,
+        costs: StepCosts,
+        sizer: Sizer,
     ) -> None:
         self._planner = planner
         self._runner = runner
@@ -76,6 +93,8 @@ class EngineLoop:
         self._controls = controls
         self._board = board
         self._meters = meters
+        self._costs = costs
+        self._sizer = sizer
         self._active: dict[str, ActiveRequest] = {}
         self._handover = Handover(lease.owner)
 
@@ -87,7 +106,9 @@ class EngineLoop:
             started = time.perf_counter()
             self._take_claimed()
             self._drain()
+            self._sizer.tick()
             parts = self._planner.plan(time.monotonic())
+            self._move_blocks()
             if parts:
                 self._collect(self._compute(parts))
             self._hand_over()
@@ -171,7 +192,9 @@ class EngineLoop:
         """Give a request to the planner; one that was resumed first sends what its journal has, which may be all."""
         if active.num_resumed:
             tokens = active.sequence.tokens[active.sequence.num_prompt_tokens :]
-            self._handover.outputs.append(Output(active, 0, tokens, list(active.texts), journals=False))
+            self._handover.outputs.append(
+                Output(active, 0, tokens, list(active.texts), journals=False, logprobs=active.logprobs)
+            )
             reason = "stop" if active.stream.stopped else self._planner.finish_reason(active.sequence)
             if reason is not None:
                 self._end(active, reason)
@@ -190,6 +213,14 @@ class EngineLoop:
         if not self._active:
             self._gate.emptied()
 
+    def _move_blocks(self) -> None:
+        """Copy what preempted sequences leave and take up again, before the step writes over it."""
+        for direction, pairs in self._planner.take_moves():
+            if direction == "out":
+                self._runner.swap_out(pairs)
+            else:
+                self._runner.swap_in(pairs)
+
     def _compute(self, parts: list[StepPart]) -> list[StepOutput]:
         """One forward pass. Where memory lacks, the planner plans less; a request that runs alone then fails."""
         prompt_tokens = sum(p.num_tokens for p in parts if p.sequence.num_computed < p.sequence.num_prompt_tokens)
@@ -203,6 +234,7 @@ class EngineLoop:
                 return []
             results = [PartResult(error=str(error))] * len(parts)
         seconds = time.perf_counter() - started
+        self._costs.note(features, seconds)
         outputs = self._planner.apply(parts, results)
         num_sampled = sum(output.token_id is not None for output in outputs)
         self._meters.count_step(
@@ -255,6 +287,8 @@ class EngineLoop:
             outputs.append(Output(active, active.num_pushed, [], []))
         outputs[-1].finish, outputs[-1].event = finish, event
         self._meters.count_end(active, reason, now_s)
+        if reason in ("stop", "length"):
+            self._sizer.count_end(active, now_s)
         self._forget(active)
 
     def _forget(self, active: ActiveRequest) -> None:
@@ -274,8 +308,10 @@ class EngineLoop:
 
     def _offer_room(self) -> None:
         """Tell the intake what it may claim."""
-        room = self._planner.room() if self._gate.is_open else NO_ROOM
-        self._intake.offer(room, is_idle=not self._active)
+        if not self._gate.is_open:
+            self._intake.offer(NO_ROOM, is_idle=not self._active)
+            return
+        self._intake.offer(self._planner.room(), is_idle=not self._active, urgent=self._planner.urgent_room())
 
     def _idle_s(self) -> float:
         """How long nothing will happen by itself."""

@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from inference.messages import LATENCY_BUCKETS_S, BatchEvent, BatchMode, FinishReason, Histogram
+from inference.messages import LATENCY_BUCKETS_S, BatchEvent, BatchMode, FinishReason, Histogram, SizeChange
 from inference.worker.active import ActiveRequest
 from scheduling.core.sizing.cost_model import NO_STEPS, StepFeatures
 
@@ -45,6 +45,7 @@ class Second:
     preemptions: int = 0
     busy_s: float = 0.0
     features: StepFeatures = NO_STEPS
+    size_changes: list[SizeChange] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -140,6 +141,7 @@ class Meters:
         self.second.preemptions = preemptions
         self.tokens_per_s = second.output_tokens / elapsed if elapsed > 0 else 0.0
         if not second.steps:
+            self.second.size_changes = second.size_changes  # told with the next second in which something runs
             return None
         return BatchEvent(
             replica=replica,
@@ -163,4 +165,5 @@ class Meters:
             decode_sequences=second.features.decode_sequences,
             context_tokens=second.features.context_tokens,
             attention_pairs=second.features.attention_pairs,
+            size_changes=second.size_changes,
         )

@@ -38,6 +38,10 @@ class Reporter(threading.Thread):
         self._closing = threading.Event()
         self._is_away = False
 
+    def read_telemetry(self) -> Telemetry | None:
+        """The latest reading."""
+        return self._telemetry()
+
     def publish(self, status: ReplicaStatus) -> None:
         """Show this from now on."""
         self._status = status

@@ -3,16 +3,19 @@
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import msgspec
 
-from inference.messages import ReplicaStatus
+from inference.messages import BatchEvent, ReplicaStatus
 from inference.worker.active import ActiveRequest
 from inference.worker.gate import Gate
 from inference.worker.intake import Intake
 from inference.worker.meters import Meters
 from inference.worker.reporter import PERIOD_S, Reporter
+from inference.worker.sizer import Sizer
 from inference.worker.spec import EngineSpec
 from scheduling.core.planner import StepPlanner
 
@@ -35,17 +38,43 @@ def first_status(spec: EngineSpec) -> ReplicaStatus:
     )
 
 
+class _Totals(NamedTuple):
+    """What grows over the life of a planner and is told by the second."""
+
+    prefix_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+
+
+def _read_totals(planner: StepPlanner) -> _Totals:
+    prefix, swap = planner.prefix, planner.swap
+    found = (prefix.num_tokens, prefix.num_hit_tokens) if prefix else (0, 0)
+    return _Totals(*found, *((swap.num_out, swap.num_in) if swap else (0, 0)))
+
+
 class StatusBoard:
     """Read by the loop's thread only, so that it needs no lock; the reporter gets finished messages."""
 
     def __init__(
-        self, first: ReplicaStatus, detail: str, *, planner: StepPlanner, meters: Meters, gate: Gate, intake: Intake
+        self,
+        first: ReplicaStatus,
+        detail: str,
+        *,
+        planner: StepPlanner,
+        meters: Meters,
+        gate: Gate,
+        intake: Intake,
+        sizer: Sizer,
     ) -> None:
         self._first = msgspec.structs.replace(first, detail=detail)
         self._planner = planner
         self._meters = meters
         self._gate = gate
         self._intake = intake
+        self._sizer = sizer
+        self._totals = _Totals()
+        self._fired: Counter[str] = Counter()
         self._due_s = 0.0
         self._shown: tuple[object, ...] = ()
         self._announced = ("", 0)
@@ -57,7 +86,8 @@ class StatusBoard:
     def update(self, reporter: Reporter, active: Collection[ActiveRequest]) -> None:
         """Publish what is due; called once a step."""
         now = time.time()
-        shown = (self._gate.state, self._planner.mode, self._planner.max_batch_size, self.current_policy())
+        sizing = (self._planner.mode, self._planner.max_batch_size, self._sizer.name)
+        shown = (self._gate.state, sizing, self.current_policy())
         if 0 <= self._due_s - now <= PERIOD_S and shown == self._shown:
             return
         self._due_s = now + PERIOD_S
@@ -85,7 +115,21 @@ class StatusBoard:
             policy_revision=revision,
         )
         if event is not None:
-            reporter.record(event)
+            reporter.record(self._with_totals(event))
+
+    def _with_totals(self, event: BatchEvent) -> BatchEvent:
+        """The second's event with what planner and sizer did in it."""
+        before, self._totals = self._totals, _read_totals(self._planner)
+        fired, log = self._fired, self._planner.trigger_log
+        self._fired = Counter(log.counts)
+        return msgspec.structs.replace(
+            event,
+            max_batch_size=self._planner.max_batch_size,
+            sizing=self._sizer.name,
+            triggers=dict(self._fired - fired),
+            trigger_reason=log.latest.reason if log.latest else "",
+            **{name: now - then for name, now, then in zip(_Totals._fields, self._totals, before, strict=True)},
+        )
 
     def _status(self, active: Collection[ActiveRequest], now: float) -> ReplicaStatus:
         policy, revision = self.current_policy()
@@ -116,4 +160,23 @@ class StatusBoard:
             time_to_first_token=meters.time_to_first_token.read(),
             time_per_output_token=meters.time_per_output_token.read(),
             end_to_end=meters.end_to_end.read(),
+            **self._decisions(),
         )
+
+    def _decisions(self) -> dict[str, Any]:
+        """What sizing, triggers, preemption and reuse have decided."""
+        planner, log = self._planner, self._planner.trigger_log
+        host = planner.swap.allocator if planner.swap else None
+        return {
+            "sizing": self._sizer.name,
+            "sizing_params": self._sizer.params,
+            "size_changes": list(self._sizer.changes),
+            "trigger": log.latest.trigger if log.latest else "",
+            "trigger_reason": log.latest.reason if log.latest else "",
+            "triggers": dict(log.counts),
+            "slot_preemptions": planner.num_slot_preemptions,
+            "kv_blocks_cached": planner.allocator.num_cached,
+            "host_blocks_total": host.num_blocks if host else 0,
+            "host_blocks_used": host.used if host else 0,
+            **_read_totals(planner)._asdict(),
+        }

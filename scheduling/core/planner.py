@@ -235,6 +235,11 @@ class StepPlanner:
         self.max_batch_size = 1 if self.mode == "serial" else min(max_batch_size, self.step_tokens)
 
     @property
+    def batch_size(self) -> int:
+        """The size that was set; `max_batch_size` is what the mode and the step's budget leave of it."""
+        return self._batch_size
+
+    @property
     def trigger_log(self) -> TriggerLog:
         """What started batches."""
         return self._former.log

@@ -7,13 +7,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from inference.messages import LATENCY_BUCKETS_S, Finish, InferenceRequest
+from inference.messages import LATENCY_BUCKETS_S, DeploymentSpec, Finish, InferenceRequest
 from inference.worker.active import ActiveRequest, open_request
 from inference.worker.commands import CommandRefusedError, Controls
+from inference.worker.costs import StepCosts
 from inference.worker.gate import Gate
 from inference.worker.inbox import Cancelled, Inbox, Lost
 from inference.worker.meters import Latencies, Meters, Second
 from inference.worker.outbox import Handover, Output, merge
+from inference.worker.sizer import Sizer
 from inference.worker.spec import ControlMessage
 from inference.worker.telemetry import HostSource
 from scheduling.core.answers import ClaimedRequest
@@ -56,8 +58,20 @@ def make_active(name: str = "r", journal: list[int] | None = None) -> ActiveRequ
         sampling=SamplingParams(),
     )
     claimed = ClaimedRequest(name, msgspec.msgpack.encode(request), 2, journal or [])
-    new_stream: Callable[[tuple[str, ...]], Any] = lambda stop: Upper()  # noqa: E731
+    new_stream: Callable[[SamplingParams], Any] = lambda sampling: Upper()  # noqa: E731
     return open_request(claimed, owner="o", model="m", new_stream=new_stream, now_s=11.0)
+
+
+def make_sizer(planner: StepPlanner) -> Sizer:
+    return Sizer(
+        planner,
+        Meters(Second(started_s=0.0)),
+        StepCosts(),
+        deployment=DeploymentSpec(name="m", path="/m", max_batch_size=planner.batch_size),
+        num_waiting=lambda: 0,
+        telemetry=lambda: None,
+        memory_limit=lambda telemetry: None,
+    )
 
 
 def test_a_gate_finishes_what_runs_and_then_is_stopped() -> None:
@@ -167,6 +181,15 @@ def test_the_inbox_wakes_a_waiting_loop_and_keeps_the_order() -> None:
         ("set_batch_size", {"max_batch_size": "8"}),
         ("drain", {"drain_s": -1}),
         ("policy", {"revision": "new"}),
+        ("sizing", {}),
+        ("sizing", {"name": "largest"}),
+        ("sizing", {"name": "fixed", "params": [8]}),
+        ("sizing", {"name": "fixed", "params": {"initial": 0}}),
+        ("sizing", {"name": "latency_first", "params": {"smallest": 9, "largest": 8}}),
+        ("deployment", {"name": "m"}),
+        ("deployment", {"name": "m", "path": "/m", "triggers": {"sometimes": 1}}),
+        ("deployment", {"name": "m", "path": "/m", "sizing": "largest", "mode": "static"}),
+        ("deployment", {"name": "m", "path": "/m", "max_batch_size": 0, "mode": "static"}),
     ],
 )
 def test_a_command_with_unusable_arguments_is_refused_and_changes_nothing(
@@ -175,10 +198,12 @@ def test_a_command_with_unusable_arguments_is_refused_and_changes_nothing(
     clock = Clock()
     gate = Gate(clock)
     planner = StepPlanner("continuous", 8, 64, BlockAllocator(8, 16), 128, clock)
-    controls = Controls(gate, planner, lambda name, revision: None, 5.0)
+    sizer = make_sizer(planner)
+    deployment = DeploymentSpec(name="m", path="/m", max_batch_size=8)
+    controls = Controls(gate, planner, sizer, lambda name, revision: None, deployment=deployment, drain_s=5.0)
     with pytest.raises(CommandRefusedError):
         controls.obey(ControlMessage(id=1, command=command, arguments=arguments))
-    assert (gate.state, planner.mode, planner.max_batch_size) == ("ready", "continuous", 8)
+    assert (gate.state, planner.mode, planner.max_batch_size, sizer.name) == ("ready", "continuous", 8, "fixed")
 
 
 def test_host_telemetry_says_that_it_is_the_hosts() -> None:

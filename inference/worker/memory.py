@@ -1,0 +1,69 @@
+"""How many sequences the device has memory for: the memory model of the checkpoint, fed with what is measured."""
+
+import json
+import logging
+from pathlib import Path
+
+from inference.checkpoint import inspect_checkpoint
+from inference.messages import Telemetry
+from scheduling.core.planner import StepPlanner
+from scheduling.core.sizing.memory_model import BatchShape, MemoryModel, ModelConfigError, ModelShape
+
+logger = logging.getLogger(__name__)
+
+USUAL_TOKENS = 512
+"""Length of a sequence while none runs."""
+
+
+def build_memory_model(path: Path, *, dtype: str, block_size: int) -> MemoryModel | None:
+    """The model of a checkpoint's memory; None where its configuration does not say enough."""
+    config = json.loads((path / "config.json").read_text())
+    num_parameters = inspect_checkpoint(path, needs_tokenizer=False).num_parameters or 0
+    try:
+        shape = ModelShape.from_config(config.get("text_config", config), num_parameters=num_parameters, dtype=dtype)
+    except ModelConfigError as error:
+        logger.warning("Batch sizes are bounded by KV blocks alone: %s", error)
+        return None
+    return MemoryModel(shape, block_size=block_size)
+
+
+class DeviceMemory:
+    """Bounds batch sizes by memory, and calibrates the model by what this process holds."""
+
+    def __init__(self, model: MemoryModel | None, planner: StepPlanner) -> None:
+        self._model = model
+        self._planner = planner
+        self._touched_blocks = 0
+        """Most blocks that ever had content: host memory is taken when it is first written, not when it is reserved."""
+
+    def limit(self, telemetry: Telemetry | None) -> int | None:
+        """The most sequences that fit, at least 1; None where that is unknown."""
+        if self._model is None or telemetry is None or telemetry.stale_s or telemetry.lost:
+            return None
+        total, used, own = telemetry.memory_total_bytes, telemetry.memory_used_bytes, telemetry.process_memory_bytes
+        if total is None or used is None or own is None:
+            return None
+        self._calibrate(own, reserved=telemetry.source == "nvml")
+        ours = max(0, total - used) + own
+        most = self._model.largest_batch(
+            ours, tokens_per_sequence=self._mean_tokens(), step_tokens=self._planner.step_tokens
+        )
+        return max(1, most)
+
+    def _calibrate(self, own_bytes: int, *, reserved: bool) -> None:
+        """Learn from the memory that this process holds beside the blocks of the KV cache that nobody uses."""
+        assert self._model is not None
+        allocator, num_running = self._planner.allocator, self._planner.num_running
+        self._touched_blocks = max(self._touched_blocks, allocator.used + allocator.num_cached)
+        if not num_running:
+            return
+        batch = BatchShape(
+            batch_size=num_running, tokens_per_sequence=self._mean_tokens(), step_tokens=self._planner.step_tokens
+        )
+        in_batch = num_running * self._model.blocks_for(batch.tokens_per_sequence)
+        resident = allocator.num_blocks if reserved else self._touched_blocks
+        self._model.observe(batch, max(0, own_bytes - (resident - in_batch) * self._model.block_bytes))
+
+    def _mean_tokens(self) -> int:
+        running = self._planner.sequences[: self._planner.num_running]
+        return max(1, sum(len(s.tokens) for s in running) // len(running)) if running else USUAL_TOKENS
