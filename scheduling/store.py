@@ -13,6 +13,8 @@ from redis.exceptions import NoScriptError
 
 T = TypeVar("T")
 LUA = Path(__file__).parent / "lua"
+OF_TENANTS = ("acquire", "settle", "usage")
+"""Scripts on a tenant's limits. They go without what queues share: every call runs all of its script."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,9 @@ class Script:
 
 @cache
 def load_script(name: str) -> Script:
-    """Read `scheduling/lua/<name>.lua`, behind the shared `prelude.lua`."""
-    source = (LUA / "prelude.lua").read_text() + (LUA / f"{name}.lua").read_text()
+    """Read `scheduling/lua/<name>.lua`, behind the shared `prelude.lua` and, for scripts of a queue, `queue.lua`."""
+    parts = ("prelude", name) if name in OF_TENANTS else ("prelude", "queue", name)
+    source = "".join((LUA / f"{part}.lua").read_text() for part in parts)
     return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 

@@ -11,10 +11,11 @@ if daily then
   if tonumber(d[1]) == day then used = tonumber(d[2]) end
 end
 
-local function load_bucket(name, size)
+local b = call('HMGET', buckets, 'requests', 'requests_s', 'tokens', 'tokens_s')
+
+local function load_bucket(name, size, level, time)
   if not size then return nil end
-  local b = call('HMGET', buckets, name, name .. '_s')
-  local level, time = tonumber(b[1] or size), tonumber(b[2] or now)
+  level, time = tonumber(level or size), tonumber(time or now)
   level = math.min(size, level + math.max(0, now - time) * size / 60)
   return { name = name, size = size, level = level, time = math.max(now, time) }
 end
@@ -25,13 +26,18 @@ local function wait(bucket, amount)
   return math.max(0, (math.min(amount, bucket.size) - bucket.level) * 60 / bucket.size)
 end
 
+local taken = {}
 local function take(bucket, amount)
   if not bucket then return end
   bucket.level = bucket.level - amount
-  call('HSET', buckets, bucket.name, bucket.level, bucket.name .. '_s', bucket.time, bucket.name .. '_size', bucket.size)
+  local name = bucket.name
+  for _, word in ipairs({ name, bucket.level, name .. '_s', bucket.time, name .. '_size', bucket.size }) do
+    taken[#taken + 1] = word
+  end
 end
 
-local requests, budget = load_bucket('requests', tonumber(ARGV[2])), load_bucket('tokens', tonumber(ARGV[3]))
+local requests = load_bucket('requests', tonumber(ARGV[2]), b[1], b[2])
+local budget = load_bucket('tokens', tonumber(ARGV[3]), b[3], b[4])
 
 local function answer(reason, retry_after)
   local function level(bucket) return bucket and tostring(math.max(0, math.floor(bucket.level))) or '' end
@@ -51,6 +57,10 @@ if daily then
   call('EXPIRE', Q .. ':day', 2 * 86400)
 end
 call('ZADD', slots, now, id)
--- After a minute without traffic a bucket is full, which is also what a missing one means.
-call('EXPIRE', buckets, 120)
+if #taken > 0 then
+  call('HSET', buckets, unpack(taken))
+  -- After a minute without traffic a bucket is full, which is also what a missing one means. A look costs less than a
+  -- write.
+  if call('TTL', buckets) < 60 then call('EXPIRE', buckets, 120) end
+end
 return answer('', 0)

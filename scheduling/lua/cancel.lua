@@ -5,7 +5,7 @@ local r = call('HMGET', record, 'state', 'entry', 'body', 'owner')
 if r[1] == 'queued' then
   local queue, entry = load_queue(), cmsgpack.unpack(r[2])
   unplace(queue, id)
-  call('ZREM', ARRIVALS, id)
+  leave_orders(entry)
   call('HSET', record, 'state', 'cancelled', 'ended', clock())
   count_waiting(queue, entry, -1)
   add(queue, 'cancelled', 1)

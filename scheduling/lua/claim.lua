@@ -10,11 +10,9 @@ local max_priority = tonumber(ARGV[7]) or math.huge
 
 -- The same claim again: its reply was lost.
 local function repeated()
-  local packed = ARGV[6] ~= '' and call('GET', last)
-  if not packed then return false end
-  local claim = cmsgpack.unpack(packed)
-  if claim[1] ~= ARGV[6] then return false end
-  for _, given in ipairs(claim[2]) do
+  local packed, start = ARGV[6] ~= '' and call('GET', last), ARGV[6] .. ':'
+  if not packed or string.sub(packed, 1, #start) ~= start then return false end
+  for _, given in ipairs(cmsgpack.unpack(string.sub(packed, #start + 1))) do
     local id, attempt = given[1], given[2]
     if held(owner, id) == attempt then
       local r = call('HMGET', Q .. ':req:' .. id, 'body', 'failures')
@@ -47,13 +45,16 @@ local function pop(list, late_before)
   end
 end
 
+-- Leases of those served, and who leaves the orders: written at once.
+local leases, arrivals, rights = {}, {}, {}
+
 -- Serve {member, rank}, which was taken out of `flow`, whose virtual time is `vt`, while the system's becomes `system_vt`;
 -- false where it does not fit.
 local function serve(flow, vt, head, system_vt)
   local list = queue.at .. ':f:' .. flow
   local id = string.sub(head[1] or '', 18)
   local record = Q .. ':req:' .. id
-  local r = call('HMGET', record, 'entry', 'body', 'attempt', 'cancel', 'failures')
+  local r = call('HMGET', record, 'entry', 'body', 'attempt', 'cancel', 'failures', 'at')
   if not r[1] then
     -- Evicted or deleted by hand: a request without a record is gone, the others must not wait behind it.
     call('ZREM', RIGHT, id)
@@ -61,7 +62,8 @@ local function serve(flow, vt, head, system_vt)
     move(flow, list, vt)
     return true
   end
-  local entry, journal = cmsgpack.unpack(r[1]), call('GET', Q .. ':tok:' .. id) or ''
+  local entry, attempt = cmsgpack.unpack(r[1]), r[3] + 1
+  local journal = attempt > 1 and call('GET', Q .. ':tok:' .. id) or ''
   local tokens = entry[PROMPT] + #journal / 4
   if tokens > room_tokens or entry[PRIORITY] > max_priority then
     call('ZADD', list, head[2], head[1])
@@ -69,14 +71,18 @@ local function serve(flow, vt, head, system_vt)
   end
   room_tokens = room_tokens - tokens
 
-  local weight, attempt = weight_of(queue, flow), r[3] + 1
+  local weight = weight_of(queue, flow)
   queue.vt = math.max(queue.vt, system_vt)
   move(flow, list, vt + charge(queue, entry[PROMPT], entry[MAXIMUM]) / weight)
-  call('ZREM', ARRIVALS, id)
-  call('HDEL', queue.at .. ':at', id)
+  if queue.rules[PROMOTE] then call('ZREM', ARRIVALS, id) else arrivals[#arrivals + 1] = id end
+  if attempt == 1 then
+    rights[#rights + 1] = id
+    if entry[EXPIRES] then call('ZREM', DEADLINES, id) end
+  end
+  if string.sub(r[6], 1, #queue.epoch + 1) ~= queue.epoch .. ':' then call('HDEL', queue.at .. ':at', id) end
   call('HSET', record, 'state', 'running', 'attempt', attempt, 'owner', owner)
-  local lease = { flow, tonumber(head[2]), weight, queue.epoch, r[1] }
-  call('HSET', own, id, attempt .. ':' .. cmsgpack.pack(lease))
+  leases[#leases + 1] = id
+  leases[#leases + 1] = attempt .. ':' .. cmsgpack.pack({ flow, tonumber(head[2]), weight, queue.epoch, r[1] })
   if r[4] then call('RPUSH', Q .. ':cancels:' .. owner, id) end
   count_waiting(queue, entry, -1)
   add(queue, 'running', 1)
@@ -145,11 +151,14 @@ if not repeated() then
   if #rows > 0 then
     queue.depth = queue.depth - #rows
     queue.sets.vt = queue.vt
+    in_chunks('HSET', own, leases)
+    in_chunks('ZREM', ARRIVALS, arrivals)
+    in_chunks('ZREM', RIGHT, rights)
     call('ZREMRANGEBYSCORE', queue.at .. ':idle', '-inf', queue.vt)
     if ARGV[6] ~= '' then
       local given = {}
       for i, row in ipairs(rows) do given[i] = { row[1], row[3] } end
-      call('SET', last, cmsgpack.pack({ ARGV[6], given }), 'EX', 600)
+      call('SET', last, ARGV[6] .. ':' .. cmsgpack.pack(given), 'EX', 600)
     end
   end
   save(queue)

@@ -2,15 +2,15 @@
 -- '1' to drop requests of lower priority rather than refuse this one
 --   -> {status, depth, active revision, {id, body, of those dropped, ...}}
 local id, body = ARGV[1], ARGV[5]
-local queue = load_queue()
+local packed = cmsgpack.unpack(ARGV[2])
+local entry, placement = packed[1], packed[2]
+local queue = load_queue('waiting_tokens', 't:' .. entry[TENANT], 'p:' .. entry[PRIORITY])
 local record = Q .. ':req:' .. id
 if call('EXISTS', record) == 1 then return { 'duplicate', queue.depth, queue.revision, {} } end
 if tonumber(ARGV[3]) ~= queue.revision then return { 'stale', queue.depth, queue.revision, {} } end
 
-local packed = cmsgpack.unpack(ARGV[2])
-local entry, placement = packed[1], packed[2]
 local depth_limit, tokens_limit = tonumber(ARGV[4]), tonumber(ARGV[6])
-local tokens = tokens_limit and tonumber(call('HGET', META, 'waiting_tokens') or 0) + entry[PROMPT] + entry[MAXIMUM]
+local tokens = tokens_limit and queue.known.waiting_tokens + entry[PROMPT] + entry[MAXIMUM]
 
 -- A request longer than the limit comes in when nothing else waits.
 local function over(depth, tokens_then)

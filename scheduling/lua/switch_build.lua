@@ -3,7 +3,7 @@
 --   -> {1, {{id, packed entry or '' if it waits no more}}, where to read on, changes that follow}, {0} if the lock was lost
 if call('GET', Q .. ':switch') ~= ARGV[1] then return { 0 } end
 call('PEXPIRE', Q .. ':switch', ARGV[2])
-local building = { epoch = ARGV[3], at = Q .. ':e' .. ARGV[3], vt = 0, sums = {}, sets = {} }
+local building = building_queue(ARGV[3])
 
 for _, group in ipairs(cmsgpack.unpack(ARGV[4])) do
   local flow, requests, members, places = group[1], group[3], {}, {}

@@ -6,7 +6,7 @@ if call('GET', Q .. ':switch') ~= ARGV[1] then return { 0 } end
 local left = call('LRANGE', Q .. ':dirty', ARGV[6], -1)
 if #left > tonumber(ARGV[7]) then return { 2 } end
 
-local building = { epoch = ARGV[2], at = Q .. ':e' .. ARGV[2], vt = 0, sums = {}, sets = {} }
+local building = building_queue(ARGV[2])
 for _, id in ipairs(call('SMEMBERS', Q .. ':unplaced')) do
   if locate(building, id) then call('SREM', Q .. ':unplaced', id) end
 end
