@@ -4,10 +4,11 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, get_args
 
 from inference.models import BatchRecord, ModelDeployment, RequestRecord
-from inference.recorded_cost import HistoryError, learn_cost
+from inference.recorded_cost import HistoryError, learn_claim_s, learn_cost
+from scheduling.core.answers import DropReason
 from scheduling.core.planner import Mode
 from scheduling.core.simulation.outcome import Outcome, ServiceTarget, ServiceTargets, SimulationResult
 from scheduling.core.simulation.trace import TraceRequest
@@ -18,7 +19,7 @@ from scheduling.selectors import find_service_levels
 MAX_REQUESTS = 500_000
 LONGEST = timedelta(days=1)
 """A request of a window that ended later than this after it is not found."""
-TURNED_AWAY = frozenset({"shed", "expired", "deadline_exceeded"})
+TURNED_AWAY = frozenset(get_args(DropReason))
 """Error codes of requests that waited and were never served: a replay asks what would have become of them."""
 BUCKET_S = 10
 """Replicas that took steps within so many seconds were there at the same time."""
@@ -48,6 +49,11 @@ class RecordedRun:
     mode: Mode
     batch_size: int
     step_tokens: int
+    long_prefill_threshold: int
+    triggers: Mapping[str, Any]
+    """What started the batches of `dynamic` and `static`, see `parse_trigger`."""
+    claim_s: float
+    """From an arrival to its claim by an engine that waited for it."""
     targets: ServiceTargets
     """As they are now."""
 
@@ -78,9 +84,7 @@ def _read(model: str, found: list[RequestRecord]) -> RecordedRun:
     rows = sorted((row for row in found if _counts(row)), key=lambda row: (row.arrived_at, row.id))
     if not any(row.completion_tokens for row in rows):
         known = sorted(set(RequestRecord.objects.order_by("model").values_list("model", flat=True).distinct()))
-        raise HistoryError(
-            f"No request of {model!r} is recorded; there are records of: {', '.join(known) or 'none'}."
-        )
+        raise HistoryError(f"No request of {model!r} is recorded; there are records of: {', '.join(known) or 'none'}.")
     start_s, end_s = rows[0].arrived_at.replace(microsecond=0), max(row.finished_at for row in rows)
     batches = list(BatchRecord.objects.filter(model=model, second__gte=start_s, second__lte=end_s, steps__gte=1))
     cost, error_s = learn_cost(rows, batches)
@@ -95,11 +99,14 @@ def _read(model: str, found: list[RequestRecord]) -> RecordedRun:
         typical_error_s=error_s,
         num_replicas=_count_replicas(batches),
         num_blocks=max(batch.kv_blocks_total for batch in batches),
+        claim_s=learn_claim_s(rows),
         policy=policy,
         params=_read_params(model, revision, policy),
         mode=Counter(batch.mode for batch in batches).most_common(1)[0][0],  # type: ignore[arg-type]
-        batch_size=deployment.max_batch_size if deployment else max(batch.batch_size_max for batch in batches),
+        batch_size=_read_batch_size(deployment, batches),
         step_tokens=deployment.step_tokens if deployment else 2048,
+        long_prefill_threshold=deployment.long_prefill_threshold if deployment else 0,
+        triggers=deployment.triggers if deployment else {},
         targets=read_targets(),
     )
 
@@ -129,6 +136,14 @@ def _read_params(model: str, revision: int, policy: str) -> Mapping[str, Any]:
     return {} if row is None else row.params
 
 
+def _read_batch_size(deployment: ModelDeployment | None, batches: Sequence[BatchRecord]) -> int:
+    """The size that was in force for most of the seconds; of older records, the deployment's or the largest seen."""
+    sizes = Counter(batch.max_batch_size for batch in batches if batch.max_batch_size)
+    if sizes:
+        return sizes.most_common(1)[0][0]
+    return deployment.max_batch_size if deployment else max(batch.batch_size_max for batch in batches)
+
+
 def _count_replicas(batches: Sequence[BatchRecord]) -> int:
     """The most that were there at a time; one that followed another counts as the same."""
     there: dict[int, set[str]] = defaultdict(set)
@@ -141,13 +156,15 @@ def _as_result(rows: Sequence[RequestRecord], batches: Sequence[BatchRecord]) ->
     """What was served, in the form of a simulation, so that both are reported alike."""
     start_s = rows[0].arrived_at.timestamp()
     replicas = {name: index for index, name in enumerate(sorted({batch.replica for batch in batches}))}
-    shares = dict(Tenant.objects.values_list("name", "weight"))
+    tenants = {
+        name: (weight, drops) for name, weight, drops in Tenant.objects.values_list("name", "weight", "drop_expired")
+    }
     guess = _guess_lengths(rows)
     sizes: Counter[int] = Counter()
     for batch in batches:
         sizes[round(batch.batch_size_mean)] += batch.steps
     return SimulationResult(
-        outcomes=[_outcome(row, start_s, shares, replicas, guess) for row in rows],
+        outcomes=[_outcome(row, start_s, tenants, replicas, guess) for row in rows],
         end_s=max(row.finished_at.timestamp() for row in rows) - start_s,
         steps=sum(batch.steps for batch in batches),
         busy_s=sum(batch.steps * batch.step_ms_mean / 1000 for batch in batches),
@@ -161,7 +178,7 @@ def _as_result(rows: Sequence[RequestRecord], batches: Sequence[BatchRecord]) ->
 def _outcome(
     row: RequestRecord,
     start_s: float,
-    shares: Mapping[str, float],
+    tenants: Mapping[str, tuple[float, bool]],
     replicas: Mapping[str, int],
     guess: Mapping[str, float],
 ) -> Outcome:
@@ -177,7 +194,7 @@ def _outcome(
         row.priority,
         max(row.max_tokens, output),
         since(row.deadline_at),
-        shares.get(row.tenant, 1.0),
+        *tenants.get(row.tenant, (1.0, False)),
     )
     if not row.completion_tokens:
         return Outcome(request, "refused", row.error_code)

@@ -1,5 +1,6 @@
 """What an engine's steps cost, learned from the seconds and requests that it recorded."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,25 +32,57 @@ class _Second:
 def learn_cost(requests: Sequence[RequestRecord], batches: Sequence[BatchRecord]) -> tuple[StepCost, float]:
     """The step cost behind recorded seconds, and its typical error per step. Raises HistoryError.
 
-    A second's record gives its steps, their time and prompt tokens; the requests' records give who decoded then, over
-    which context. What an engine needs between two steps is added to the fixed part: in seconds in which requests were
-    there throughout, all that was not a forward pass.
+    A second's record says what its steps computed and how long they took, with all that lay between them. Where it does
+    not (an older engine wrote it), the requests' records give who decoded then, over which context, and what an engine
+    needs between two steps is what was not a forward pass in seconds in which requests were there throughout.
     """
     if len(batches) < MIN_BUSY_SECONDS:
         raise HistoryError(f"Only {len(batches)} s of steps are recorded; at least {MIN_BUSY_SECONDS} are needed.")
-    seconds = _by_second(requests)
+    told = [batch for batch in batches if batch.busy_ms > 0]
     model = StepTimeModel(forgetting=0.9999)
+    if len(told) >= MIN_BUSY_SECONDS:
+        for batch in sorted(told, key=lambda batch: batch.second):
+            model.observe(_features(batch), batch.busy_ms / 1000)
+        return _mean_cost(model), model.typical_error_s
+    seconds = _by_second(requests)
     idle = _Second()
     for batch in sorted(batches, key=lambda batch: batch.second):
         did = seconds.get((batch.replica, int(batch.second.timestamp())), idle)
         decodes = max(0, min(round(did.decodes), batch.output_tokens))
         features = StepFeatures(batch.steps, batch.prompt_tokens, decodes, round(did.context), round(did.pairs))
         model.observe(features, batch.steps * batch.step_ms_mean / 1000)
+    cost = _mean_cost(model)
+    return replace(cost, step_s=cost.step_s + _overhead_s(batches, seconds)), model.typical_error_s
+
+
+def learn_claim_s(requests: Iterable[RequestRecord]) -> float:
+    """Seconds from an arrival to its claim where an engine waits for it: of requests that found nobody else there.
+
+    Where none did, others waited for room and not for their way, and the least that was seen is taken.
+    """
+    waits, unhurried = [], []
+    empty_s = -math.inf
+    for row in sorted(requests, key=lambda row: row.arrived_at):
+        if row.claimed_at is not None:
+            wait_s = max(0.0, (row.claimed_at - row.arrived_at).total_seconds())
+            waits.append(wait_s)
+            if row.arrived_at.timestamp() >= empty_s > -math.inf:
+                unhurried.append(wait_s)
+        empty_s = max(empty_s, row.finished_at.timestamp())
+    return median(unhurried) if unhurried else min(waits, default=0.0)
+
+
+def _features(batch: BatchRecord) -> StepFeatures:
+    return StepFeatures(
+        batch.steps, batch.prefill_tokens, batch.decode_sequences, batch.context_tokens, batch.attention_pairs
+    )
+
+
+def _mean_cost(model: StepTimeModel) -> StepCost:
     try:
-        cost = model.mean_cost
+        return model.mean_cost
     except ValueError as error:
         raise HistoryError("The recorded steps took no time; no cost can be learned from them.") from error
-    return replace(cost, step_s=cost.step_s + _overhead_s(batches, seconds)), model.typical_error_s
 
 
 def _overhead_s(batches: Iterable[BatchRecord], seconds: dict[tuple[str, int], _Second]) -> float:

@@ -10,6 +10,7 @@ from scheduling.core.policy import Policy
 from scheduling.core.simulation.report import Group, Report, build_report
 from scheduling.core.simulation.simulator import SimulationSettings, simulate
 from scheduling.core.sizing.cost_model import StepCost
+from scheduling.core.triggers import parse_trigger
 
 Progress = Callable[[float, str], None]
 """Told the share that is done (0 to 1) and the candidate under way, a few times a second."""
@@ -92,6 +93,9 @@ def settings_for(recorded: RecordedRun, policy: Policy) -> SimulationSettings:
         batch_size=recorded.batch_size,
         step_tokens=recorded.step_tokens,
         num_blocks=recorded.num_blocks,
+        long_prefill_threshold=recorded.long_prefill_threshold,
+        trigger=parse_trigger(recorded.triggers),
+        claim_s=recorded.claim_s,
         targets=recorded.targets,
     )
 

@@ -85,13 +85,14 @@ def test_without_trace_or_history_it_asks_for_one() -> None:
 
 
 @pytest.mark.django_db
-def test_what_an_engine_recorded_is_predicted(capsys: Capture, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tells_features", [True, False])
+def test_what_an_engine_recorded_is_predicted(capsys: Capture, tmp_path: Path, tells_features: bool) -> None:
     draw, clock, requests = random.Random(2), 0.0, []
     for _ in range(400):
         clock += draw.expovariate(7.0)
         output = min(300, int(draw.expovariate(1 / 60)) + 1)
         requests.append(TraceRequest(clock, draw.choice("ab"), draw.randint(10, 400), output, 3, output))
-    record_run(requests, COST)
+    record_run(requests, COST, tells_features=tells_features)
     run = read_history("demo")
     assert (run.policy, run.mode, run.num_replicas, run.num_blocks) == ("fifo", "continuous", 1, 400)
     report = tmp_path / "report.json"

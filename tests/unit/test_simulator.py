@@ -98,6 +98,7 @@ fleets = st.builds(
     swap=st.none() | st.just(SWAP),
     trigger=st.none() | st.sampled_from([batch_triggers(3, 0.02), batch_triggers(6, 0.1, alone=True)]),
     claim_s=st.sampled_from([0.0, 0.0, 0.004, 0.03]),
+    long_prefill_threshold=st.sampled_from([0, 0, 8]),
 )
 REASONS = {
     "overloaded", "queue_full", "shed", "too long", "deadline_exceeded",

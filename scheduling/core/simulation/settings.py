@@ -23,6 +23,8 @@ class SimulationSettings:
     """What starts the batches of `dynamic` and `static`; None for the mode's own way."""
     batch_size: int = 64
     step_tokens: int = 2048
+    long_prefill_threshold: int = 0
+    """Most tokens of one prompt in a step while others run; 0 sets no limit."""
     num_blocks: int = 16_384
     block_size: int = 16
     max_model_len: int = 1_000_000

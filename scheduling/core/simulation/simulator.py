@@ -306,6 +306,7 @@ class Simulator:
             eos_token_ids=frozenset({EOS}),
             swap=swap.make_space(settings.block_size, self._cost) if swap else None,
             trigger=settings.trigger,
+            long_prefill_threshold=settings.long_prefill_threshold,
         )
         return SimulatedReplica(planner, self._cost, swap=swap, fast_forward=settings.fast_forward)
 
