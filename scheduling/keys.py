@@ -21,6 +21,10 @@ class Keys:
         """String: the journal, output token ids as little-endian int32."""
         return f"{self.queue(model)}:tok:{request_id}"
 
+    def logprobs(self, model: str, request_id: str) -> str:
+        """Hash with a time to live: an output token's number -> log probabilities from there on."""
+        return f"{self.queue(model)}:logprobs:{request_id}"
+
     def cancels(self, model: str, owner: str) -> str:
         """List: ids that the engine process `owner` should stop."""
         return f"{self.queue(model)}:cancels:{owner}"

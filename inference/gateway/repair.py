@@ -6,8 +6,10 @@ import msgspec
 
 from inference.gateway.pipeline import CommandPipeline
 from inference.gateway.served import ServedModel
+from inference.logprobs import read_logprobs
 from inference.messages import Finish, InferenceRequest, SequenceUpdate
 from inference.tokenization import TextStream
+from scheduling.core.sequence import TokenLogprob
 
 
 async def read_missing(
@@ -25,9 +27,14 @@ async def read_missing(
     journal = await pipeline.send(model.queue.tokens(request.id))
     if len(journal) < record.num_tokens:
         return None
+    logprobs: list[TokenLogprob] = []
+    if request.sampling.logprobs is not None:
+        logprobs = await pipeline.send(read_logprobs(model.queue.keys, model.name, request.id))
+        if len(logprobs) < len(journal):
+            return None
     texts = await asyncio.to_thread(_texts, model, request, journal)
     finish = msgspec.msgpack.decode(record.finish, type=Finish) if record.finish else None
-    return SequenceUpdate(request.id, record.attempt, 0, journal, texts, finish)
+    return SequenceUpdate(request.id, record.attempt, 0, journal, texts, finish, logprobs[: len(journal)])
 
 
 def _texts(model: ServedModel, request: InferenceRequest, token_ids: list[int]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import redis
 
+from inference.logprobs import expire_logprobs, keep_logprobs
 from inference.messages import HISTORY_LENGTH, Finish, RequestEvent, SequenceUpdate
 from inference.worker.active import STATES, ActiveRequest
 from inference.worker.inbox import Cancelled, Inbox, Lost
@@ -154,7 +155,8 @@ class Outbox(threading.Thread):
         """Journal, replies, ends and cancels in one round trip; a second one for what follows from an end."""
         ends = [output for output in handover.outputs if output.finish is not None]
         journals = self._journal(handover)
-        commands: list[store.Command[Any]] = [*journals, *self._replies(handover.outputs)]
+        kept = self._logprobs_of(handover)
+        commands: list[store.Command[Any]] = [*kept, *journals, *self._replies(handover.outputs)]
         first_end = len(commands)
         commands += [self._finish(handover.owner, end) for end in ends]
         commands.append(self._fleet.take_cancels(handover.owner))
@@ -162,7 +164,7 @@ class Outbox(threading.Thread):
             commands.append(self._fleet.release(handover.owner, handover.releases))
         replies = store.execute_many(self._client, commands)
         cancels = replies[first_end + len(ends)]
-        lost = set(replies[0] if journals else ()) - {end.active.request.id for end in ends}
+        lost = set(replies[len(kept)] if journals else ()) - {end.active.request.id for end in ends}
         done = [end for end, held in zip(ends, replies[first_end:], strict=False) if held or self._was_ended(end)]
         if done:
             store.execute_many(self._client, [*map(self._settle, _with_tenant(done)), self._history(done)])
@@ -172,6 +174,17 @@ class Outbox(threading.Thread):
             self._inbox.put(Lost({request_id: attempts[request_id] for request_id in sorted(lost)}))
         if cancels:
             self._inbox.put(Cancelled(cancels))
+
+    def _logprobs_of(self, handover: Handover) -> list[store.Command[Any]]:
+        """What is kept of requests that ask for log probabilities, before their tokens are journalled."""
+        commands: list[store.Command[Any]] = []
+        for o in handover.outputs:
+            request = o.active.request
+            if o.logprobs and o.journals:
+                commands += keep_logprobs(self._keys, request.model, request.id, o.start, o.logprobs)
+            if o.finish is not None and request.sampling.logprobs is not None:
+                commands.append(expire_logprobs(self._keys, request.model, request.id, request.keep_s))
+        return commands
 
     def _journal(self, handover: Handover) -> list[store.Command[list[str]]]:
         """One command, or none where there are no new tokens."""
