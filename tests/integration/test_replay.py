@@ -53,6 +53,21 @@ def test_sizing_mode_and_backpressure_can_be_chosen(trace: Path, capsys: Capture
     assert (refused.split()[-1] != "0") == ("--queue-limit=3" in options)
 
 
+def test_tenants_limits_and_weights_and_a_policy_s_parameters_are_the_operator_s(
+    trace: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    tenants, figures = tmp_path / "tenants.json", tmp_path / "out.json"
+    tenants.write_text('{"a": {"rpm": 30, "weight": 4}, "b": {}}')
+    options = ["--policies=fair,fifo", '--params={"fair": {"output_price": 9}}', f"--tenants={tenants}"]
+    call_command("replay", str(trace), *options, f"--json={figures}", '--trigger={"size": 4}', "--mode=dynamic")
+    out = capsys.readouterr().out
+    assert "requests_per_minute" in out
+    for report in json.loads(figures.read_text())["reports"]:
+        assert report["refusals"].keys() == {"requests_per_minute"}
+        assert report["tenants"]["a"]["refused"] > 50
+        assert report["tenants"]["b"]["refused"] == 0
+
+
 def test_a_cost_file_decides_how_long_steps_take(trace: Path, tmp_path: Path, capsys: Capture) -> None:
     slow = tmp_path / "slow.json"
     StepCost(step_s=0.5, prefill_token_s=0, decode_sequence_s=0, context_token_s=0).save(slow)
@@ -66,6 +81,13 @@ def test_a_cost_file_decides_how_long_steps_take(trace: Path, tmp_path: Path, ca
         (["--policies=best"], "There is no policy 'best'"),
         (["--batch-size=0"], "at least 1"),
         (["--queue-limit=0"], "bound is at least 1"),
+        (["--policies=fifo", '--params={"wrr": {}}'], "'wrr', which is not among the policies"),
+        (['--params={"wrr": {"high": -1}}'], "high must be a number from 0.01"),
+        (["--params=[]"], "--params is a JSON object"),
+        (["--sizing=balanced", '--sizing-params={"gain": 9}'], "gain must be a number"),
+        (['--trigger={"luck": 1}'], "There is no trigger 'luck'"),
+        (["--tenants=absent.json"], "absent.json cannot be read"),
+        (["--swap=0"], "--swap and --kv-bytes are above 0"),
         (["--rate=0"], "The rate must be a number above 0"),
         (["--cost=absent.json"], "absent.json cannot be read"),
         (["--chart=absent/chart.html", "--limit=2"], "cannot be written"),

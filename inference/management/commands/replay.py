@@ -6,26 +6,34 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from random import Random
-from typing import Any, get_args
+from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
 
 from inference.recorded import HistoryError, RecordedRun, read_history
-from scheduling.core.planner import Mode
-from scheduling.core.policies import POLICIES, build_policy
-from scheduling.core.policy import Policy, PolicyError
-from scheduling.core.simulation.admission import AdmissionSettings
+from inference.replay_options import (
+    ReplayOptionError,
+    add_fleet_arguments,
+    read_policies,
+    read_settings,
+    read_tenants,
+    with_weights,
+)
+from scheduling.core.policy import PolicyError
 from scheduling.core.simulation.chart import draw_page
-from scheduling.core.simulation.outcome import ServiceTarget, ServiceTargets, SimulationResult
+from scheduling.core.simulation.outcome import SimulationResult
 from scheduling.core.simulation.report import Report, Spread, build_report
-from scheduling.core.simulation.simulator import SimulationSettings, simulate
+from scheduling.core.simulation.settings import SimulationSettings
+from scheduling.core.simulation.simulator import simulate
 from scheduling.core.simulation.table import compare_reports, format_seconds
 from scheduling.core.simulation.trace import TraceError, TraceRequest, read_trace
-from scheduling.core.sizing.controller import Sizing
 from scheduling.core.sizing.cost_model import DEFAULT_COST, CostFileError, StepCost
-from scheduling.core.sizing.strategies import SIZINGS, SizingError, build_sizing
+from scheduling.core.sizing.strategies import SizingError
+from scheduling.core.triggers import TriggerError
 
+BAD_OPTIONS = (
+    HistoryError, TraceError, PolicyError, SizingError, CostFileError, TriggerError, ReplayOptionError, ValueError
+)  # fmt: skip
 Run = tuple[Report, SimulationResult]
 
 
@@ -37,23 +45,12 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("trace", nargs="?", type=Path, help="the trace; without, --from-history gives the requests")
-        parser.add_argument("--policies", default="", help=f"some of {','.join(POLICIES)} (all)")
-        size = parser.add_mutually_exclusive_group()
-        size.add_argument("--batch-size", type=int, help="most sequences in a batch (64)")
-        size.add_argument("--sizing", choices=sorted(SIZINGS), help="let a controller choose the batch size")
-        parser.add_argument("--replicas", type=int, help="engines that claim from the queue (1)")
-        parser.add_argument("--kv-blocks", type=int, help="KV blocks of 16 tokens in each engine (16384)")
-        parser.add_argument("--step-tokens", type=int, help="most tokens in one engine step (2048)")
-        parser.add_argument("--mode", choices=get_args(Mode), help="how batches form (continuous)")
-        parser.add_argument("--queue-limit", type=int, help="turn on backpressure with this bound on the queue (off)")
+        add_fleet_arguments(parser)
         parser.add_argument("--cost", type=Path, help="cost file of the engine (a 7B model on one large GPU)")
         parser.add_argument("--save-cost", type=Path, metavar="FILE", help="write the cost that was used")
         parser.add_argument("--from-history", metavar="MODEL", help="learn the cost from what this model recorded")
         parser.add_argument("--rate", type=float, default=1.0, help="requests come so many times as fast (1)")
         parser.add_argument("--limit", type=int, help="only the first requests of a trace, or the latest of a history")
-        parser.add_argument("--ttft-target", type=float, default=5.0, metavar="S", help="SLA: time to first token (5)")
-        parser.add_argument("--e2e-target", type=float, metavar="S", help="SLA: time to the last token (none)")
-        parser.add_argument("--seed", type=int, default=0, help="of controllers that draw at random (0)")
         parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
         parser.add_argument("--chart", type=Path, metavar="FILE", help="write a page with charts (HTML)")
 
@@ -61,10 +58,10 @@ class Command(BaseCommand):
         try:
             recorded = self._read_history(options)
             trace = self._read_trace(options, recorded)
-            policies = _read_policies(options["policies"])
+            policies = read_policies(options, recorded)
             cost = _read_cost(options["cost"], recorded)
-            settings = [_read_settings(options, recorded, policy) for policy in policies]
-        except (HistoryError, TraceError, PolicyError, SizingError, CostFileError, ValueError) as error:
+            settings = [read_settings(options, recorded, policy) for policy in policies]
+        except BAD_OPTIONS as error:
             raise CommandError(str(error)) from error
         runs = [self._simulate(trace, setting, cost) for setting in settings]
         targets = settings[0].targets
@@ -91,24 +88,29 @@ class Command(BaseCommand):
         return recorded
 
     def _read_trace(self, options: dict[str, Any], recorded: RecordedRun | None) -> Sequence[TraceRequest]:
+        tenants = read_tenants(options)
         if options["trace"] is not None:
-            return read_trace(options["trace"], rate=options["rate"], limit=options["limit"])
+            trace = read_trace(options["trace"], rate=options["rate"], limit=options["limit"])
+            return with_weights(trace, tenants)
         if recorded is None:
             raise TraceError("Name a trace, or a model with --from-history.")
         if options["rate"] <= 0:
             raise TraceError("The rate must be above 0.")
-        return [request._replace(arrival_s=request.arrival_s / options["rate"]) for request in recorded.trace]
+        rate = options["rate"]
+        return with_weights(
+            [request._replace(arrival_s=request.arrival_s / rate) for request in recorded.trace], tenants
+        )
 
     def _simulate(self, trace: Sequence[TraceRequest], settings: SimulationSettings, cost: StepCost) -> Run:
         name, total = settings.policy.name, len(trace)
         started = time.perf_counter()
 
-        def show(num_arrived: int) -> None:
-            if sys.stderr.isatty() or num_arrived == total:
+        def show(num_ended: int) -> None:
+            if sys.stderr.isatty() or num_ended == total:
                 elapsed_s = time.perf_counter() - started
                 self.stderr.write(
-                    f"\r{name}: {num_arrived:,} of {total:,} requests, {elapsed_s:.1f} s",
-                    ending="\n" if num_arrived == total else "",
+                    f"\r{name}: {num_ended:,} of {total:,} requests, {elapsed_s:.1f} s",
+                    ending="\n" if num_ended == total else "",
                 )
                 self.stderr.flush()
 
@@ -164,43 +166,7 @@ def _off(real: float | None, predicted: float | None) -> str:
     return f"{predicted / real - 1:+.1%}" if real and predicted is not None else "unknown"
 
 
-def _read_policies(names: str) -> list[Policy]:
-    return [build_policy(name.strip()) for name in (names.split(",") if names else POLICIES)]
-
-
 def _read_cost(path: Path | None, recorded: RecordedRun | None) -> StepCost:
     if path is not None:
         return StepCost.load(path)
     return recorded.cost if recorded is not None else DEFAULT_COST
-
-
-def _read_settings(options: dict[str, Any], recorded: RecordedRun | None, policy: Policy) -> SimulationSettings:
-    """The fleet: as told, else as recorded, else the defaults."""
-    sizing: Callable[[int], Sizing] | None = None
-    if (name := options["sizing"]) is not None:
-        sizing = lambda index: build_sizing(name, random=Random(options["seed"] + index))  # noqa: E731, S311
-    defaults: dict[str, Any] = {}
-    if recorded is not None:
-        fields = ("num_replicas", "num_blocks", "mode", "batch_size", "step_tokens")
-        defaults = {field: getattr(recorded, field) for field in fields}
-    given = {
-        "num_replicas": options["replicas"],
-        "num_blocks": options["kv_blocks"],
-        "mode": options["mode"],
-        "batch_size": options["batch_size"],
-        "step_tokens": options["step_tokens"],
-    }
-    chosen = {**defaults, **{key: value for key, value in given.items() if value is not None}}
-    if any(isinstance(value, int) and value < 1 for value in chosen.values()):
-        raise ValueError("Batch size, replicas, KV blocks and step tokens are at least 1.")
-    limit = options["queue_limit"]
-    if limit is not None and limit < 1:
-        raise ValueError("The queue's bound is at least 1.")
-    target = ServiceTarget(ttft_s=options["ttft_target"], e2e_s=options["e2e_target"])
-    return SimulationSettings(
-        policy=policy,
-        sizing=sizing,
-        admission=AdmissionSettings(queue_limit=limit) if limit is not None else None,
-        targets=ServiceTargets(default=target),
-        **chosen,
-    )

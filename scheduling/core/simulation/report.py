@@ -1,7 +1,7 @@
 """What a simulation showed: throughput, latency, SLA attainment, fairness; as values, and as a table."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -69,6 +69,8 @@ class Report:
     size_changes: int
     policy_changes: list[tuple[float, str, str]]
     """When the adaptive policy switched, to which policy, and why."""
+    refusals: dict[str, int]
+    """Requests refused or dropped, by reason."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -107,6 +109,7 @@ def build_report(label: str, result: SimulationResult, targets: ServiceTargets) 
         batch_sizes=dict(sorted(result.batch_sizes.items())),
         size_changes=len(result.size_changes),
         policy_changes=[(change.time_s, change.policy, change.reason) for change in result.policy_changes],
+        refusals=dict(sorted(Counter(o.reason for o in outcomes if o.state == "refused").items())),
     )
 
 

@@ -67,6 +67,10 @@ def compare_reports(reports: Sequence[Report], *, max_groups: int = 12) -> str:
     """
     header = ["", *(report.label for report in reports)]
     parts = [format_table(header, [[name, *(read(report) for report in reports)] for name, read in ROWS])]
+    reasons = sorted({reason for report in reports for reason in report.refusals})
+    if reasons:
+        rows = [[reason, *(f"{report.refusals.get(reason, 0):,}" for report in reports)] for reason in reasons]
+        parts.append(format_table(["refused", *(report.label for report in reports)], rows))
     tenants = reports[0].tenants
     busiest = sorted(tenants, key=lambda name: -tenants[name].requests)[:max_groups]
     title = "tenant" if len(busiest) == len(tenants) else f"tenant ({len(busiest)} busiest of {len(tenants)})"
