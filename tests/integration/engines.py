@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from inference.messages import BatchMode, DeploymentSpec
 from inference.worker.process import EngineProcess
@@ -29,13 +30,26 @@ class Engines:
         self._checkpoint = checkpoint
         self._redis_url = redis_url
         self._keys = keys
-        self._started: list[EngineProcess] = []
+        self.started: list[EngineProcess] = []
 
     def start(
-        self, replica: str = "gpu-0", mode: BatchMode = "continuous", lease_s: float = 2.0, path: Path | None = None
+        self,
+        replica: str = "gpu-0",
+        mode: BatchMode = "continuous",
+        lease_s: float = 2.0,
+        path: Path | None = None,
+        **fields: Any,
     ) -> EngineProcess:
+        """`fields`: of the deployment."""
         deployment = DeploymentSpec(
-            name=self.model, path=str(path or self._checkpoint), mode=mode, max_batch_size=8, kv_memory_bytes=4 * 2**20
+            **{
+                "name": self.model,
+                "path": str(path or self._checkpoint),
+                "mode": mode,
+                "max_batch_size": 8,
+                "kv_memory_bytes": 4 * 2**20,
+                **fields,
+            }
         )
         spec = EngineSpec(
             deployment=deployment,
@@ -47,14 +61,14 @@ class Engines:
             drain_s=20,
         )
         process = EngineProcess(COMMAND, spec)
-        self._started.append(process)
+        self.started.append(process)
         return process
 
     def __enter__(self) -> "Engines":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for process in self._started:
+        for process in self.started:
             process.kill()
-        for process in self._started:
+        for process in self.started:
             assert process.wait(10) is not None

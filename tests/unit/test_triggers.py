@@ -14,9 +14,11 @@ from scheduling.core.triggers import (
     OldestWait,
     SizeThreshold,
     Trigger,
+    TriggerError,
     TriggerLog,
     UrgentPresent,
     batch_triggers,
+    parse_trigger,
 )
 
 simple = st.one_of(
@@ -95,3 +97,37 @@ def test_nonsense_is_refused() -> None:
         MemoryPressure(1.5)
     with pytest.raises(ValueError, match="always fire"):
         AllOf([])
+
+
+def test_an_expression_becomes_the_trigger_that_it_describes() -> None:
+    assert parse_trigger({}) is None
+    assert parse_trigger({"size": 8}) == SizeThreshold(8)
+    expression = {"any": [{"urgent_alone": 1}, {"all": [{"wait_s": 0.02}, {"memory": 0.1}]}, {"urgent": 2}]}
+    expected = AnyOf(
+        (UrgentPresent(1, alone=True), AllOf((OldestWait(0.02), MemoryPressure(0.1))), UrgentPresent(2)),
+    )
+    assert parse_trigger(expression) == expected
+
+
+@pytest.mark.parametrize(
+    ("expression", "says"),
+    [
+        ([], "one key"),
+        ({"size": 8, "wait_s": 1}, "one key"),
+        ({"sometimes": 1}, "no trigger 'sometimes'"),
+        ({"size": "8"}, "needs a number"),
+        ({"size": True}, "needs a number"),
+        ({"size": 0}, "at least one"),
+        ({"size": 1.5}, "whole number"),
+        ({"size": float("inf")}, "size"),
+        ({"wait_s": -1}, "0 or more"),
+        ({"urgent": 6}, "6 is not a valid"),
+        ({"memory": 2}, "between 0 and 1"),
+        ({"any": []}, "1 to 8"),
+        ({"all": {"size": 8}}, "1 to 8"),
+        ({"any": [{"any": [{"any": [{"any": [{"any": [{"size": 1}]}]}]}]}]}, "4 deep"),
+    ],
+)
+def test_an_expression_that_is_none_is_refused_with_a_sentence(expression: object, says: str) -> None:
+    with pytest.raises(TriggerError, match=says):
+        parse_trigger(expression)
