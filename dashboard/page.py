@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from django.contrib.auth.decorators import login_required, permission_required
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from django.shortcuts import render
 from django.utils import timezone
 from django.views.decorators.cache import never_cache
@@ -27,10 +27,11 @@ PAGES = (
     ("requests", "Requests"),
     ("policies", "Policies"),
     ("fleet", "Fleet"),
+    ("history", "History"),
 )
 """URL names and titles, in the order of the navigation."""
 
-View = Callable[..., HttpResponse]
+View = Callable[..., HttpResponseBase]
 
 
 def viewers_only(view: View) -> View:
@@ -41,7 +42,7 @@ def viewers_only(view: View) -> View:
     @never_cache
     @require_GET
     @wraps(view)
-    def guarded(request: HttpRequest, **arguments: str) -> HttpResponse:
+    def guarded(request: HttpRequest, **arguments: str) -> HttpResponseBase:
         with timezone.override(reader_zone(request)):
             return view(request, **arguments)
 

@@ -4,7 +4,7 @@ from django.contrib.auth.views import LogoutView
 from django.urls import path
 
 from dashboard.sign_in import SignInView
-from dashboard.views import commands, fleet, live, policies, requests
+from dashboard.views import commands, fleet, history, live, policies, requests
 
 urlpatterns = [
     path("", live.live, name="dashboard"),
@@ -16,6 +16,8 @@ urlpatterns = [
     path("requests/<str:request_id>/cancel/", commands.cancel, name="cancel-request"),
     path("policies/", policies.policies, name="policies"),
     path("fleet/", fleet.fleet, name="fleet"),
+    path("history/", history.history, name="history"),
+    path("history/export/", history.export, name="history-export"),
     path("queues/<path:model>/policy/", commands.switch, name="switch-policy"),
     path("workers/<str:replica>/<str:command>/", commands.control, name="control-replica"),
 ]

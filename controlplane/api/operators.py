@@ -2,8 +2,9 @@
 
 from ninja import Router
 
-from controlplane.api import request_log, revisions
+from controlplane.api import history, request_log, revisions
 
 router = Router()
 router.add_router("", revisions.router)
 router.add_router("", request_log.router)
+router.add_router("", history.router)

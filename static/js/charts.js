@@ -103,7 +103,7 @@ export class Chart {
       .map((s) => [s, s.values[idx]])
       .filter(([, value]) => value !== null && (!this.stacked || value > 0));
     this.tooltip.replaceChildren(
-      el("b", { text: clock(plot.data[0][idx] * 1000) }),
+      el("b", { text: this.when(plot.data[0][idx]) }),
       ...rows.map(([s, value]) => {
         const swatch = el("i", { class: "swatch" });
         swatch.style.background = s.colour;
@@ -112,6 +112,10 @@ export class Chart {
     );
     this.tooltip.classList.toggle("left", left > plot.over.clientWidth / 2);
     this.tooltip.style.left = `${left}px`;
+  }
+
+  when(seconds) {
+    return clock(seconds * 1000);
   }
 
   drawLegend() {

@@ -30,6 +30,7 @@ django.setup()
 from datetime import UTC, datetime
 from django.contrib.auth.models import Group, User
 from django.core.management import call_command
+from dashboard.rollups import roll_up
 from inference.models import BatchRecord, RequestRecord
 from scheduling.models import Quota, ServiceLevel, Tenant
 from tests.history_data import TENANTS, make_batches, make_requests
@@ -45,6 +46,7 @@ for place, name in enumerate(TENANTS):
     ServiceLevel.objects.create(tenant=tenant, priority=place, ttft_ms=2000, e2e_ms=6000)
 RequestRecord.objects.bulk_create(make_requests(2000, end=now, seconds=5400))
 BatchRecord.objects.bulk_create(make_batches(4000, end=now))
+roll_up(60)
 """
 
 

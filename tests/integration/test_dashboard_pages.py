@@ -10,13 +10,16 @@ from django.test import Client
 
 from controlplane.config import Config
 from dashboard.page import PAGES
+from dashboard.rollups import roll_up
+from dashboard.selectors.history import METRICS
+from dashboard.views.history import _safe
 from inference.historian import Historian
-from inference.models import RequestRecord
+from inference.models import BatchRecord, RequestRecord
 from scheduling.keys import Keys
 from scheduling.models import OperatorAction, PolicyRevision, ServiceLevel
 from scheduling.store import execute
 from tests.fleet_data import FleetWriter, slots
-from tests.history_data import make_requests
+from tests.history_data import make_batches, make_requests
 
 pytestmark = pytest.mark.django_db
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -92,7 +95,13 @@ def test_revisions_are_listed_newest_first_and_read_on_from_where_a_page_ended(f
 
 
 @pytest.mark.parametrize(
-    "path", ["operator/revisions?model=demo", "operator/requests", "operator/requests/live?model=demo"]
+    "path",
+    [
+        "operator/revisions?model=demo",
+        "operator/requests",
+        "operator/requests/live?model=demo",
+        "operator/history?model=demo",
+    ],
 )
 def test_the_api_of_pages_is_for_viewers(fleet: FleetWriter, path: str) -> None:
     assert Client().get(f"/api/v1/{path}").status_code == 401
@@ -255,3 +264,79 @@ def test_a_command_that_no_worker_confirms_is_said_and_kept_with_its_arguments(f
     assert action.action == "replica.sizing"
     assert action.after["arguments"]["name"] == "balanced"
     assert action.after["arguments"]["params"]["gain"] == 0.7
+
+
+# History
+
+
+def history(**query: Any) -> Any:
+    return get_json(signed_in(), "operator/history", model="demo", until=NOW.isoformat(), **query)
+
+
+def test_series_of_seconds_and_of_minutes_tell_the_same_sums(fleet: FleetWriter) -> None:
+    BatchRecord.objects.bulk_create(make_batches(1200, end=NOW - timedelta(seconds=1)))
+    roll_up(20)
+    names = [name for name, metric in METRICS.items() if metric.source == "batch"]
+    seconds, minutes = history(span="15m", metric=names), history(span="1h", metric=names)
+    assert (seconds["resolution_s"], minutes["resolution_s"]) == (1, 60)
+    for name in ("output_tokens", "prompt_tokens", "kv", "utilization", "memory", "batch_size", "preemptions"):
+        fine = [value for value in seconds["metrics"][name]["values"] if value is not None]
+        coarse = [value for value in minutes["metrics"][name]["values"] if value is not None]
+        assert (len(fine), len(coarse)) == (600, 10), name
+        assert sum(fine) / 600 == pytest.approx(sum(coarse) / 10, rel=1e-4), name
+    assert seconds["metrics"]["power"]["values"][-1] is None
+    one = history(span="1h", metric=["output_tokens"], replica="gpu-0")["metrics"]["output_tokens"]["values"][-1]
+    assert 0 < one < minutes["metrics"]["output_tokens"]["values"][-1]
+
+
+def test_a_period_is_compared_with_an_earlier_one_and_marked_with_changes_of_policy(fleet: FleetWriter) -> None:
+    RequestRecord.objects.bulk_create(make_requests(600, end=NOW, seconds=3600))
+    RequestRecord.objects.bulk_create(make_requests(300, end=NOW - timedelta(days=1), seconds=3600, seed=2))
+    roll_up(20)
+    assert switch(signed_in("operator"), "fair", "for the chart").status_code == 200
+    PolicyRevision.objects.update(created_at=NOW - timedelta(minutes=20))
+    found = history(span="1h", compare="day", metric=["completions", "ttft_p99", "attainment"])
+    completed = found["metrics"]["completions"]
+    assert sum(completed["values"]) * 60 == pytest.approx(573, abs=2)
+    assert sum(completed["compared"]) * 60 == pytest.approx(286, abs=2)
+    assert all(0.05 < value < 20 for value in found["metrics"]["ttft_p99"]["values"])
+    assert set(found["metrics"]["attainment"]["values"]) == {None}
+    (change,) = found["changes"]
+    assert (change["name"], change["by"], change["when_s"]) == (
+        "fair",
+        "operator",
+        (NOW - timedelta(minutes=20)).timestamp(),
+    )
+    page = signed_in().get("/history/", {"since": "2026-03-01T11:00", "until": "2026-03-01T12:00"}).content.decode()
+    assert "for the chart" in page
+
+
+def test_days_are_read_from_hours_and_a_period_has_bounds(fleet: FleetWriter) -> None:
+    RequestRecord.objects.bulk_create(make_requests(500, end=NOW, seconds=5 * 86_400))
+    roll_up(20)
+    week = history(span="7d", metric=["completions"])
+    assert (week["resolution_s"], len(week["times_s"])) == (3600, 168)
+    assert sum(value or 0 for value in week["metrics"]["completions"]["values"]) * 3600 == pytest.approx(476, abs=1)
+    client = signed_in()
+    for query in (
+        {"since": "2026-01-01T00:00:00Z", "until": "2026-09-01T00:00:00Z"},
+        {"since": "2026-03-02T00:00:00Z", "until": "2026-03-01T00:00:00Z"},
+        {"since": "0001-01-01T00:00:00Z"},
+        {"metric": "beauty"},
+        {"compare": "dream"},
+    ):
+        assert client.get("/api/v1/operator/history", {"model": "demo", **query}).status_code == 400, query
+    assert client.get("/history/", {"since": "1980-01-01T00:00"}).status_code == 200
+    assert client.get("/history/export/", {"since": "1980-01-01T00:00"}).status_code == 400
+
+
+def test_the_export_holds_every_metric_and_no_formula(fleet: FleetWriter) -> None:
+    BatchRecord.objects.bulk_create(make_batches(120, end=NOW, model="demo"))
+    roll_up(20)
+    query = {"since": "2026-03-01T11:00", "until": "2026-03-01T12:01", "model": "demo"}
+    answer = signed_in().get("/history/export/", query)
+    lines = b"".join(answer.streaming_content).decode().splitlines()  # type: ignore[attr-defined]
+    assert lines[0].startswith("start,model,output_tokens (tokens/s)")
+    assert lines[-1].startswith("2026-03-01T12:00:00+00:00,demo,")
+    assert "attachment" in answer.headers["Content-Disposition"]
+    assert [*map(_safe, ["=1+1", "@x", "plain", -4])] == ["'=1+1", "'@x", "plain", -4]

@@ -1,0 +1,87 @@
+"""The page of history: series over minutes, hours and days, compared and annotated; and its export."""
+
+import csv
+from collections.abc import Iterable
+from datetime import UTC, timedelta
+from typing import Any
+
+from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
+from django.utils import timezone
+
+from dashboard.filters import Filters
+from dashboard.history_form import COMPARISONS, DEFAULT_SPAN, SPANS, choose
+from dashboard.page import chosen_model, render_page, viewers_only
+from dashboard.selectors.history import METRICS, Period, PeriodError, metric_names, read_changes, read_series
+
+
+@viewers_only
+def history(request: HttpRequest) -> HttpResponse:
+    """The frame: which model, period and metrics. A script fetches the series and draws them."""
+    filters = Filters(request.GET)
+    since, until = filters.window()
+    span = filters.choice("span", tuple(SPANS)) or ("" if since else DEFAULT_SPAN)
+    compare = filters.choice("compare", tuple(COMPARISONS))
+    changes, period = [], None
+    try:
+        period = choose(span=span, since=since, until=until, compare=compare, now=timezone.now()).period
+        changes = read_changes(chosen_model(request), period)
+    except PeriodError as error:
+        filters.problems["until"] = str(error)
+    context = {
+        "span": span,
+        "spans": [(name, title) for name, (title, _) in SPANS.items()],
+        "since": since,
+        "until": until,
+        "compare": compare,
+        "comparisons": [(name, title) for name, (title, _) in COMPARISONS.items()],
+        "metrics": METRICS,
+        "chosen": metric_names(request.GET.getlist("metric")),
+        "problems": filters.problems,
+        "changes": changes,
+        "period": period,
+        "resolution": {1: "by seconds", 60: "by minutes", 3600: "by hours"}[period.resolution] if period else "",
+    }
+    return render_page(request, "dashboard/history.html", context, page="history")
+
+
+@viewers_only
+def export(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
+    """All metrics of the period as CSV, times in UTC."""
+    filters = Filters(request.GET)
+    since, until = filters.window()
+    model = chosen_model(request)
+    try:
+        period = choose(span=filters.text("span"), since=since, until=until, compare="", now=timezone.now()).period
+    except PeriodError as error:
+        return HttpResponse(str(error), status=400, content_type="text/plain")
+    return csv_response(_lines(model, period), f"penstock-history-{period.start:%Y%m%d-%H%M}.csv")
+
+
+def csv_response(lines: Iterable[Iterable[Any]], name: str) -> StreamingHttpResponse:
+    """A download, written line by line."""
+    writer = csv.writer(_Echo())
+    response = StreamingHttpResponse((writer.writerow(map(_safe, line)) for line in lines), content_type="text/csv")
+    response["Content-Disposition"] = f'attachment; filename="{name}"'
+    return response
+
+
+def _lines(model: str, period: Period) -> Iterable[Iterable[Any]]:
+    series = read_series(model, period, METRICS)
+    yield ["start", "model", *(f"{name} ({metric.unit})" for name, metric in METRICS.items())]
+    for i in range(period.num_grains):
+        values = [series[name][i] for name in METRICS]
+        if any(value is not None for value in values):
+            start = period.start + timedelta(seconds=i * period.resolution)
+            yield [start.astimezone(UTC).isoformat(), model, *values]
+
+
+class _Echo:
+    """A file that gives back what is written to it."""
+
+    def write(self, line: str) -> str:
+        return line
+
+
+def _safe(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula is marked as text."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
