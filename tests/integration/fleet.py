@@ -62,6 +62,12 @@ class FleetClient:
         self.answers: dict[str, Answer] = {}
         self._last = b"0"
         self._policy = build_policy("fifo")
+        self._revision = 0
+
+    def use_policy(self, name: str) -> None:
+        """Make a policy active in a queue that has none, and place by it."""
+        self._policy, self._revision = build_policy(name), 1
+        assert store.execute(self.client, self.queue.init_policy(name, self._policy.params, 1))
 
     def submit(
         self,
@@ -101,7 +107,7 @@ class FleetClient:
         command = self.queue.enqueue(
             entry,
             self._policy.place(entry),
-            revision=0,
+            revision=self._revision,
             body=msgspec.msgpack.encode(request) if body is None else body,
             depth_limit=10_000,
             reply_to="web-1",

@@ -1,0 +1,113 @@
+"""What an engine process decides while it serves: its batch size, whose slot is taken, what starts a batch."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from inference.messages import BatchEvent, LatencyTarget, ReplicaStatus
+from scheduling.keys import Keys
+from tests.integration.engines import Engines, make_tiny_checkpoint
+from tests.integration.fleet import FleetClient
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def fleet(store: redis.Redis, keys: Keys) -> FleetClient:
+    return FleetClient(store, keys, Engines.model)
+
+
+@pytest.fixture
+def engines(checkpoint: Path, redis_url: str, keys: Keys) -> Iterator[Engines]:
+    with Engines(checkpoint, redis_url, keys) as engines:
+        yield engines
+
+
+def read_status(fleet: FleetClient) -> ReplicaStatus:
+    status = fleet.status("gpu-0")
+    assert status is not None
+    return status
+
+
+def test_a_batch_shrinks_when_its_sla_is_missed_and_another_strategy_takes_over_while_it_serves(
+    engines: Engines, fleet: FleetClient
+) -> None:
+    impossible = [LatencyTarget("acme", 3, None, 0.002)]
+    engine = engines.start(sizing="latency_first", targets=impossible)
+    for i in range(40):
+        fleet.submit(f"r{i}", [5 + i, 6], 60)
+    fleet.until(lambda: (s := fleet.status("gpu-0")) is not None and 1 <= s.max_batch_size < 6)
+    assert read_status(fleet).size_changes[0].reason.startswith("latency_first: p99 is ")
+    for arguments, ok in (
+        ({"name": "throughput_first", "params": {"initial": 7}}, True),
+        ({"name": "warp"}, False),
+        ({"name": "balanced", "params": {"largest": 0}}, False),
+    ):
+        started = time.monotonic()
+        ack = engine.send("sizing", arguments, timeout_s=5)
+        assert time.monotonic() - started < 0.1
+        assert (ack.ok, bool(ack.error)) == (ok, not ok)
+    fleet.until(lambda: read_status(fleet).sizing == "throughput_first")
+    status = read_status(fleet)
+    assert status.size_changes[-1].reason == "throughput_first: the initial size"
+    assert (status.size_changes[-1].batch_size, status.sizing_params["initial"]) == (7, 7)
+    fleet.until_finished()
+    fleet.until(lambda: any(event.sizing == "throughput_first" for event in fleet.events(BatchEvent)))
+    changes = [change for event in fleet.events(BatchEvent) for change in event.size_changes]
+    assert changes[0].batch_size < 8
+    assert 7 in [change.batch_size for change in changes]
+
+
+def test_a_higher_request_takes_a_slot_under_a_policy_by_priority_and_no_token_is_lost(
+    engines: Engines, fleet: FleetClient
+) -> None:
+    fleet.use_policy("priority")
+    engines.start(max_batch_size=2)
+    fleet.submit("low 1", [5, 6], 240, priority=5)
+    fleet.submit("low 2", [7, 8], 240, priority=4)
+    fleet.until(lambda: all(len(answer.token_ids) > 20 for answer in fleet.answers.values()))
+    fleet.submit("urgent", [9, 6], 10, priority=1)
+    fleet.until(lambda: fleet.answers["urgent"].finish)
+    assert not fleet.answers["low 1"].finish
+    fleet.until_finished()
+    fleet.until(lambda: read_status(fleet).slot_preemptions == 1)
+    for name, prompt in (("low 1", [5, 6]), ("low 2", [7, 8])):
+        fleet.submit(f"{name} alone", prompt, 240)
+        fleet.until_finished()
+        assert fleet.answers[name].token_ids == fleet.answers[f"{name} alone"].token_ids
+        assert fleet.answers[name].attempts == {1}
+
+
+def test_nobody_takes_a_slot_under_fifo_and_equal_prompts_share_blocks(engines: Engines, fleet: FleetClient) -> None:
+    engines.start(max_batch_size=1)
+    prompt = list(range(5, 75))
+    fleet.submit("first", prompt, 150, priority=5)
+    fleet.until(lambda: len(fleet.answers["first"].token_ids) > 5)
+    fleet.submit("urgent", prompt, 5, priority=0)
+    fleet.until(lambda: fleet.answers["urgent"].token_ids)
+    assert fleet.answers["first"].finish
+    fleet.until_finished()
+    assert fleet.answers["urgent"].token_ids == fleet.answers["first"].token_ids[:5]
+    fleet.until(lambda: read_status(fleet).prefix_hit_tokens == 64)
+    assert read_status(fleet).slot_preemptions == 0
+    fleet.until(lambda: sum(event.prefix_hit_tokens for event in fleet.events(BatchEvent)) == 64)
+
+
+def test_triggers_start_batches_and_are_told_and_recorded(engines: Engines, fleet: FleetClient) -> None:
+    engines.start(mode="dynamic", triggers={"any": [{"urgent_alone": 0}, {"size": 3}]})
+    for name in ("a", "b"):
+        fleet.submit(name, [5, 6], 5)
+    fleet.submit("urgent", [5, 7], 5, priority=0)
+    fleet.until(lambda: fleet.answers["urgent"].finish)
+    assert not fleet.answers["a"].token_ids
+    fleet.submit("c", [5, 8], 5)
+    fleet.until_finished()
+    fleet.until(lambda: read_status(fleet).triggers == {"urgent": 1, "size": 1})
+    assert (read_status(fleet).trigger, read_status(fleet).trigger_reason) == ("size", "3 of 3 wait")
+    fleet.until(lambda: sum(event.triggers.get("size", 0) for event in fleet.events(BatchEvent)) == 1)
