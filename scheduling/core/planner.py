@@ -133,10 +133,12 @@ class StepPlanner:
                 self.remove(sequence)
                 outputs.append(StepOutput(sequence, None, error=result.error))
                 continue
-            sequence.num_computed += part.num_tokens - len(part.draft) + len(result.more)
             finish = None
-            if result.token_id is not None:
+            if result.token_id is None:
+                sequence.num_computed += part.num_tokens
+            else:
                 finish = self._append(sequence, (result.token_id, *result.more), result.logprobs, outputs)
+                sequence.num_computed = len(sequence.tokens) - 1
             if self.prefix:
                 self.prefix.publish(sequence)
             if finish is not None:

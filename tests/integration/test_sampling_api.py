@@ -64,7 +64,7 @@ def text_of(client: openai.OpenAI, **options: Any) -> str:
 
 
 def test_log_probabilities_of_a_completion_are_the_model_s(client: openai.OpenAI, checkpoint: Path) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = Tokenizer.load(checkpoint)
     choice = complete(client, temperature=0, logprobs=3).choices[0]
     ids = torch.tensor([PROMPT])
@@ -95,7 +95,7 @@ def test_log_probabilities_of_a_chat_are_the_same_whole_and_streamed(client: ope
     text = b"".join(bytes(entry.bytes or []) for entry in whole.logprobs.content).decode(errors="replace")
     assert text == whole.message.content
     assert {len(entry.top_logprobs) for entry in whole.logprobs.content} == {2}
-    streamed, shown = "", []
+    streamed, shown = "", list[Any]()
     with client.chat.completions.create(**options, top_logprobs=2, stream=True) as stream:
         for chunk in stream:
             streamed += chunk.choices[0].delta.content or ""
