@@ -9,7 +9,8 @@ switcher: one that died blocks nobody, one that was slow finds its lock lost bef
 import json
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,11 +111,16 @@ class _Build:
         return True
 
     def fill(self) -> None:
-        """Place all that waits, in chunks."""
-        rows, cursor, _ = self._step((), "scan", 0)
-        while cursor:
-            rows, cursor, _ = self._step(rows, "scan", cursor)
-        self._step(rows, "changes", self.read, limit=0)
+        """Place all that waits, in chunks: each is placed here while the server stores the last and reads the next."""
+        placed = self._place(())
+        rows, cursor, _ = self._step(placed, "scan", 0)
+        with ThreadPoolExecutor(1, thread_name_prefix="switch") as server:
+            while cursor:
+                step = server.submit(self._step, placed, "scan", cursor)
+                placed = self._place(rows)
+                rows, cursor, _ = step.result()
+        for last in (placed, self._place(rows)):
+            self._step(last, "changes", self.read, limit=0)
 
     def flip(self, revision: int) -> int:
         """Work off the changes and put the new epoch in force; how many wait in it."""
@@ -134,28 +140,37 @@ class _Build:
             pass
 
     def _catch_up(self) -> None:
-        rows, self.read, follow = self._step((), "changes", self.read)
+        rows, self.read, follow = self._step(self._place(()), "changes", self.read)
         while rows:
-            rows, self.read, follow = self._step(rows, "changes", self.read)
+            rows, self.read, follow = self._step(self._place(rows), "changes", self.read)
             if len(rows) + follow < REST // 4:
-                self._step(rows, "changes", self.read, limit=0)
+                self._step(self._place(rows), "changes", self.read, limit=0)
                 return
 
+    def _place(self, rows: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
+        """Rows (id, packed entry or b"" if gone) as a script takes them: what to put where, and what to take out."""
+        flows: dict[str, list[Any]] = {}
+        gone = []
+        for id_, packed in rows:
+            if not packed:
+                gone.append(id_.decode())
+                continue
+            entry, number = unpack_entry(packed)
+            flow, weight, rank = self.policy.place(entry)
+            flows.setdefault(flow, []).extend((rank, number, entry.id))
+            if number > self.weights.get(flow, (0, 0.0))[0]:
+                self.weights[flow] = (number, weight)
+        puts = [(flow, self.weights[flow][1], requests) for flow, requests in flows.items()]
+        return _pack(puts), _pack(gone)
+
     def _step(
-        self, rows: Collection[tuple[bytes, bytes]], source: str, position: int, limit: int = CHUNK
+        self, placed: tuple[bytes, bytes], source: str, position: int, limit: int = CHUNK
     ) -> tuple[list[tuple[bytes, bytes]], int, int]:
-        """Put rows (id, packed entry or b"" if gone) into the new epoch, or take them out; read the next ones.
+        """Put what was placed into the new epoch and take out what is gone; read the next rows.
 
         Answers those, where to read on, and how many changes follow.
         """
-        flows: dict[str, list[Any]] = {}
-        for entry, number in (unpack_entry(packed) for _, packed in rows if packed):
-            place = self.policy.place(entry)
-            flows.setdefault(place.flow, []).extend((place.rank, number, entry.id))
-            self.weights[place.flow] = max(self.weights.get(place.flow, (0, 0.0)), (number, place.weight))
-        puts = [(flow, self.weights[flow][1], requests) for flow, requests in flows.items()]
-        gone = [id_.decode() for id_, packed in rows if not packed]
-        args = (LOCK_MS, self.epoch, _pack(puts), _pack(gone), source, position, limit)
+        args = (LOCK_MS, self.epoch, *placed, source, position, limit)
         reply = execute(self.client, self._script("switch_build", *args))
         if reply[0] == 0:
             raise SwitchLost(SwitchLost.__doc__)

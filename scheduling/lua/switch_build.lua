@@ -23,19 +23,21 @@ for _, id in ipairs(cmsgpack.unpack(ARGV[5])) do
 end
 save(building)
 
-local ids, next_read, limit = {}, tonumber(ARGV[7]), tonumber(ARGV[8])
+local rows, next_read, limit = {}, tonumber(ARGV[7]), tonumber(ARGV[8])
 if ARGV[6] == 'scan' then
   -- Gives everything that waits from beginning to end of the scan; the rest stands among the changes.
   local page = call('ZSCAN', ARRIVALS, ARGV[7], 'COUNT', limit)
   next_read = tonumber(page[1])
-  for i = 1, #page[2], 2 do ids[#ids + 1] = page[2][i] end
+  for i = 1, #page[2], 2 do
+    local id = page[2][i]
+    rows[#rows + 1] = { id, call('HGET', Q .. ':req:' .. id, 'entry') or '' }
+  end
 elseif limit > 0 then
-  ids = call('LRANGE', Q .. ':dirty', next_read, next_read + limit - 1)
+  local ids = call('LRANGE', Q .. ':dirty', next_read, next_read + limit - 1)
   next_read = next_read + #ids
-end
-local rows = {}
-for i, id in ipairs(ids) do
-  local r = call('HMGET', Q .. ':req:' .. id, 'state', 'entry')
-  rows[i] = { id, r[1] == 'queued' and r[2] or '' }
+  for i, id in ipairs(ids) do
+    local r = call('HMGET', Q .. ':req:' .. id, 'state', 'entry')
+    rows[i] = { id, r[1] == 'queued' and r[2] or '' }
+  end
 end
 return { 1, rows, next_read, call('LLEN', Q .. ':dirty') - next_read }
