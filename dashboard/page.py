@@ -27,6 +27,7 @@ PAGES = (
     ("requests", "Requests"),
     ("policies", "Policies"),
     ("fleet", "Fleet"),
+    ("tenants", "Tenants"),
     ("history", "History"),
 )
 """URL names and titles, in the order of the navigation."""

@@ -4,7 +4,7 @@ from django.contrib.auth.views import LogoutView
 from django.urls import path
 
 from dashboard.sign_in import SignInView
-from dashboard.views import commands, fleet, history, live, policies, requests
+from dashboard.views import commands, fleet, history, live, policies, requests, tenants
 
 urlpatterns = [
     path("", live.live, name="dashboard"),
@@ -16,6 +16,7 @@ urlpatterns = [
     path("requests/<str:request_id>/cancel/", commands.cancel, name="cancel-request"),
     path("policies/", policies.policies, name="policies"),
     path("fleet/", fleet.fleet, name="fleet"),
+    path("tenants/", tenants.tenants, name="tenants"),
     path("history/", history.history, name="history"),
     path("history/export/", history.export, name="history-export"),
     path("queues/<path:model>/policy/", commands.switch, name="switch-policy"),

@@ -2,9 +2,10 @@
 
 from ninja import Router
 
-from controlplane.api import history, request_log, revisions
+from controlplane.api import history, request_log, revisions, tenants
 
 router = Router()
 router.add_router("", revisions.router)
 router.add_router("", request_log.router)
 router.add_router("", history.router)
+router.add_router("", tenants.router)

@@ -88,3 +88,17 @@ def query_without(context: template.Context, *names: str) -> str:
     for name in names:
         fields.pop(name, None)
     return f"?{fields.urlencode()}"
+
+
+@register.filter
+def budget(left: float) -> str:
+    """What is left of an error budget, a share; how often it was spent where it is far overdrawn."""
+    if left < -1:
+        return f"spent {1 - left:.0f}×"  # noqa: RUF001
+    return f"{left * 100:.0f} % left" if left >= 0 else f"{-left * 100:.0f} % over"
+
+
+@register.filter
+def hundred(share: float) -> str:
+    """A share as part of 100, for a picture."""
+    return f"{min(1.0, max(0.0, share)) * 100:.2f}"

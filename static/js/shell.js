@@ -21,6 +21,7 @@ export const announce = (text) => setText(byId("announcer"), text);
 export function startShell({ onState = () => {}, onTheme = () => {}, onModel = null } = {}) {
   themeChanged = onTheme;
   startTheme();
+  document.querySelector(".pages [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
   byId("model").addEventListener("change", (event) => chooseModel(event.target.value, onModel));
   let latest = null;
   const show = () => {

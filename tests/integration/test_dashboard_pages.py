@@ -7,6 +7,8 @@ import pytest
 import redis
 from django.contrib.auth.models import Group, User
 from django.test import Client
+from django.utils import timezone
+from pytest_django.fixtures import Settings
 
 from controlplane.config import Config
 from dashboard.page import PAGES
@@ -16,7 +18,8 @@ from dashboard.views.history import _safe
 from inference.historian import Historian
 from inference.models import BatchRecord, RequestRecord
 from scheduling.keys import Keys
-from scheduling.models import OperatorAction, PolicyRevision, ServiceLevel
+from scheduling.limits import TenantLimits
+from scheduling.models import OperatorAction, PolicyRevision, Quota, ServiceLevel, Tenant
 from scheduling.store import execute
 from tests.fleet_data import FleetWriter, slots
 from tests.history_data import make_batches, make_requests
@@ -101,6 +104,7 @@ def test_revisions_are_listed_newest_first_and_read_on_from_where_a_page_ended(f
         "operator/requests",
         "operator/requests/live?model=demo",
         "operator/history?model=demo",
+        "operator/tenants",
     ],
 )
 def test_the_api_of_pages_is_for_viewers(fleet: FleetWriter, path: str) -> None:
@@ -340,3 +344,51 @@ def test_the_export_holds_every_metric_and_no_formula(fleet: FleetWriter) -> Non
     assert lines[-1].startswith("2026-03-01T12:00:00+00:00,demo,")
     assert "attachment" in answer.headers["Content-Disposition"]
     assert [*map(_safe, ["=1+1", "@x", "plain", -4])] == ["'=1+1", "'@x", "plain", -4]
+
+
+# Tenants
+
+
+def test_a_tenant_sees_its_use_its_budget_and_its_share(fleet: FleetWriter) -> None:
+    now = timezone.now()
+    for name, weight in (("checkout", 3), ("support", 1)):
+        tenant = Tenant.objects.create(name=name, weight=weight)
+        Quota.objects.create(tenant=tenant, rpm=60, tpm=10_000, tpd=50_000, concurrency=4)
+    ServiceLevel.objects.create(tenant=tenant, priority=1, ttft_ms=1, objective_percent=90)
+    limits = TenantLimits(fleet.keys)
+    charge = {"rpm": 60, "tpm": 10_000, "concurrency": 4, "tokens": 700, "tpd": 50_000}
+    for i in range(3):
+        assert execute(fleet.client, limits.acquire("support", f"r{i}", **charge)).ok
+    fleet.client.hincrby(fleet.keys.refusals, "demo|support|requests_per_minute", 4)
+    fleet.enqueue("support")
+    RequestRecord.objects.bulk_create(make_requests(400, end=now, seconds=1800, tenants=("checkout", "support")))
+    roll_up(20)
+    answer = get_json(signed_in(), "operator/tenants")
+    checkout, support = answer["tenants"]
+    use = support["use"]
+    assert (use["tpd_used"], use["slots"]) == (2100, 3)
+    assert (1 <= use["rpm_used"] <= 3, 500 < use["tpm_used"] <= 2100) == (True, True)  # both fill again as time goes
+    assert (use["waiting"], checkout["use"]["waiting"]) == (1, 0)
+    assert support["refusals"] == {"requests_per_minute": 4}
+    hour = support["attainment"]["1h"]
+    assert hour["judged"] > 50
+    assert (hour["met"], hour["share"]) == (0, 0)
+    assert hour["budget_left"] == pytest.approx(1 - 1 / 0.1)
+    assert checkout["attainment"]["30d"] == {"judged": 0, "met": 0, "share": None, "budget_left": None}
+    assert (checkout["service"]["entitled"], support["service"]["entitled"]) == (0.75, 0.25)
+    tokens = [row["service"]["tokens"] for row in answer["tenants"]]
+    assert answer["jain"] == pytest.approx(
+        (tokens[0] / 3 + tokens[1]) ** 2 / (2 * ((tokens[0] / 3) ** 2 + tokens[1] ** 2))
+    )
+    assert "spent 10×" in signed_in().get("/tenants/").content.decode()  # noqa: RUF001
+
+
+def test_pages_are_shown_while_the_queues_store_is_away(installation: Config, settings: Settings) -> None:
+    Tenant.objects.create(name="checkout")
+    away = installation.model_dump() | {"redis_url": "unix:///nowhere/redis.sock"}
+    settings.PENSTOCK = Config.model_construct(**away)
+    page = signed_in().get("/tenants/").content.decode()
+    assert "does not answer" in page
+    assert "checkout" in page
+    for path in ("/policies/", "/requests/", "/history/", "/fleet/", "/"):
+        assert signed_in().get(path).status_code == 200, path

@@ -1,0 +1,83 @@
+"""What each tenant used and got, for those who watch over them."""
+
+from dataclasses import asdict
+
+from django.http import HttpRequest
+from django.utils import timezone
+from ninja import Field, Router, Schema
+
+from controlplane.api.access import ViewerAuth
+from dashboard.page import list_models
+from dashboard.selectors.tenants import Attainment, TenantRow, read_tenants
+
+router = Router(tags=["operator"], auth=ViewerAuth())
+
+
+class UseView(Schema):
+    """What a tenant uses now; null where there is no such limit."""
+
+    running: int
+    waiting: int
+    slots: int = Field(description="Concurrency slots taken.")
+    concurrency: int | None
+    rpm: int | None
+    rpm_used: int | None
+    tpm: int | None
+    tpm_used: int | None
+    tpd: int | None
+    tpd_used: int | None
+
+
+class AttainmentView(Schema):
+    """Requests of a window that a service level judged."""
+
+    judged: int
+    met: int
+    share: float | None
+    budget_left: float | None = Field(description="Of the misses that the objective allows; below 0: overdrawn.")
+
+
+class ServiceView(Schema):
+    """The last hour, among tenants who asked."""
+
+    tokens: int
+    requests: int
+    refused_or_failed: int
+    share: float | None
+    entitled: float | None
+
+
+class TenantView(Schema):
+    """One tenant."""
+
+    name: str
+    display_name: str
+    weight: float
+    suspended: bool
+    use: UseView | None = Field(description="Null while the queue's store does not answer.")
+    attainment: dict[str, AttainmentView] = Field(description="By window: 1h, 24h, 30d.")
+    service: ServiceView
+    refusals: dict[str, int] = Field(description="By reason, since the counters began.")
+
+
+class TenantsAnswer(Schema):
+    """All tenants, by name."""
+
+    tenants: list[TenantView]
+    jain: float | None = Field(description="Jain's index of tokens per weight over the last hour; 1 is even.")
+
+
+@router.get("/operator/tenants", response=TenantsAnswer, summary="What tenants use and got")
+def list_tenants(request: HttpRequest) -> TenantsAnswer:
+    """For signed-in viewers. At most 200 tenants."""
+    view = read_tenants(list_models(), timezone.now())
+    return TenantsAnswer(tenants=[_tenant(row) for row in view.rows], jain=view.jain)
+
+
+def _tenant(row: TenantRow) -> TenantView:
+    values = asdict(row) | {"attainment": {name: _attainment(at) for name, at in row.attainment.items()}}
+    return TenantView(**values)
+
+
+def _attainment(at: Attainment) -> AttainmentView:
+    return AttainmentView(judged=at.judged, met=at.met, share=at.share, budget_left=at.budget_left)

@@ -1,0 +1,238 @@
+"""What each tenant got: use against its quota now, its SLA over hours and days, its service against its share."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.db.models import Sum
+from redis.exceptions import RedisError
+
+from dashboard.models import RequestRollup, Resolution
+from inference.services import read_replicas
+from scheduling.connection import live_keys, live_redis
+from scheduling.fleet import FleetQueue
+from scheduling.limits import TenantLimits, TenantUsage
+from scheduling.models import Tenant
+from scheduling.store import TIME, Command, execute_many
+
+log = logging.getLogger(__name__)
+
+MAX_TENANTS = 200
+WINDOWS = {"1h": timedelta(hours=1), "24h": timedelta(hours=24), "30d": timedelta(days=30)}
+DAY_S = 86_400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """What a tenant uses now. Limits that are not set are None, as is what is left of them."""
+
+    running: int = 0
+    waiting: int = 0
+    slots: int = 0
+    concurrency: int | None = None
+    rpm: int | None = None
+    rpm_used: int | None = None
+    tpm: int | None = None
+    tpm_used: int | None = None
+    tpd: int | None = None
+    tpd_used: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attainment:
+    """Requests of a window that a service level judged, and how many met it. None where none was judged."""
+
+    judged: int = 0
+    met: int = 0
+    allowed: float = 0.0
+
+    @property
+    def share(self) -> float | None:
+        return self.met / self.judged if self.judged else None
+
+    @property
+    def budget_left(self) -> float | None:
+        """Of the misses that the objective allows, the share that is left; below 0 it is overdrawn."""
+        return 1 - (self.judged - self.met) / self.allowed if self.allowed > 0 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What a tenant was served in the last hour, and what it was entitled to among those who asked. Shares of 1."""
+
+    tokens: int = 0
+    requests: int = 0
+    refused_or_failed: int = 0
+    share: float | None = None
+    entitled: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantRow:
+    """One tenant on the page."""
+
+    name: str
+    display_name: str
+    weight: float
+    suspended: bool
+    use: Use | None
+    attainment: Mapping[str, Attainment]
+    service: Service
+    refusals: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantsView:
+    """All tenants, Jain's index of service per weight over the last hour, and whether the queue's store answered."""
+
+    rows: list[TenantRow]
+    jain: float | None
+    num_hidden: int
+    live: bool
+
+
+def read_tenants(models: Sequence[str], now: datetime) -> TenantsView:
+    """A few bounded queries and one round trip for all tenants."""
+    tenants = list(Tenant.objects.select_related("quota").order_by("name")[: MAX_TENANTS + 1])
+    shown = tenants[:MAX_TENANTS]
+    attained = {name: _attainment(now - span, span) for name, span in WINDOWS.items()}
+    service = _service(shown, now - WINDOWS["1h"])
+    try:
+        uses, refusals = _read_live(shown, models)
+    except (RedisError, OSError) as error:
+        log.warning("Redis does not answer (%s); tenants are shown without what they use now.", error)
+        uses, refusals = {}, {}
+    rows = [
+        TenantRow(
+            name=tenant.name,
+            display_name=tenant.display_name,
+            weight=tenant.weight,
+            suspended=tenant.suspended,
+            use=uses.get(tenant.name),
+            attainment={name: found.get(tenant.name, Attainment()) for name, found in attained.items()},
+            service=service.get(tenant.name, Service()),
+            refusals=refusals.get(tenant.name, {}),
+        )
+        for tenant in shown
+    ]
+    per_weight = [service[tenant.name].tokens / tenant.weight for tenant in shown if tenant.name in service]
+    num_hidden = max(0, Tenant.objects.count() - MAX_TENANTS) if len(tenants) > MAX_TENANTS else 0
+    return TenantsView(rows=rows, jain=jain_index(per_weight), num_hidden=num_hidden, live=bool(uses) or not shown)
+
+
+def jain_index(values: Sequence[float]) -> float | None:
+    """How evenly values are spread: 1 where all are equal, 1/n where one has all. Jain, Chiu and Hawe (1984).
+
+    None with fewer than two values, or nothing to share.
+    """
+    squares = sum(value * value for value in values)
+    return sum(values) ** 2 / (len(values) * squares) if len(values) > 1 and squares else None
+
+
+def _attainment(since: datetime, span: timedelta) -> dict[str, Attainment]:
+    rows = RequestRollup.objects.filter(resolution=_grain(span), start__gte=since).values("tenant")
+    found = rows.annotate(num_judged=Sum("judged"), num_met=Sum("met"), sum_allowed=Sum("allowed"))
+    return {
+        row["tenant"]: Attainment(judged=row["num_judged"], met=row["num_met"], allowed=row["sum_allowed"])
+        for row in found
+    }
+
+
+def _service(tenants: Sequence[Tenant], since: datetime) -> dict[str, Service]:
+    rows = RequestRollup.objects.filter(resolution=Resolution.MINUTE, start__gte=since).values("tenant")
+    sums = rows.annotate(
+        tokens=Sum("prompt_tokens") + Sum("completion_tokens"), done=Sum("finished"), lost=Sum("failed")
+    )
+    weights = {tenant.name: tenant.weight for tenant in tenants}
+    found = {row["tenant"]: row for row in sums if row["tenant"] in weights}
+    total, weight = sum(row["tokens"] for row in found.values()), sum(weights[name] for name in found)
+    return {
+        name: Service(
+            tokens=row["tokens"],
+            requests=row["done"],
+            refused_or_failed=row["lost"],
+            share=row["tokens"] / total if total else None,
+            entitled=weights[name] / weight,
+        )
+        for name, row in found.items()
+    }
+
+
+def _grain(span: timedelta) -> Resolution:
+    return Resolution.MINUTE if span <= timedelta(hours=1) else Resolution.HOUR
+
+
+def _read_live(tenants: Sequence[Tenant], models: Sequence[str]) -> tuple[dict[str, Use], dict[str, dict[str, int]]]:
+    client, keys = live_redis(), live_keys()
+    limits = TenantLimits(keys)
+    queues = [FleetQueue(keys, model) for model in models]
+    fixed: list[Command[Any]] = [TIME, Command(("HGETALL", keys.refusals), _read_pairs)]
+    answers = execute_many(
+        client,
+        [
+            *fixed,
+            *(queue.snapshot() for queue in queues),
+            *(limits.usage(tenant.name) for tenant in tenants),
+            *(Command(("HMGET", f"{keys.tenant(tenant.name)}:day", "day", "tokens"), _read_day) for tenant in tenants),
+        ],
+    )
+    now_s, counters, rest = answers[0], answers[1], answers[2:]
+    snapshots, rest = rest[: len(queues)], rest[len(queues) :]
+    usages, days = rest[: len(tenants)], rest[len(tenants) :]
+    waiting: dict[str, int] = defaultdict(int)
+    for snapshot in snapshots:
+        for name, num in snapshot.by_tenant.items():
+            waiting[name] += num
+    running: dict[str, int] = defaultdict(int)
+    for status in read_replicas(client, keys):
+        for slot in status.slots:
+            running[slot.tenant] += 1
+    uses = {
+        tenant.name: _use(tenant, usage, day, now_s, running[tenant.name], waiting[tenant.name])
+        for tenant, usage, day in zip(tenants, usages, days, strict=True)
+    }
+    return uses, _refusals(counters)
+
+
+def _use(tenant: Tenant, usage: TenantUsage, day: tuple[int, int], now_s: float, running: int, waiting: int) -> Use:
+    quota = getattr(tenant, "quota", None)
+    rpm, tpm, tpd = (getattr(quota, name, None) for name in ("rpm", "tpm", "tpd"))
+    return Use(
+        running=running,
+        waiting=waiting,
+        slots=usage.running,
+        concurrency=getattr(quota, "concurrency", None),
+        rpm=rpm,
+        rpm_used=_used(rpm, usage.remaining_requests),
+        tpm=tpm,
+        tpm_used=_used(tpm, usage.remaining_tokens),
+        tpd=tpd,
+        tpd_used=None if tpd is None else day[1] if day[0] == int(now_s // DAY_S) else 0,
+    )
+
+
+def _used(limit: int | None, left: int | None) -> int | None:
+    """What is gone of a bucket; a bucket that nobody used lately is full."""
+    return None if limit is None else 0 if left is None else max(0, limit - left)
+
+
+def _read_day(reply: Sequence[bytes | None]) -> tuple[int, int]:
+    day, tokens = reply
+    return int(float(day or -1)), int(float(tokens or 0))
+
+
+def _read_pairs(reply: Any) -> dict[str, int]:
+    pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
+    return {name.decode(): int(count) for name, count in pairs}
+
+
+def _refusals(counters: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Tenant -> reason -> how many, over all models."""
+    found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for name, num in counters.items():
+        _model, tenant, reason = name.rsplit("|", 2)
+        found[tenant][reason] += num
+    return {tenant: dict(sorted(reasons.items())) for tenant, reasons in found.items()}

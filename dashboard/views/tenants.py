@@ -1,0 +1,14 @@
+"""The page of tenants: what each uses, whether its SLA was met, and how fair the fleet was."""
+
+from django.http import HttpRequest, HttpResponse
+from django.utils import timezone
+
+from dashboard.page import list_models, render_page, viewers_only
+from dashboard.selectors.tenants import WINDOWS, read_tenants
+
+
+@viewers_only
+def tenants(request: HttpRequest) -> HttpResponse:
+    """Figures as of now; a script draws them anew every few seconds."""
+    context = {"view": read_tenants(list_models(), timezone.now()), "windows": list(WINDOWS)}
+    return render_page(request, "dashboard/tenants.html", context, page="tenants")
