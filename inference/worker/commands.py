@@ -8,7 +8,7 @@ import msgspec
 from inference.messages import BatchMode, DeploymentSpec
 from inference.worker.gate import Gate
 from inference.worker.sizer import Sizer
-from inference.worker.spec import ControlMessage
+from inference.worker.spec import ControlMessage, find_sizing_problem
 from scheduling.core.planner import StepPlanner
 from scheduling.core.sizing.strategies import SizingError
 from scheduling.core.triggers import TriggerError, parse_trigger
@@ -63,11 +63,10 @@ class Controls:
                 self._announce(str(arguments.get("name", "")), int(_number(arguments, "revision", 0)))
 
     def _switch_sizing(self, arguments: dict[str, Any]) -> None:
-        name, params = arguments.get("name"), arguments.get("params", {})
-        if not isinstance(name, str) or not isinstance(params, dict):
-            raise CommandRefusedError("sizing needs the name of a strategy, and its parameters as an object.")
+        if problem := find_sizing_problem(arguments):
+            raise CommandRefusedError(problem)
         try:
-            self._sizer.switch(name, params)
+            self._sizer.switch(arguments["name"], arguments.get("params", {}))
         except SizingError as error:
             raise CommandRefusedError(str(error)) from error
 

@@ -6,6 +6,7 @@ import msgspec
 
 from inference.logs import LogFormat
 from inference.messages import DeploymentSpec
+from scheduling.core.sizing.strategies import SizingError, build_sizing
 
 LOST_STATUS = 4
 """Exit status of an engine process whose GPU is lost."""
@@ -67,3 +68,15 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
 
 
 Report = Ack | Notice | Beat
+
+
+def find_sizing_problem(arguments: dict[str, Any]) -> str:
+    """What is wrong with the arguments of a `sizing` command, in a sentence; empty where nothing is."""
+    name, params = arguments.get("name"), arguments.get("params", {})
+    if not isinstance(name, str) or not isinstance(params, dict):
+        return "sizing needs the name of a strategy, and its parameters as an object."
+    try:
+        build_sizing(name, params)
+    except SizingError as error:
+        return str(error)
+    return ""

@@ -1,12 +1,11 @@
 """Keeps one engine process running beside a Celery worker: starts it, again when it ends or hangs, commands, drains."""
 
-import contextlib
 import logging
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import redis
@@ -15,7 +14,8 @@ from inference.logs import LogFormat
 from inference.messages import DeploymentSpec
 from inference.worker.process import EngineGoneError, EngineProcess
 from inference.worker.reporter import STATUS_KEEP_MS
-from inference.worker.spec import LOST_STATUS, CommandName, EngineSpec
+from inference.worker.rollout import judge_change, overridden
+from inference.worker.spec import LOST_STATUS, CommandName, EngineSpec, find_sizing_problem
 from inference.worker.status import first_status
 from scheduling import store
 from scheduling.keys import Keys
@@ -36,6 +36,7 @@ REMEMBERED: dict[str, str] = {
     "drain": "gate",
     "set_mode": "mode",
     "set_batch_size": "batch size",
+    "sizing": "batch size",
     "policy": "policy",
 }
 """What an engine that is started again is told anew: the last command of each kind."""
@@ -76,6 +77,8 @@ class EngineSupervisor(threading.Thread):
         self._gpu = ""
         """UUID of the GPU that an engine served on; its successors wait for it rather than take another device."""
         self._restarts: dict[str, int] = {}
+        self._replaced_by_s: float | None = None
+        """Until when (monotonic) the engine may take to make place for one with the changed deployment."""
         self._complained_s = -COMPLAINT_PERIOD_S
 
     def run(self) -> None:
@@ -83,11 +86,14 @@ class EngineSupervisor(threading.Thread):
         num_failures = 0
         while (deployment := self._await_deployment()) is not None:
             started_s = time.monotonic()
+            self._replaced_by_s = None
             spec = self._spec(deployment)
             process = self._process = EngineProcess(self._options.command, spec)
             hung = self._attend(process, spec)
             if self._closing.is_set():
                 return
+            if self._replaced_by_s is not None and not hung:
+                continue
             if process.ready.is_set() and time.monotonic() - started_s > STABLE_S:
                 num_failures = 0
             pause_s = BACKOFF_S[min(num_failures, len(BACKOFF_S) - 1)]
@@ -124,11 +130,13 @@ class EngineSupervisor(threading.Thread):
 
     def control(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Pass a command to the engine and give its acknowledgement; never raises."""
-        if command == "stop" or command not in get_args(CommandName):
+        if command not in REMEMBERED:
             return self._ack(ok=False, error=f"There is no command {command!r}.")
         name: CommandName = command  # type: ignore[assignment]
         process = self._process
         if process is None or not process.ready.is_set() or process.ended.is_set():
+            if name == "sizing" and (problem := find_sizing_problem(arguments)):
+                return self._ack(ok=False, error=problem)
             self._remembered[REMEMBERED[name]] = (name, arguments)
             return self._ack(ok=True, state="starting")
         try:
@@ -161,7 +169,7 @@ class EngineSupervisor(threading.Thread):
 
     def _attend(self, process: EngineProcess, spec: EngineSpec) -> str:
         """Until the process ends; a sentence where it hung and was killed."""
-        told, num_silent, hung = False, 0, ""
+        told, num_silent, hung, deployment = False, 0, "", spec.deployment
         while process.wait(POLL_S if told else 0.05) is None:
             if process.ready.is_set() and not told:
                 told = True
@@ -172,18 +180,47 @@ class EngineSupervisor(threading.Thread):
                 hung = hung or self._describe_hang(process)
                 self._report(spec, hung)
                 process.kill()
-            self._end_outdated(process, spec.deployment)
+            deployment = self._follow(process, deployment)
         return hung
 
-    def _end_outdated(self, process: EngineProcess, deployment: DeploymentSpec) -> None:
-        """An engine that cannot serve its deployment ends when that changes."""
-        notice = process.notice
-        if notice is None or notice.state != "failed" or self._find_deployment() in (None, deployment):
-            return
-        logger.info("The deployment of %s has changed; trying again.", deployment.name)
-        with contextlib.suppress(EngineGoneError):
-            process.tell("stop", {})
-        process.wait(FAREWELL_S)
+    def _follow(self, process: EngineProcess, before: DeploymentSpec) -> DeploymentSpec:
+        """Let the engine take up a changed deployment, by a drain and a new process where it must; what it serves now.
+
+        One that cannot serve, or is still loading, ends at once.
+        """
+        if self._replaced_by_s is not None:
+            if time.monotonic() > self._replaced_by_s:
+                logger.error("The engine does not end; it is killed, and its requests come back by their lease.")
+                process.kill()
+            return before
+        after = self._look_up(before.name)
+        if after is None or (change := judge_change(before, after)) == "none":
+            return before
+        is_serving = process.ready.is_set() and (process.notice is None or process.notice.state != "failed")
+        for kind in overridden(before, after):
+            self._remembered.pop(kind, None)
+        try:
+            if change == "live" and is_serving:
+                logger.info("The deployment of %s has changed; the engine takes it up.", before.name)
+                process.tell("deployment", msgspec.to_builtins(after))
+                return after
+            logger.info("The deployment of %s has changed; a new engine process takes over.", before.name)
+            drain_s = self._options.drain_s if is_serving else 0.0
+            bound_s = drain_s + FAREWELL_S if process.ready.is_set() else self._options.load_timeout_s
+            self._replaced_by_s = time.monotonic() + bound_s
+            process.tell("stop", {"drain_s": drain_s})
+        except EngineGoneError:
+            logger.info("The engine process ended before it heard of it.")
+        return before
+
+    def _look_up(self, name: str) -> DeploymentSpec | None:
+        """A deployment as it stands now; None while that is unknown, or it is offered no more."""
+        try:
+            packed: Any = self._client.hget(self._keys.deployments, name)
+            return None if packed is None else msgspec.json.decode(packed, type=DeploymentSpec)
+        except (redis.RedisError, msgspec.MsgspecError) as error:
+            self._complain(f"The deployment of {name} cannot be read: {error}")
+            return None
 
     def _is_silent(self, process: EngineProcess) -> bool:
         """The watchdog: whether a step, or the load of the model, has taken longer than it may."""
