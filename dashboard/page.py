@@ -57,7 +57,7 @@ def render_page(request: HttpRequest, template: str, context: Mapping[str, Any],
         "page": page,
         "pages": PAGES,
         "page_title": dict(PAGES)[page],
-        "models": list_models(),
+        "models": _models_of(request),
         "model": chosen_model(request),
         "can_switch": can_switch,
         "can_control": can_control,
@@ -80,8 +80,16 @@ def list_models() -> list[str]:
 
 def chosen_model(request: HttpRequest) -> str:
     """The model that the address names, else the one chosen last in this browser, else the first; "" without any."""
-    names = list_models()
+    names = _models_of(request)
     for wanted in (request.GET.get("model"), unquote(request.COOKIES.get(MODEL_COOKIE, ""))):
         if wanted in names:
             return str(wanted)
     return names[0] if names else ""
+
+
+def _models_of(request: HttpRequest) -> list[str]:
+    """`list_models`, asked once for a page."""
+    names: list[str] | None = request.__dict__.get("penstock_models")
+    if names is None:
+        names = request.__dict__["penstock_models"] = list_models()
+    return names

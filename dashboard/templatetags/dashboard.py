@@ -41,11 +41,12 @@ def duration(seconds: float | None) -> str:
 
 
 @register.filter
-def number(value: float | None) -> str:
+def number(value: float | str | None) -> str:
     """With separators of thousands; fractions only where there are any."""
-    if value is None:
+    if value is None or value == "":  # what a template makes of a missing attribute
         return NONE
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}".rstrip("0").rstrip(".")
+    known = float(value)
+    return f"{known:,.0f}" if known.is_integer() else f"{known:,.2f}".rstrip("0").rstrip(".")
 
 
 @register.filter
