@@ -203,6 +203,9 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     host_blocks_total: int = 0
     """Places in host memory for blocks of preempted sequences."""
     host_blocks_used: int = 0
+    draft_tokens: int = 0
+    """Guessed tokens that were verified, and of these the ones that were right."""
+    accepted_tokens: int = 0
 
 
 class SharedLevel(msgspec.Struct, frozen=True, array_like=True):

@@ -58,6 +58,12 @@ class ModelDeployment(models.Model):
         PER_TENANT = "per_tenant", "within a tenant"
         OFF = "off"
 
+    class Speculation(models.TextChoices):
+        """How tokens are guessed ahead."""
+
+        OFF = "off"
+        NGRAM = "ngram", "from what the text repeats"
+
     name = models.CharField(
         max_length=128, unique=True, validators=[MODEL_NAME], help_text="What clients put into `model`."
     )
@@ -103,6 +109,14 @@ class ModelDeployment(models.Model):
     long_prefill_threshold = models.PositiveIntegerField(
         default=512, help_text="Most tokens of one prompt in a step while others run; 0 sets no limit."
     )
+    speculation = models.CharField(
+        max_length=16, choices=Speculation.choices, default=Speculation.OFF,
+        help_text="Guess tokens from what a text repeats and verify them in the step; stops where it does not pay.",
+    )  # fmt: skip
+    num_draft_tokens = models.PositiveSmallIntegerField(
+        "draft tokens", default=4, validators=[MinValueValidator(1), MaxValueValidator(64)],
+        help_text="Most tokens guessed ahead, per request and step.",
+    )  # fmt: skip
     enabled = models.BooleanField(default=True, help_text="A disabled model is not offered to clients.")
     architecture = models.CharField(max_length=128, blank=True, editable=False)
     num_parameters = models.PositiveBigIntegerField("parameters", null=True, blank=True, editable=False)
@@ -157,6 +171,8 @@ class ModelDeployment(models.Model):
             triggers=self.triggers,
             prefix_cache=self.prefix_cache,  # type: ignore[arg-type]
             long_prefill_threshold=self.long_prefill_threshold,
+            speculation=self.speculation,  # type: ignore[arg-type]
+            num_draft_tokens=self.num_draft_tokens,
         )
 
 

@@ -32,6 +32,7 @@ from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import StepPlanner
 from scheduling.core.prefix import PrefixCache
 from scheduling.core.sizing.memory_model import MemoryModel
+from scheduling.core.speculation import Speculation
 from scheduling.core.swap import SwapSpace
 from scheduling.core.triggers import parse_trigger
 from scheduling.fleet import FleetQueue
@@ -79,7 +80,7 @@ class Engine:
         costs = StepCosts(
             block_bytes=runner.block_bytes, block_size=runner.block_size, swap_bytes_per_s=runner.swap_bytes_per_s
         )
-        planner = _build_planner(spec, runner, costs)
+        planner = self._planner = _build_planner(spec, runner, costs)
         meters = Meters(Second(started_s=time.time()))
         gate = Gate(time.monotonic)
         self._intake = Intake(
@@ -132,10 +133,18 @@ class Engine:
             self._heartbeat.close()
 
     def _release(self, failed: bool) -> None:
-        """Give everything back: what was claimed and not begun, and what an unfinished drain left."""
+        """Give everything back: what was claimed and not begun, and what an unfinished drain left.
+
+        After a failure those that ran are suspect, and nobody else: see `may_join`.
+        """
         self._intake.close()
+        suspects = [sequence.id for sequence in self._planner.sequences[: self._planner.num_running]] if failed else []
+        commands = [
+            self._queue.release(self._lease.owner, suspects, failed=True),
+            self._queue.release(self._lease.owner),
+        ]
         try:
-            num_released = store.execute(self._client, self._queue.release(self._lease.owner, failed=failed))
+            num_released = sum(store.execute_many(self._client, commands))
         except redis.RedisError as error:
             logger.warning("Requests could not be given back, their lease will run out: %s", error)
             return
@@ -180,4 +189,5 @@ def _build_planner(spec: EngineSpec, runner: Runner, costs: StepCosts) -> StepPl
         swap=swap,
         trigger=parse_trigger(deployment.triggers),
         long_prefill_threshold=deployment.long_prefill_threshold,
+        drafter=Speculation(deployment.num_draft_tokens) if deployment.speculation == "ngram" else None,
     )

@@ -235,6 +235,8 @@ class EngineLoop:
             results = [PartResult(error=str(error))] * len(parts)
         seconds = time.perf_counter() - started
         self._costs.note(features, seconds)
+        if self._planner.drafter:
+            self._planner.drafter.observe(parts, results, seconds)
         outputs = self._planner.apply(parts, results)
         num_sampled = sum(output.token_id is not None for output in outputs)
         self._meters.count_step(

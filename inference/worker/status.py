@@ -178,5 +178,7 @@ class StatusBoard:
             "kv_blocks_cached": planner.allocator.num_cached,
             "host_blocks_total": host.num_blocks if host else 0,
             "host_blocks_used": host.used if host else 0,
+            "draft_tokens": planner.drafter.num_drafted if planner.drafter else 0,
+            "accepted_tokens": planner.drafter.num_accepted if planner.drafter else 0,
             **_read_totals(planner)._asdict(),
         }

@@ -31,8 +31,16 @@ class RequestTooLongError(Exception):
 class Drafter(Protocol):
     """Guesses tokens that a decode may find right."""
 
+    num_drafted: int
+    """Tokens that were verified, and of these the ones that were right."""
+    num_accepted: int
+
     def propose(self, sequence: Sequence, limit: int) -> tuple[int, ...]:
         """At most `limit` tokens that may come next."""
+        ...
+
+    def observe(self, parts: Items[StepPart], results: Items[PartResult], seconds: float) -> None:
+        """Learn from a step that is about to be applied."""
         ...
 
 
@@ -91,7 +99,7 @@ class StepPlanner:
         self.set_batch_size(max_batch_size)
         self._clock = clock
         self._eos_token_ids = eos_token_ids
-        self._drafter = drafter
+        self.drafter = drafter
         self._budget = step_tokens
 
     def add(self, sequence: Sequence) -> None:
@@ -274,20 +282,20 @@ class StepPlanner:
             if budget == 0:
                 break
             if entry.running and sequence.num_computed == len(sequence.tokens) - 1 and self._grow(entry):
-                draft = self._draft(sequence, budget - (len(running) - i)) if self._drafter else ()
+                draft = self._draft(sequence, budget - (len(running) - i)) if self.drafter else ()
                 parts.append(StepPart(sequence, 1 + len(draft), samples=True, draft=draft))
                 budget -= 1 + len(draft)
         return budget
 
     def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:
         """Tokens to verify beside a decode: as many as fit the budget, `max_tokens`, and blocks that nobody needs."""
-        assert self._drafter is not None
+        assert self.drafter is not None
         allocator = self.allocator
         held = len(sequence.block_table) * allocator.block_size - len(sequence.tokens)
         more_blocks = max(0, allocator.num_free - self._roster.watermark_blocks)
         left = sequence.max_tokens - sequence.num_output_tokens - 1
         limit = min(spare, left, held + more_blocks * allocator.block_size)
-        draft = self._drafter.propose(sequence, limit) if limit > 0 else ()
+        draft = self.drafter.propose(sequence, limit) if limit > 0 else ()
         if len(draft) > held:
             sequence.block_table += allocator.allocate(allocator.blocks_for(len(draft) - held))
         return draft

@@ -18,6 +18,8 @@ OPTIONS = {
     "max_model_len": "max_model_len",
     "step_tokens": "step_tokens",
     "kv_memory_mb": "kv_memory_bytes",
+    "speculation": "speculation",
+    "draft_tokens": "num_draft_tokens",
 }
 
 
@@ -32,6 +34,10 @@ class Command(BaseCommand):
         parser.add_argument("--batch-size", type=int, help="most sequences in a batch (16)")
         parser.add_argument("--max-model-len", type=int, help="context length (the checkpoint's own)")
         parser.add_argument("--step-tokens", type=int, help="most tokens in one engine step (2048)")
+        parser.add_argument(
+            "--speculation", choices=ModelDeployment.Speculation.values, help="guess tokens ahead (off)"
+        )
+        parser.add_argument("--draft-tokens", type=int, help="most tokens guessed ahead (4)")
         parser.add_argument("--kv-memory-mb", type=int, help="size of the KV cache (from free memory)")
 
     def handle(self, *args: Any, **options: Any) -> None:
