@@ -20,13 +20,15 @@ NUM_HOST_BLOCKS = 30
 
 
 class Case:
-    """A checkpoint and prompts, many of which begin alike, with what the model makes of each alone."""
+    """A runner and prompts, many of which begin alike, with what the model makes of each alone."""
 
     def __init__(self, path: Path) -> None:
         model = make_checkpoint("llama", path)
         rng = random.Random(3)
         common = [rng.randrange(3, VOCAB) for _ in range(70)]
-        self.path = path
+        self.runner = ModelRunner(
+            DeploymentSpec(name="m", path=str(path)), "cpu", num_blocks=NUM_BLOCKS, num_host_blocks=NUM_HOST_BLOCKS
+        )
         self.prompts = []
         for shared in (70, 70, 40, 64, 0, 33, 70, 0, 16, 70):
             own = [rng.randrange(3, VOCAB) for _ in range(rng.choice([1, 7, 20]))]
@@ -41,9 +43,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 def serve(case: Case, *, reuse: bool, swaps: bool) -> tuple[StepPlanner, list[Sequence], int]:
     """Run all prompts, with an urgent one now and then; also how many tokens were computed."""
-    runner = ModelRunner(
-        DeploymentSpec(name="m", path=str(case.path)), "cpu", num_blocks=NUM_BLOCKS, num_host_blocks=NUM_HOST_BLOCKS
-    )
+    runner = case.runner
     allocator = BlockAllocator(runner.num_blocks, runner.block_size)
     planner = StepPlanner(
         "continuous",
