@@ -1,46 +1,66 @@
-"""The simulator against the real engine: the same requests at the same times, served for real and predicted.
+"""The simulator against the real engine: what an engine process just served, beside its replay.
 
-    python -m benchmarks.prediction [--size demo] [--learn 30] [--seconds 40] [--loads 0.5,0.8,1.2] [--processor-time]
-        [--json FILE]
+    python -m benchmarks.prediction [--size demo] [--learn 15] [--seconds 10] [--loads 0.5,0.8,1.2]
+        [--policies fifo,fair,priority] [--json FILE]
 
-A model runner serves seeded random traffic in real time, in one process, through the planner that engine processes
-use; its steps teach the step-time model. Then other traffic is served at several shares of the engine's capacity, and
-each run is simulated twice: with the cost learned from the run itself, as a replay of history does, and with the cost
-learned before it, which is also off by what else the machine did meanwhile. Printed: real and predicted mean and p99 of
-time to first token and end to end, and the error. The aim is 10 % on the mean and 20 % on the p99.
+A real engine process claims seeded random traffic of three tenants and three priorities from a real Redis queue, under
+each policy and at several shares of its capacity, and records what it did. Each record is replayed as
+`manage.py replay --from-history` does, twice: with the cost learned from the run itself, and with the cost learned from
+other traffic before it, which is also off by what else the machine did meanwhile. Printed: real and predicted mean and
+p99 of time to first token and end to end, and the error. The aim is 10 % on the mean and 20 % on the p99.
 """
 
 import argparse
 import json
+import os
 import random
+import sys
 import tempfile
 import time
-from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import django
+import msgspec
+import redis
+import tokenizers
 import torch
 import transformers
 
 from benchmarks.modes import SIZES, make_checkpoint, processor_name
-from inference.engine.runner import ModelRunner
-from inference.messages import DeploymentSpec
-from scheduling.core.blocks import BlockAllocator
-from scheduling.core.planner import StepPlanner
+from benchmarks.stack import RedisServer
+from inference.messages import BatchEvent, DeploymentSpec, HistoryEvent, InferenceRequest, ReplicaStatus, RequestEvent
+from inference.worker.process import EngineProcess
+from inference.worker.spec import EngineSpec
 from scheduling.core.policies import build_policy
+from scheduling.core.policy import Policy
+from scheduling.core.request import Priority, QueueEntry
 from scheduling.core.sequence import SamplingParams
-from scheduling.core.simulation.outcome import Outcome, ServiceTargets, SimulationResult
-from scheduling.core.simulation.replica import SimulatedSequence
+from scheduling.core.simulation.outcome import ServiceTargets, SimulationResult
 from scheduling.core.simulation.report import Report, build_report
-from scheduling.core.simulation.simulator import SimulationSettings, simulate
+from scheduling.core.simulation.settings import SimulationSettings
+from scheduling.core.simulation.simulator import simulate
 from scheduling.core.simulation.table import format_seconds, format_table
 from scheduling.core.simulation.trace import TraceRequest
-from scheduling.core.sizing.cost_model import StepCost, StepTimeModel, measure_parts
+from scheduling.core.sizing.cost_model import StepCost
+from scheduling.fleet import FleetQueue
+from scheduling.keys import Keys
+from scheduling.store import execute
+from scheduling.switch import switch_policy
 
+if TYPE_CHECKING:
+    from inference.models import BatchRecord, RequestRecord
+
+MODEL, REPLICA = "bench", "gpu-0"
 SLOTS = 16
 STEP_TOKENS = 512
+LONG_PREFILL = 256
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 AIM_MEAN, AIM_P99 = 0.10, 0.20
+PATIENCE_S = 120.0
 
 
 def make_trace(rate: float, seconds: float, seed: int) -> list[TraceRequest]:
@@ -48,109 +68,162 @@ def make_trace(rate: float, seconds: float, seed: int) -> list[TraceRequest]:
     draw, clock, trace = random.Random(seed), 0.0, []
     while (clock := clock + draw.expovariate(rate)) < seconds:
         output = min(255, int(8 * draw.paretovariate(0.8)))
-        trace.append(TraceRequest(clock, draw.choice("ab"), draw.randint(16, 256), output, 3, output))
+        level = draw.choice((Priority.HIGH, Priority.NORMAL, Priority.NORMAL, Priority.LOW))
+        trace.append(TraceRequest(clock, draw.choice("aaabbc"), draw.randint(16, 256), output, level, output))
     return trace
 
 
-class Clock:
-    """Seconds since it was made: of real time, or of processor time, which what else runs touches little."""
+@dataclass(slots=True, kw_only=True)
+class Served:
+    """A run as it is recorded."""
 
-    def __init__(self, *, counts_processor: bool) -> None:
-        self._read = time.process_time if counts_processor else time.perf_counter
-        self._counts_processor = counts_processor
-        self._start_s = self._read()
+    requests: "list[RequestRecord]"
+    batches: "list[BatchRecord]"
 
-    def now(self) -> float:
-        return self._read() - self._start_s
+    @property
+    def result(self) -> SimulationResult:
+        """In the form of a simulation."""
+        from inference.recorded import as_result
 
-    def wait_until(self, time_s: float) -> None:
-        """Sleep; processor time jumps there instead."""
-        missing_s = max(0.0, time_s - self.now())
-        if self._counts_processor:
-            self._start_s -= missing_s
-        else:
-            time.sleep(missing_s)
+        return as_result(self.requests, self.batches, {})
 
 
-def serve(runner: ModelRunner, trace: list[TraceRequest], model: StepTimeModel, clock: Clock) -> SimulationResult:
-    """Serve a trace, first come, first served; steps teach the model, with all that lies between them."""
-    allocator = BlockAllocator(runner.num_blocks, runner.block_size)
-    planner = StepPlanner("continuous", SLOTS, STEP_TOKENS, allocator, runner.max_model_len, clock.now)
-    outcomes = [Outcome(request) for request in trace]
-    waiting: deque[int] = deque()
-    arrivals = deque(range(len(trace)))
-    steps, busy_s, previous_s = 0, 0.0, None
-    while arrivals or waiting or planner.sequences:
-        now_s = clock.now()
-        while arrivals and trace[arrivals[0]].arrival_s <= now_s:
-            waiting.append(arrivals.popleft())
-        while waiting and planner.room().requests and planner.room().tokens >= trace[waiting[0]].prompt_tokens:
-            number = waiting.popleft()
-            outcomes[number].claimed_s = now_s
-            planner.add(_sequence(number, outcomes[number], runner.vocab_size))
-        parts = planner.plan(now_s)
-        if not parts:
-            previous_s = None
-            clock.wait_until(trace[arrivals[0]].arrival_s)
-            continue
-        features = measure_parts(parts)
-        results = runner.step(parts)
-        end_s = clock.now()
-        seconds = end_s - (previous_s if previous_s is not None else now_s)
-        previous_s = end_s
-        model.observe(features, seconds)
-        steps, busy_s = steps + 1, busy_s + seconds
-        for output in planner.apply(parts, results):
-            if output.error:
-                raise RuntimeError(output.error)
-            outcome = outcomes[int(output.sequence.id)]
-            outcome.first_token_s = end_s if outcome.first_token_s is None else outcome.first_token_s
-            if output.finish:
-                outcome.finished_s, outcome.state = end_s, "finished"
-    return _result(outcomes, steps, busy_s, planner.num_preemptions)
+class LiveEngine:
+    """A real engine process and its queue; plays the web process and the historian."""
+
+    def __init__(self, client: redis.Redis, keys: Keys, vocab_size: int) -> None:
+        self._client = client
+        self._keys = keys
+        self._vocab_size = vocab_size
+        self._queue = FleetQueue(keys, MODEL)
+        self._revision = 0
+        self._last_id = b"0"
+
+    def await_ready(self) -> ReplicaStatus:
+        """Until the model is loaded."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline_s:
+            raw = self._client.get(self._keys.replica(REPLICA))
+            status = msgspec.msgpack.decode(raw, type=ReplicaStatus) if isinstance(raw, bytes) else None
+            if status is not None and status.state == "ready":
+                return status
+            time.sleep(0.05)
+        raise TimeoutError("The engine process is not ready.")
+
+    def serve(self, trace: list[TraceRequest], policy: Policy) -> Served:
+        """Send the requests at their times, and read the record when all have ended."""
+        self._revision += 1
+        switch_policy(self._client, self._queue, policy, self._revision)
+        self._read_events()
+        start_s = time.time()
+        for number, request in enumerate(trace):
+            time.sleep(max(0.0, start_s + request.arrival_s - time.time()))
+            self._send(number, request, policy)
+        return self._collect(len(trace))
+
+    def _send(self, number: int, request: TraceRequest, policy: Policy) -> None:
+        draw, id_, now_s = random.Random(number), f"{self._revision}-{number}", time.time()
+        prompt = [draw.randrange(3, self._vocab_size) for _ in range(request.prompt_tokens)]
+        message = InferenceRequest(
+            id=id_, model=MODEL, tenant=request.tenant, priority=request.priority, arrival_s=now_s,
+            prompt_token_ids=prompt, max_tokens=request.max_tokens, sampling=GREEDY,
+        )  # fmt: skip
+        entry = QueueEntry(
+            id=id_, tenant=request.tenant, priority=request.priority, arrival_s=now_s,
+            prompt_tokens=request.prompt_tokens, max_tokens=request.max_tokens,
+        )  # fmt: skip
+        body = msgspec.msgpack.encode(message)
+        command = self._queue.enqueue(entry, policy.place(entry), revision=self._revision, body=body, depth_limit=10**6)
+        assert execute(self._client, command).status == "queued"
+
+    def _collect(self, num_requests: int) -> Served:
+        """The record, once all requests and the seconds they ran in are there."""
+        from inference.models import BatchRecord, RequestRecord
+        from inference.records import make_row
+
+        rows: list[RequestRecord | BatchRecord] = []
+        deadline_s = time.monotonic() + PATIENCE_S
+        while sum(isinstance(row, RequestRecord) for row in rows) < num_requests:
+            rows += [make_row(event) for event in self._read_events()]
+            if time.monotonic() > deadline_s:
+                raise TimeoutError("Requests did not end.")
+            time.sleep(0.02)
+        time.sleep(1.5)  # the last second's record
+        rows += [make_row(event) for event in self._read_events()]
+        requests = [row for row in rows if isinstance(row, RequestRecord)]
+        assert all(row.state == "finished" for row in requests), {row.error_code for row in requests}
+        batches = [row for row in rows if isinstance(row, BatchRecord)]
+        return Served(requests=sorted(requests, key=lambda row: row.arrived_at), batches=batches)
+
+    def _read_events(self) -> Iterator[RequestEvent | BatchEvent]:
+        entries: list[Any] = self._client.xrange(self._keys.history, min=b"(" + self._last_id)  # type: ignore[assignment]
+        for id_, fields in entries:
+            self._last_id = id_
+            yield from msgspec.msgpack.decode(fields[b"m"], type=list[HistoryEvent])
 
 
-def _sequence(number: int, outcome: Outcome, vocab_size: int) -> SimulatedSequence:
-    draw = random.Random(number)
-    sequence = SimulatedSequence(str(number), 1, outcome)
-    sequence.tokens = [draw.randrange(3, vocab_size) for _ in range(outcome.request.prompt_tokens)]
-    sequence.sampling = GREEDY
-    return sequence
+@contextmanager
+def live_engine(size: str) -> Iterator[tuple[LiveEngine, ReplicaStatus]]:
+    """Starts Redis and an engine process on a random model."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_checkpoint(size, Path(folder))
+        write_tokenizer(path, SIZES[size]["vocab_size"])
+        server, keys = RedisServer(Path(folder)), Keys("bench")
+        server.start()
+        deployment = DeploymentSpec(
+            name=MODEL, path=str(path), dtype="float32", max_batch_size=SLOTS, step_tokens=STEP_TOKENS,
+            long_prefill_threshold=LONG_PREFILL,
+        )  # fmt: skip
+        spec = EngineSpec(
+            deployment=deployment, replica=REPLICA, redis_url=server.url, key_prefix=keys.prefix, device="cpu",
+            log_level="WARNING",
+        )  # fmt: skip
+        process = EngineProcess([sys.executable, "-m", "inference.worker"], spec)
+        try:
+            with redis.Redis.from_url(server.url) as client:
+                engine = LiveEngine(client, keys, SIZES[size]["vocab_size"])
+                yield engine, engine.await_ready()
+        finally:
+            process.kill()
+            process.wait(10)
+            server.stop()
 
 
-def _result(outcomes: list[Outcome], steps: int, busy_s: float, preemptions: int) -> SimulationResult:
-    return SimulationResult(
-        outcomes=outcomes,
-        end_s=max(o.finished_s or 0.0 for o in outcomes),
-        steps=steps,
-        busy_s=busy_s,
-        preemptions=preemptions,
-        batch_sizes=Counter(),
-        size_changes=[],
-        num_replicas=1,
-    )
+def write_tokenizer(path: Path, vocab_size: int) -> None:
+    """A tokenizer of made-up words, one for each token."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    backend.decoder = tokenizers.decoders.WordPiece(prefix="##")
+    backend.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text("{}")
 
 
-def predict(trace: list[TraceRequest], cost: StepCost, runner: ModelRunner) -> SimulationResult:
-    """The same traffic in the simulator."""
-    settings = SimulationSettings(
-        policy=build_policy("fifo"),
-        batch_size=SLOTS,
-        step_tokens=STEP_TOKENS,
-        num_blocks=runner.num_blocks,
-        block_size=runner.block_size,
-        max_model_len=runner.max_model_len,
-    )
-    return simulate(trace, settings, cost)
+class Predictor:
+    """Replays what was served."""
+
+    def __init__(self, status: ReplicaStatus) -> None:
+        self._num_blocks = status.kv_blocks_total
+        self._block_size = status.kv_block_size
+
+    def predict(self, trace: list[TraceRequest], policy: Policy, cost: StepCost, claim_s: float) -> SimulationResult:
+        """The same traffic in the simulator."""
+        settings = SimulationSettings(
+            policy=policy,
+            batch_size=SLOTS,
+            step_tokens=STEP_TOKENS,
+            long_prefill_threshold=LONG_PREFILL,
+            num_blocks=self._num_blocks,
+            block_size=self._block_size,
+            claim_s=claim_s,
+        )
+        return simulate(trace, settings, cost)
+
+    def capacity(self, cost: StepCost) -> float:
+        """Requests a second that an engine with this cost can serve."""
+        trace = [request._replace(arrival_s=0.0) for request in make_trace(20.0, 60.0, seed=99)]
+        return len(trace) / self.predict(trace, build_policy("fifo"), cost, 0.0).end_s
 
 
-def capacity(cost: StepCost, runner: ModelRunner) -> float:
-    """Requests a second that an engine with this cost can serve."""
-    trace = [request._replace(arrival_s=0.0) for request in make_trace(20.0, 60.0, seed=99)]
-    return len(trace) / predict(trace, cost, runner).end_s
-
-
-def compare(name: str, real: Report, predicted: Report) -> list[dict[str, Any]]:
+def compare(name: str, kind: str, real: Report, predicted: Report) -> list[dict[str, Any]]:
     """Rows of real, predicted and error."""
     rows = []
     for title, theirs, ours in (
@@ -161,8 +234,8 @@ def compare(name: str, real: Report, predicted: Report) -> list[dict[str, Any]]:
             true, guess = getattr(theirs, figure), getattr(ours, figure)
             error = guess / true - 1
             rows.append(
-                {"load": name, "figure": f"{title} {figure}", "real_s": true, "predicted_s": guess, "error": error,
-                 "aim": aim, "met": abs(error) <= aim}
+                {"run": name, "cost": kind, "figure": f"{title} {figure}", "real_s": true, "predicted_s": guess,
+                 "error": error, "aim": aim, "met": abs(error) <= aim}
             )  # fmt: skip
     return rows
 
@@ -171,57 +244,78 @@ def main() -> None:
     """Learn, serve, predict, print, write JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=sorted(SIZES), default="demo")
-    parser.add_argument("--learn", type=float, default=30.0, help="seconds of traffic that teach the cost")
-    parser.add_argument("--seconds", type=float, default=40.0, help="seconds of traffic at each load")
+    parser.add_argument("--learn", type=float, default=15.0, help="seconds of traffic that teach the cost")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of traffic in each run")
     parser.add_argument("--loads", default="0.5,0.8,1.2", help="shares of the engine's capacity")
-    parser.add_argument("--processor-time", action="store_true", help="run by processor time: for a busy machine")
+    parser.add_argument("--policies", default="fifo,fair,priority")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "controlplane.settings")
+    django.setup()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    print(f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    with tempfile.TemporaryDirectory() as folder:
-        path = make_checkpoint(options.size, Path(folder))
-        settings: dict[str, Any] = {"dtype": "float32", "max_batch_size": SLOTS, "step_tokens": STEP_TOKENS}
-        runner = ModelRunner(DeploymentSpec(name="bench", path=str(path), **settings), "cpu")
-        rows = measure(runner, options)
-    table = [
-        [f"{row['load']}: {row['figure']}", format_seconds(row["real_s"]), format_seconds(row["predicted_s"]),
-         f"{row['error']:+.1%}", f"{row['aim']:.0%}", "met" if row["met"] else "NOT MET"]
-        for row in rows
-    ]  # fmt: skip
-    print(format_table(["", "real", "predicted", "error", "aim", ""], table))
+    print(f"{processor_name()}, torch {torch.__version__}")
+    with live_engine(options.size) as (engine, status):
+        rows = measure(engine, Predictor(status), options)
+    show(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def measure(runner: ModelRunner, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Learn the cost from traffic of changing load, then serve and predict each load."""
+def show(rows: list[dict[str, Any]]) -> None:
+    """Errors by run and cost, and how many aims are met."""
+    header = ["run", "cost learned", "TTFT mean", "(real)", "TTFT p99", "end to end mean", "(real)", "end to end p99"]
+    table = []
+    for first in range(0, len(rows), 4):
+        four = rows[first : first + 4]
+        ttft, ttft_99, e2e, e2e_99 = (f"{row['error']:+.1%}{'' if row['met'] else ' !'}" for row in four)
+        real = [format_seconds(four[i]["real_s"]) for i in (0, 2)]
+        table.append([four[0]["run"], four[0]["cost"], ttft, real[0], ttft_99, e2e, real[1], e2e_99])
+    print(format_table(header, table))
+    met = sum(row["met"] for row in rows)
+    print(f"{met} of {len(rows)} within the aim ({AIM_MEAN:.0%} on the mean, {AIM_P99:.0%} on the p99); ! is not.")
 
-    def run(trace: list[TraceRequest], model: StepTimeModel) -> SimulationResult:
-        return serve(runner, trace, model, Clock(counts_processor=options.processor_time))
 
-    model = StepTimeModel(forgetting=0.9999)
-    run(make_trace(4.0, 5.0, seed=7), StepTimeModel())
-    for number, rate in enumerate((2.0, 8.0, 20.0)):
-        run(make_trace(rate, options.learn / 3, seed=number), model)
-    most = capacity(model.mean_cost, runner)
-    print(f"Learned from {model.num_observations} steps, typically off by {1000 * model.typical_error_s:.2f} ms:")
-    print(f"{model.mean_cost}\nCapacity: {most:.1f} requests/s\n")
-    rows, targets = [], ServiceTargets()
-    for load in (float(text) for text in options.loads.split(",")):
-        trace = make_trace(load * most, options.seconds, seed=round(1000 * load))
-        before = model.mean_cost
-        lately = StepTimeModel(before, forgetting=0.9999, confidence=1.0)
-        real = run(trace, lately)
-        report = build_report("real", real, targets)
-        predicted = build_report("replayed", predict(trace, lately.mean_cost, runner), targets)
-        foretold = build_report("foretold", predict(trace, before, runner), targets)
-        step = format_seconds(real.busy_s / real.steps)
-        print(f"load {load:g}: {len(trace)} requests in {real.steps} steps of {step}", flush=True)
-        rows += compare(f"load {load:g}, cost learned from it", report, predicted)
-        rows += compare(f"load {load:g}, cost learned before", report, foretold)
+def measure(engine: LiveEngine, predictor: Predictor, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Learn the cost from traffic of changing load, then serve and predict under each policy at each load."""
+    from inference.recorded_cost import learn_claim_s, learn_cost
+
+    fifo = build_policy("fifo")
+    engine.serve(make_trace(4.0, 3.0, seed=7), fifo)
+    taught = [
+        engine.serve(make_trace(rate, options.learn / 3, seed=number), fifo)
+        for number, rate in enumerate((2.0, 8.0, 20.0))
+    ]
+    requests, batches = ([one for run in taught for one in getattr(run, name)] for name in ("requests", "batches"))
+    before, error_s = learn_cost(requests, batches)
+    claim_s, most = learn_claim_s(requests), predictor.capacity(before)
+    print(f"Learned from {sum(b.steps for b in batches)} steps in {len(batches)} s, off by {1000 * error_s:.2f} ms:")
+    print(f"{before}\nClaims take {format_seconds(claim_s)}; capacity: {most:.1f} requests/s\n")
+    rows = []
+    for name in options.policies.split(","):
+        policy = build_policy(name)
+        for load in (float(text) for text in options.loads.split(",")):
+            served = engine.serve(make_trace(load * most, options.seconds, seed=round(1000 * load)), policy)
+            rows += judge(served, policy, predictor, before, f"{name}, load {load:g}")
     print()
+    return rows
+
+
+def judge(served: Served, policy: Policy, predictor: Predictor, before: StepCost, name: str) -> list[dict[str, Any]]:
+    """Predict a run with the cost learned from it, and with the one learned before."""
+    from inference.recorded_cost import learn_claim_s, learn_cost
+
+    real, targets = served.result, ServiceTargets()
+    trace, report = [outcome.request for outcome in real.outcomes], build_report("real", real, targets)
+    claim_s = learn_claim_s(served.requests)
+    cost, _ = learn_cost(served.requests, served.batches, prior=before)
+    print(
+        f"{name}: {len(trace)} requests in {real.steps} steps of {format_seconds(real.busy_s / real.steps)}", flush=True
+    )
+    rows = []
+    for kind, known in (("from it", cost), ("before it", before)):
+        predicted = build_report(kind, predictor.predict(trace, policy, known, claim_s), targets)
+        rows += compare(name, kind, report, predicted)
     return rows
 
 

@@ -24,7 +24,7 @@ TURNED_AWAY = frozenset(get_args(DropReason))
 BUCKET_S = 10
 """Replicas that took steps within so many seconds were there at the same time."""
 
-__all__ = ["HistoryError", "RecordedRun", "learn_cost", "read_history", "read_window"]
+__all__ = ["HistoryError", "RecordedRun", "as_result", "read_history", "read_window"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ def _read(model: str, found: list[RequestRecord]) -> RecordedRun:
     return RecordedRun(
         model=model,
         start=rows[0].arrived_at,
-        served=_as_result(rows, batches),
+        served=as_result(rows, batches, _read_tenants()),
         num_assumed=sum(not row.completion_tokens for row in rows),
         cost=cost,
         typical_error_s=error_s,
@@ -152,13 +152,20 @@ def _count_replicas(batches: Sequence[BatchRecord]) -> int:
     return max(len(names) for names in there.values())
 
 
-def _as_result(rows: Sequence[RequestRecord], batches: Sequence[BatchRecord]) -> SimulationResult:
-    """What was served, in the form of a simulation, so that both are reported alike."""
+def _read_tenants() -> dict[str, tuple[float, bool]]:
+    rows = Tenant.objects.values_list("name", "weight", "drop_expired")
+    return {name: (weight, drops) for name, weight, drops in rows}
+
+
+def as_result(
+    rows: Sequence[RequestRecord], batches: Sequence[BatchRecord], tenants: Mapping[str, tuple[float, bool]]
+) -> SimulationResult:
+    """What was served, in the form of a simulation, so that both are reported alike.
+
+    `rows` are in the order of their arrival; `tenants` gives weights, and who drops what is past its deadline.
+    """
     start_s = rows[0].arrived_at.timestamp()
     replicas = {name: index for index, name in enumerate(sorted({batch.replica for batch in batches}))}
-    tenants = {
-        name: (weight, drops) for name, weight, drops in Tenant.objects.values_list("name", "weight", "drop_expired")
-    }
     guess = _guess_lengths(rows)
     sizes: Counter[int] = Counter()
     for batch in batches:

@@ -3,12 +3,14 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 from inference.models import BatchRecord, RequestRecord
-from scheduling.core.sizing.cost_model import StepCost, StepFeatures, StepTimeModel
+from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost, StepFeatures, StepTimeModel
 
+GUESS_WEIGHT = 0.02
+"""Recorded seconds that a guess at the cost counts for."""
 MIN_BUSY_SECONDS = 5
 """From fewer seconds of steps no cost is learned."""
 
@@ -29,9 +31,12 @@ class _Second:
     """Share of the second in which at least one request was there."""
 
 
-def learn_cost(requests: Sequence[RequestRecord], batches: Sequence[BatchRecord]) -> tuple[StepCost, float]:
+def learn_cost(
+    requests: Sequence[RequestRecord], batches: Sequence[BatchRecord], *, prior: StepCost | None = None
+) -> tuple[StepCost, float]:
     """The step cost behind recorded seconds, and its typical error per step. Raises HistoryError.
 
+    `prior` is what was known before, and holds where these seconds say little.
     A second's record says what its steps computed and how long they took, with all that lay between them. Where it does
     not (an older engine wrote it), the requests' records give who decoded then, over which context, and what an engine
     needs between two steps is what was not a forward pass in seconds in which requests were there throughout.
@@ -39,11 +44,14 @@ def learn_cost(requests: Sequence[RequestRecord], batches: Sequence[BatchRecord]
     if len(batches) < MIN_BUSY_SECONDS:
         raise HistoryError(f"Only {len(batches)} s of steps are recorded; at least {MIN_BUSY_SECONDS} are needed.")
     told = [batch for batch in batches if batch.busy_ms > 0]
-    model = StepTimeModel(forgetting=0.9999)
     if len(told) >= MIN_BUSY_SECONDS:
+        # Seconds of like load say little of what is what in them; there the proportions of other engines hold.
+        guess = prior or _adding_up(DEFAULT_COST, told)
+        model = StepTimeModel(guess, forgetting=0.9999, confidence=GUESS_WEIGHT if prior is None else 1.0)
         for batch in sorted(told, key=lambda batch: batch.second):
             model.observe(_features(batch), batch.busy_ms / 1000)
-        return _mean_cost(model), model.typical_error_s
+        return _adding_up(_mean_cost(model), told), model.typical_error_s
+    model = StepTimeModel(prior, forgetting=0.9999, confidence=1e-6 if prior is None else 1.0)
     seconds = _by_second(requests)
     idle = _Second()
     for batch in sorted(batches, key=lambda batch: batch.second):
@@ -76,6 +84,13 @@ def _features(batch: BatchRecord) -> StepFeatures:
     return StepFeatures(
         batch.steps, batch.prefill_tokens, batch.decode_sequences, batch.context_tokens, batch.attention_pairs
     )
+
+
+def _adding_up(cost: StepCost, batches: Iterable[BatchRecord]) -> StepCost:
+    """The cost by which all steps together take as long as they did: hiccups are everybody's."""
+    expected_s = sum(cost.price(_features(batch)) for batch in batches)
+    factor = sum(batch.busy_ms for batch in batches) / 1000 / expected_s
+    return StepCost(**{name: factor * value for name, value in asdict(cost).items()})
 
 
 def _mean_cost(model: StepTimeModel) -> StepCost:
