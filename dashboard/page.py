@@ -29,6 +29,7 @@ PAGES = (
     ("fleet", "Fleet"),
     ("tenants", "Tenants"),
     ("history", "History"),
+    ("audit", "Audit"),
 )
 """URL names and titles, in the order of the navigation."""
 

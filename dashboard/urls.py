@@ -4,7 +4,7 @@ from django.contrib.auth.views import LogoutView
 from django.urls import path
 
 from dashboard.sign_in import SignInView
-from dashboard.views import commands, fleet, history, live, policies, requests, tenants
+from dashboard.views import audit, commands, fleet, history, live, policies, requests, tenants
 
 urlpatterns = [
     path("", live.live, name="dashboard"),
@@ -19,6 +19,8 @@ urlpatterns = [
     path("tenants/", tenants.tenants, name="tenants"),
     path("history/", history.history, name="history"),
     path("history/export/", history.export, name="history-export"),
+    path("audit/", audit.audit, name="audit"),
+    path("audit/export/", audit.export, name="audit-export"),
     path("queues/<path:model>/policy/", commands.switch, name="switch-policy"),
     path("workers/<str:replica>/<str:command>/", commands.control, name="control-replica"),
 ]

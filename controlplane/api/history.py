@@ -8,6 +8,7 @@ from django.utils import timezone
 from ninja import Field, Query, Router, Schema
 
 from controlplane.api.access import ViewerAuth
+from controlplane.api.request_log import aware, without_nul
 from dashboard.history_form import choose
 from dashboard.selectors.history import METRICS, PeriodError, metric_names, read_changes, read_series
 from inference.gateway.errors import InvalidRequest
@@ -65,18 +66,13 @@ def read_history(request: HttpRequest, query: Annotated[HistoryQuery, Query()]) 
     """For signed-in viewers. By seconds up to 15 minutes, by minutes up to 12 hours, else by hours; at most 92 days."""
     if unknown := [name for name in query.metric if name not in METRICS]:
         raise InvalidRequest(f"There is no metric {unknown[0][:60]!r}; there are {', '.join(METRICS)}.", param="metric")
-    for name in ("since", "until"):
-        when = getattr(query, name)
-        if when is not None and (when.tzinfo is None or not 1971 < when.year < 9998):
-            raise InvalidRequest(f"`{name}` is a time with a zone, such as 2026-03-01T12:00:00Z.", param=name)
+    since, until = aware(query.since, "since"), aware(query.until, "until")
     try:
-        chosen = choose(
-            span=query.span, since=query.since, until=query.until, compare=query.compare, now=timezone.now()
-        )
+        chosen = choose(span=query.span, since=since, until=until, compare=query.compare, now=timezone.now())
     except PeriodError as error:
         raise InvalidRequest(str(error), param="until") from error
-    model, names, period = query.model.replace("\0", ""), metric_names(query.metric), chosen.period
-    replica = query.replica.replace("\0", "")
+    model, names, period = without_nul(query.model), metric_names(query.metric), chosen.period
+    replica = without_nul(query.replica)
     values = read_series(model, period, names, replica=replica)
     compared = read_series(model, chosen.compared, names, replica=replica) if chosen.compared else {}
     start_s = period.start.timestamp()

@@ -2,10 +2,11 @@
 
 from ninja import Router
 
-from controlplane.api import history, request_log, revisions, tenants
+from controlplane.api import audit, history, request_log, revisions, tenants
 
 router = Router()
 router.add_router("", revisions.router)
 router.add_router("", request_log.router)
 router.add_router("", history.router)
 router.add_router("", tenants.router)
+router.add_router("", audit.router)

@@ -145,13 +145,13 @@ def search(request: HttpRequest, query: Annotated[SearchQuery, Query()]) -> Reco
     if query.after and after is None:
         raise InvalidRequest("`after` is the `next_after` of a former answer.", param="after")
     wanted = RequestFilter(
-        request_id=_text(query.id),
-        model=_text(query.model),
-        tenant=_text(query.tenant),
+        request_id=without_nul(query.id),
+        model=without_nul(query.model),
+        tenant=without_nul(query.tenant),
         priority=query.priority,
         state=query.state,
-        since=_aware(query.since, "since"),
-        until=_aware(query.until, "until"),
+        since=aware(query.since, "since"),
+        until=aware(query.until, "until"),
     )
     page = search_requests(wanted, after=after, limit=query.limit)
     rows = [RecordedRequest(**{name: getattr(row, name) for name in RecordedRequest.model_fields}) for row in page.rows]
@@ -179,7 +179,7 @@ def live(request: HttpRequest, model: Annotated[str, Query(max_length=128)]) -> 
 def life(request: HttpRequest, request_id: str) -> LifeView:
     """For signed-in viewers. Waiting: behind how many, by which rank, and what is lacking."""
     try:
-        found = find_life(_text(request_id)[:64], list_models())
+        found = find_life(without_nul(request_id)[:64], list_models())
     except AWAY as error:
         raise RedisUnavailable("The history has no such request, and Redis does not answer.") from error
     if found is None:
@@ -203,11 +203,13 @@ def cancel(request: HttpRequest, request_id: str, body: CancelBody) -> Cancelled
     return Cancelled(id=request_id, was=was)
 
 
-def _text(value: str) -> str:
+def without_nul(value: str) -> str:
+    """A text as PostgreSQL takes it."""
     return value.replace("\0", "")
 
 
-def _aware(when: datetime | None, param: str) -> datetime | None:
-    if when is not None and when.tzinfo is None:
+def aware(when: datetime | None, param: str) -> datetime | None:
+    """A time that says its zone. Raises InvalidRequest."""
+    if when is not None and (when.tzinfo is None or not 1971 < when.year < 9998):
         raise InvalidRequest(f"`{param}` needs a time zone, such as 2026-03-01T12:00:00Z.", param=param)
     return when

@@ -28,7 +28,7 @@ class RequestFilter:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """The last row that was read: when it ended, and its id among those that ended in the same moment."""
+    """The last row that was read: its time, and its id among those of the same moment."""
 
     finished_at: datetime
     id: int

@@ -1,6 +1,5 @@
 """The page of history: series over minutes, hours and days, compared and annotated; and its export."""
 
-import csv
 from collections.abc import Iterable
 from datetime import UTC, timedelta
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.utils import timezone
 
+from dashboard.export import csv_response
 from dashboard.filters import Filters
 from dashboard.history_form import COMPARISONS, DEFAULT_SPAN, SPANS, choose
 from dashboard.page import chosen_model, render_page, viewers_only
@@ -57,14 +57,6 @@ def export(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
     return csv_response(_lines(model, period), f"penstock-history-{period.start:%Y%m%d-%H%M}.csv")
 
 
-def csv_response(lines: Iterable[Iterable[Any]], name: str) -> StreamingHttpResponse:
-    """A download, written line by line."""
-    writer = csv.writer(_Echo())
-    response = StreamingHttpResponse((writer.writerow(map(_safe, line)) for line in lines), content_type="text/csv")
-    response["Content-Disposition"] = f'attachment; filename="{name}"'
-    return response
-
-
 def _lines(model: str, period: Period) -> Iterable[Iterable[Any]]:
     series = read_series(model, period, METRICS)
     yield ["start", "model", *(f"{name} ({metric.unit})" for name, metric in METRICS.items())]
@@ -73,15 +65,3 @@ def _lines(model: str, period: Period) -> Iterable[Iterable[Any]]:
         if any(value is not None for value in values):
             start = period.start + timedelta(seconds=i * period.resolution)
             yield [start.astimezone(UTC).isoformat(), model, *values]
-
-
-class _Echo:
-    """A file that gives back what is written to it."""
-
-    def write(self, line: str) -> str:
-        return line
-
-
-def _safe(value: Any) -> Any:
-    """A text that a spreadsheet would take for a formula is marked as text."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

@@ -11,12 +11,13 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from controlplane.config import Config
+from dashboard.export import safe_cell
 from dashboard.page import PAGES
 from dashboard.rollups import roll_up
 from dashboard.selectors.history import METRICS
-from dashboard.views.history import _safe
 from inference.historian import Historian
 from inference.models import BatchRecord, RequestRecord
+from scheduling.audit import record_action
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
 from scheduling.models import OperatorAction, PolicyRevision, Quota, ServiceLevel, Tenant
@@ -343,7 +344,30 @@ def test_the_export_holds_every_metric_and_no_formula(fleet: FleetWriter) -> Non
     assert lines[0].startswith("start,model,output_tokens (tokens/s)")
     assert lines[-1].startswith("2026-03-01T12:00:00+00:00,demo,")
     assert "attachment" in answer.headers["Content-Disposition"]
-    assert [*map(_safe, ["=1+1", "@x", "plain", -4])] == ["'=1+1", "'@x", "plain", -4]
+    assert [*map(safe_cell, ["=1+1", "@x", "plain", -4])] == ["'=1+1", "'@x", "plain", -4]
+
+
+# Audit
+
+
+def test_every_action_is_found_by_who_what_and_when_and_exported(fleet: FleetWriter) -> None:
+    operator = signed_in("operator")
+    for number in range(3):
+        assert switch(operator, "priority", f"=reason {number}", level_s=str(20 + number)).status_code == 200
+    record_action(actor=None, action="tenant.update", target="checkout", before={"rpm": 60}, after={"rpm": 90})
+    client = signed_in()
+    found = get_json(client, "operator/audit", action="policy.", who="operator", limit=2)
+    assert [row["reason"] for row in found["actions"]] == ["=reason 2", "=reason 1"]
+    assert found["actions"][0]["address"] == "127.0.0.1"
+    assert found["actions"][0]["before"] == {"policy": "priority", "params": {"level_s": 21.0}}
+    rest = get_json(client, "operator/audit", action="policy.", who="operator", after=found["next_after"])
+    assert ([row["reason"] for row in rest["actions"]], rest["next_after"]) == (["=reason 0"], None)
+    assert get_json(client, "operator/audit", until="2020-01-01T00:00:00Z")["actions"] == []
+    page = client.get("/audit/", {"target": "checkout"}).content.decode()
+    assert "<code>rpm</code>" in page
+    assert "=reason" not in page
+    lines = b"".join(client.get("/audit/export/").streaming_content).decode().splitlines()  # type: ignore[attr-defined]
+    assert (len(lines), lines[-1].endswith("'=reason 0")) == (5, True)
 
 
 # Tenants

@@ -1,0 +1,70 @@
+"""The audit trail, by filters, read page by page from where the last one ended."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from django.db.models import Q, QuerySet
+
+from dashboard.selectors.requests import Cursor
+from scheduling.models import OperatorAction
+
+MAX_ROWS = 200
+MAX_EXPORTED = 100_000
+KNOWN_ACTIONS = (
+    "policy.switch", "request.cancel", "replica.pause", "replica.resume", "replica.drain", "replica.set_mode",
+    "replica.set_batch_size", "replica.sizing", "tenant.create", "tenant.update", "tenant.suspend", "tenant.resume",
+    "key.create", "key.revoke", "deployment.create", "deployment.update",
+)  # fmt: skip
+"""What filters suggest; any other beginning may be given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditFilter:
+    """Which actions; "" and None take all. `action` and `target` are the beginnings of one."""
+
+    who: str = ""
+    action: str = ""
+    target: str = ""
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditPage:
+    """Rows, latest first, and where to read on (None: there are no more)."""
+
+    rows: list[OperatorAction]
+    next: Cursor | None
+
+
+def list_actions(wanted: AuditFilter, *, after: Cursor | None = None, limit: int = 50) -> AuditPage:
+    """Actions, latest first, from after `after` on."""
+    limit = min(limit, MAX_ROWS)
+    rows = _matching(wanted)
+    if after is not None:
+        earlier = Q(created_at__lt=after.finished_at) | Q(id__lt=after.id)
+        rows = rows.filter(earlier, created_at__lte=after.finished_at)
+    found = list(rows[: limit + 1])
+    last = found[limit - 1] if len(found) > limit else None
+    return AuditPage(found[:limit], Cursor(last.created_at, last.pk) if last else None)
+
+
+def export_actions(wanted: AuditFilter) -> Iterator[OperatorAction]:
+    """All matches, latest first, at most MAX_EXPORTED."""
+    yield from _matching(wanted)[:MAX_EXPORTED].iterator(chunk_size=1000)
+
+
+def _matching(wanted: AuditFilter) -> QuerySet[OperatorAction]:
+    rows: QuerySet[OperatorAction] = OperatorAction.objects.order_by("-created_at", "-id")
+    if wanted.who:
+        rows = rows.filter(actor_name=wanted.who)
+    if wanted.action:
+        rows = rows.filter(action__startswith=wanted.action)
+    if wanted.target:
+        rows = rows.filter(target__startswith=wanted.target)
+    if wanted.since is not None:
+        rows = rows.filter(created_at__gte=wanted.since)
+    if wanted.until is not None:
+        rows = rows.filter(created_at__lt=wanted.until)
+    return rows
