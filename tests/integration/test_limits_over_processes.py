@@ -9,13 +9,14 @@ from typing import Any
 import httpx
 import pytest
 import redis.asyncio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.stack import MODEL, Stack, running_stack
 from inference.directory import TenantConfig
 from inference.gateway.errors import GatewayError
 from inference.gateway.gateway import Gateway
+from scheduling.core.backpressure import BackpressureLimits
 from scheduling.keys import Keys
 from scheduling.store import aexecute
 from tests.integration.gateway_support import draft, open_gateway
@@ -88,11 +89,13 @@ REASONS = {
 
 @pytest.fixture
 async def gateway(redis_url: str, keys: Keys, tmp_path: Path) -> AsyncIterator[Gateway]:
-    async with open_gateway(redis_url, keys, tmp_path, queue_limit=8, queue_tokens=400) as gateway:
+    never, full = (1e9, 1e9, 1e9, 1e9), (2.0, 2.0, 2.0, 2.0)
+    limits = BackpressureLimits(depth=full, wait_s=never)
+    async with open_gateway(redis_url, keys, tmp_path, queue_limit=8, queue_tokens=200, backpressure=limits) as gateway:
         yield gateway
 
 
-LIMIT = st.none() | st.integers(1, 10)
+LIMIT = st.none() | st.integers(4, 16)
 TENANTS = st.builds(
     lambda rpm, tokens, days, slots: {
         "rpm": rpm,
@@ -102,10 +105,10 @@ TENANTS = st.builds(
     },
     *(LIMIT for _ in range(4)),
 )
-REQUESTS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 120), st.booleans()), min_size=1, max_size=25)
+REQUESTS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 60), st.integers(0, 9)), min_size=8, max_size=25)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(quota=TENANTS, requests=REQUESTS)
 async def test_whatever_refuses_a_request_only_admitted_ones_are_charged(
     gateway: Gateway, astore: redis.asyncio.Redis, keys: Keys, quota: dict[str, Any], requests: list[Any]
@@ -114,16 +117,16 @@ async def test_whatever_refuses_a_request_only_admitted_ones_are_charged(
     await forget(astore, keys)
     tenant = TenantConfig(name="ada", max_priority=0, drop_expired=True, **quota)
     began, replies = time.monotonic(), []
-    for number, (priority, tokens, late) in enumerate(requests):
+    for number, (priority, tokens, kind) in enumerate(requests):
         fields: dict[str, Any] = {"tenant": tenant, "prompt_token_ids": [10], "max_tokens": tokens}
-        if tokens == 120:
+        if kind == 0:
             fields["max_tokens"] = 10**6
-        if late:
-            fields["deadline_s"] = time.time() + (-1 if tokens % 3 == 0 else 60)
+        if kind == 1:
+            fields["deadline_s"] = time.time() - 1
         try:
             replies.append(await gateway.submit(draft(gateway, number, priority, **fields)))
-        except GatewayError:
-            continue
+        except GatewayError as error:
+            event(f"{type(error).__name__} {error.code}")
     queue, limits = gateway.find_model("tiny").queue, gateway.desk.limits
     async with asyncio.timeout(5):  # what was shed is settled by a task of its own
         while (usage := await aexecute(astore, limits.usage("ada"))).running != (
