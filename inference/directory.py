@@ -15,7 +15,7 @@ from django.db import Error as DatabaseError
 from django.db import connections
 from redis.exceptions import RedisError
 
-from inference.messages import DeploymentSpec
+from inference.messages import DeploymentSpec, LatencyTarget
 from inference.models import ModelDeployment
 from scheduling.core.request import Priority
 from scheduling.credentials import digest_key
@@ -92,8 +92,21 @@ def load_directory() -> Directory:
         for prefix, digest, name, own in found
         if name in tenants
     }
-    deployments = {d.name: d.to_spec() for d in ModelDeployment.objects.filter(enabled=True)}
+    promised = _read_promises()
+    deployments = {
+        d.name: msgspec.structs.replace(d.to_spec(), targets=promised)
+        for d in ModelDeployment.objects.filter(enabled=True)
+    }
     return Directory(version=version, keys=keys, tenants=tenants, deployments=deployments)
+
+
+def _read_promises() -> list[LatencyTarget]:
+    """All SLAs, for the engines' sizing strategies."""
+    rows = ServiceLevel.objects.order_by("tenant__name", "priority")
+    return [
+        LatencyTarget(name or "", priority, ttft_ms and ttft_ms / 1000, e2e_ms and e2e_ms / 1000)
+        for name, priority, ttft_ms, e2e_ms in rows.values_list("tenant__name", "priority", "ttft_ms", "e2e_ms")
+    ]
 
 
 def _read_targets() -> dict[int | None, dict[int, float]]:

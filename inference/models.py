@@ -144,6 +144,8 @@ class ModelDeployment(models.Model):
 
     def clean(self) -> None:
         """Sizing and triggers must be ones that an engine can build. Raises ValidationError."""
+        if not isinstance(self.sizing_params, dict):
+            raise ValidationError({"sizing_params": 'An object with numbers is needed, such as {"largest": 64}.'})
         try:
             build_sizing(self.sizing, self.sizing_params)
         except SizingError as error:
