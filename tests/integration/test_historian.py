@@ -10,7 +10,7 @@ import redis
 from django.db import DataError, OperationalError, connection, connections
 
 from inference.historian import Historian
-from inference.messages import BatchEvent, HistoryEvent, RequestEvent, Telemetry
+from inference.messages import BatchEvent, HistoryEvent, RequestEvent, SizeChange, Telemetry
 from inference.models import BatchRecord, HistoryCheckpoint, RequestRecord
 from scheduling.keys import Keys
 
@@ -227,3 +227,22 @@ def test_writing_stops_when_its_time_is_over(store: redis.Redis, keys: Keys) -> 
     send(store, keys, [request_event(f"r{i}") for i in range(9)])
     ticks = iter([0.0, 0.5, 1.5])
     assert Historian(store, keys, max_entries=1, clock=lambda: next(ticks)).drain(budget_s=1) == 6
+
+
+def test_what_an_engine_decided_in_a_second_is_in_its_row(store: redis.Redis, keys: Keys) -> None:
+    decided = {
+        "max_batch_size": 6,
+        "sizing": "latency_first",
+        "size_changes": [SizeChange(NOW_S, 6, "p99 is 140% of its target")],
+        "triggers": {"urgent": 2},
+        "trigger_reason": "a request of priority high is there",
+        "prefix_tokens": 900,
+        "prefix_hit_tokens": 320,
+        "swapped_out_blocks": 12,
+        "swapped_in_blocks": 11,
+    }
+    send(store, keys, [batch_event(1_760_000_000, **decided)])
+    assert Historian(store, keys).run_once() == 1
+    row = BatchRecord.objects.get()
+    stored = {name: getattr(row, name) for name in decided}
+    assert stored == decided | {"size_changes": [[NOW_S, 6, "p99 is 140% of its target"]]}

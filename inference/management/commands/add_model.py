@@ -1,6 +1,7 @@
 """`manage.py add_model`: offers a checkpoint directory under a name."""
 
-from argparse import ArgumentParser
+import json
+from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ OPTIONS = {
     "kv_memory_mb": "kv_memory_bytes",
     "speculation": "speculation",
     "draft_tokens": "num_draft_tokens",
+    "sizing": "sizing",
+    "sizing_params": "sizing_params",
+    "triggers": "triggers",
+    "prefix_cache": "prefix_cache",
+    "long_prefill_threshold": "long_prefill_threshold",
 }
 
 
@@ -38,6 +44,17 @@ class Command(BaseCommand):
             "--speculation", choices=ModelDeployment.Speculation.values, help="guess tokens ahead (off)"
         )
         parser.add_argument("--draft-tokens", type=int, help="most tokens guessed ahead (4)")
+        parser.add_argument(
+            "--sizing", choices=ModelDeployment.Sizing.values, help="strategy that sets the batch size (fixed)"
+        )
+        parser.add_argument("--sizing-params", type=_read_json, metavar="JSON", help='such as {"largest": 64}')
+        parser.add_argument(
+            "--triggers", type=_read_json, metavar="JSON", help='what starts a batch, such as {"size": 8}'
+        )
+        parser.add_argument(
+            "--prefix-cache", choices=ModelDeployment.PrefixCache.values, help="who shares prompts' KV blocks (on)"
+        )
+        parser.add_argument("--long-prefill-threshold", type=int, help="tokens of one prompt in a step (512)")
         parser.add_argument("--kv-memory-mb", type=int, help="size of the KV cache (from free memory)")
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -55,5 +72,15 @@ class Command(BaseCommand):
         self.stdout.write(
             f"{deployment.name}: {info.architecture}, {info.num_parameters / 1e6:.1f}M parameters, "
             f"context {deployment.max_model_len or info.max_model_len}, batches of {deployment.max_batch_size} "
-            f"({deployment.mode}). Workers take it up when they start."
+            f"({deployment.mode}). Workers take it up by themselves."
         )
+
+
+def _read_json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"An object is needed, not {text!r}.")
+    return value
