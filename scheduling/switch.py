@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import redis
 
 from scheduling.core.policies import Policy, build_policy
@@ -25,7 +24,6 @@ LOCK_MS = 5_000
 CHUNK = 500
 REST = 200
 """Changes that the last script may find left over: about 1 ms."""
-_pack = msgspec.msgpack.Encoder().encode
 
 
 class SwitchError(Exception):
@@ -113,12 +111,12 @@ class _Build:
     def fill(self) -> None:
         """Place all that waits, in chunks: each is placed here while the server stores the last and reads the next."""
         placed = self._place(())
-        rows, cursor, _ = self._step(placed, "scan", 0)
+        rows, position, changes = self._step(placed, "scan", -1)
         with ThreadPoolExecutor(1, thread_name_prefix="switch") as server:
-            while cursor:
-                step = server.submit(self._step, placed, "scan", cursor)
+            while position:
+                step = server.submit(self._step, placed, "scan", position, known=changes)
                 placed = self._place(rows)
-                rows, cursor, _ = step.result()
+                rows, position, changes = step.result()
         for last in (placed, self._place(rows)):
             self._step(last, "changes", self.read, limit=0)
 
@@ -140,37 +138,45 @@ class _Build:
             pass
 
     def _catch_up(self) -> None:
-        rows, self.read, follow = self._step(self._place(()), "changes", self.read)
+        rows, self.read, changes = self._step(self._place(()), "changes", self.read)
         while rows:
-            rows, self.read, follow = self._step(self._place(rows), "changes", self.read)
-            if len(rows) + follow < REST // 4:
+            rows, self.read, changes = self._step(self._place(rows), "changes", self.read)
+            if len(rows) + changes - self.read < REST // 4:
                 self._step(self._place(rows), "changes", self.read, limit=0)
                 return
 
-    def _place(self, rows: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
-        """Rows (id, packed entry or b"" if gone) as a script takes them: what to put where, and what to take out."""
+    def _place(self, rows: Iterable[tuple[bytes, bytes]]) -> list[Any]:
+        """Rows (id, packed entry or b"" if gone) as words of the script: what to take out, and what to put where."""
         flows: dict[str, list[Any]] = {}
-        gone = []
+        gone: list[bytes] = []
+        places: list[str] = []
         for id_, packed in rows:
             if not packed:
-                gone.append(id_.decode())
+                gone.append(id_)
                 continue
             entry, number = unpack_entry(packed)
             flow, weight, rank = self.policy.place(entry)
-            flows.setdefault(flow, []).extend((rank, number, entry.id))
+            digits = f"{number:016d}"
+            places += (entry.id, digits + flow)
+            members = flows.get(flow)
+            if members is None:
+                members = flows[flow] = []
+            members += (repr(rank), f"{digits}:{entry.id}")
             if number > self.weights.get(flow, (0, 0.0))[0]:
                 self.weights[flow] = (number, weight)
-        puts = [(flow, self.weights[flow][1], requests) for flow, requests in flows.items()]
-        return _pack(puts), _pack(gone)
+        words: list[Any] = [len(gone), *gone, len(places), *places]
+        for flow, members in flows.items():
+            words += (flow, repr(self.weights[flow][1]), len(members), *members)
+        return words
 
     def _step(
-        self, placed: tuple[bytes, bytes], source: str, position: int, limit: int = CHUNK
+        self, placed: Iterable[Any], source: str, position: int, *, limit: int = CHUNK, known: int = 0
     ) -> tuple[list[tuple[bytes, bytes]], int, int]:
         """Put what was placed into the new epoch and take out what is gone; read the next rows.
 
-        Answers those, where to read on, and how many changes follow.
+        Answers those, where to read on, and how many changes were listed; `known` of them at the last scan.
         """
-        args = (LOCK_MS, self.epoch, *placed, source, position, limit)
+        args = (LOCK_MS, self.epoch, source, position, limit, known, *placed)
         reply = execute(self.client, self._script("switch_build", *args))
         if reply[0] == 0:
             raise SwitchLost(SwitchLost.__doc__)

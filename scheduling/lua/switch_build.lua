@@ -1,43 +1,49 @@
--- token, lock milliseconds, epoch, {{flow, weight, {rank, arrival number, id, ...}}} to put there, {ids} to take out,
--- 'scan' (what waits) or 'changes' (what came, went or moved since), where to read on, how much
---   -> {1, {{id, packed entry or '' if it waits no more}}, where to read on, changes that follow}, {0} if the lock was lost
+-- token, lock milliseconds, epoch, 'scan' (what waits) or 'changes' (what came, went or moved since), where to read on,
+-- how much, changes that the last scan knew of, how many to take out, their ids, how many words of places, {id, place}...,
+-- {flow, weight, how many words, {rank, member}...}...
+--   -> {1, {{id, packed entry or '' if it waits no more}}, where to read on, changes in all}, {0} if the lock was lost
 if call('GET', Q .. ':switch') ~= ARGV[1] then return { 0 } end
 call('PEXPIRE', Q .. ':switch', ARGV[2])
 local building = building_queue(ARGV[3])
+local next_word = 8
 
-for _, group in ipairs(cmsgpack.unpack(ARGV[4])) do
-  local flow, requests, members, places = group[1], group[3], {}, {}
-  for i = 1, #requests, 3 do
-    local digits, id = string.format('%016d', requests[i + 1]), requests[i + 2]
-    members[#members + 1] = requests[i]
-    members[#members + 1] = digits .. ':' .. id
-    places[#places + 1] = id
-    places[#places + 1] = digits .. flow
-  end
-  call('ZADD', building.at .. ':f:' .. flow, unpack(members))
-  call('HSET', building.at .. ':at', unpack(places))
-  set_backlogged(building, flow, group[2])
+-- The words that follow, a number says how many.
+local function take()
+  local first = next_word + 1
+  next_word = first + tonumber(ARGV[next_word])
+  return first, next_word - 1
 end
-for _, id in ipairs(cmsgpack.unpack(ARGV[5])) do
-  if locate(building, id) then unplace(building, id) end
+
+local first, last = take()
+for i = first, last do
+  if locate(building, ARGV[i]) then unplace(building, ARGV[i]) end
+end
+first, last = take()
+in_chunks('HSET', building.at .. ':at', ARGV, first, last)
+while next_word < #ARGV do
+  local flow, weight = ARGV[next_word], ARGV[next_word + 1]
+  next_word = next_word + 2
+  first, last = take()
+  in_chunks('ZADD', building.at .. ':f:' .. flow, ARGV, first, last)
+  set_backlogged(building, flow, weight)
 end
 save(building)
 
-local rows, next_read, limit = {}, tonumber(ARGV[7]), tonumber(ARGV[8])
-if ARGV[6] == 'scan' then
-  -- Gives everything that waits from beginning to end of the scan; the rest stands among the changes.
-  local page = call('ZSCAN', ARRIVALS, ARGV[7], 'COUNT', limit)
-  next_read = tonumber(page[1])
-  for i = 1, #page[2], 2 do
-    local id = page[2][i]
-    rows[#rows + 1] = { id, call('HGET', Q .. ':req:' .. id, 'entry') or '' }
+local rows, from, limit = {}, tonumber(ARGV[5]), tonumber(ARGV[6])
+local changes = call('LLEN', Q .. ':dirty')
+if ARGV[4] == 'scan' then
+  -- From the latest arrival to the first. Whoever leaves moves those not read yet away from what was read; whoever comes
+  -- may move one of them back, and is among the changes: so many are read again.
+  local to = from < 0 and call('ZCARD', ARRIVALS) or from + changes - tonumber(ARGV[7])
+  from = math.max(0, (from < 0 and to or from) - limit)
+  for i, id in ipairs(to > 0 and call('ZRANGE', ARRIVALS, from, to - 1) or {}) do
+    rows[i] = { id, call('HGET', Q .. ':req:' .. id, 'entry') or '' }
   end
 elseif limit > 0 then
-  local ids = call('LRANGE', Q .. ':dirty', next_read, next_read + limit - 1)
-  next_read = next_read + #ids
-  for i, id in ipairs(ids) do
+  for i, id in ipairs(call('LRANGE', Q .. ':dirty', from, from + limit - 1)) do
     local r = call('HMGET', Q .. ':req:' .. id, 'state', 'entry')
     rows[i] = { id, r[1] == 'queued' and r[2] or '' }
   end
+  from = from + #rows
 end
-return { 1, rows, next_read, call('LLEN', Q .. ':dirty') - next_read }
+return { 1, rows, from, changes }
