@@ -22,6 +22,7 @@ from scheduling.store import execute
 from tests.fleet_data import FleetWriter, slots
 
 Visit = Callable[..., Page]
+expect.set_options(timeout=15_000)
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "a-long-password-1"
 PREPARE = f"""
@@ -163,7 +164,7 @@ def fleet(redis_url: str, page_keys: Keys) -> Iterator[FleetWriter]:
 @pytest.fixture
 def visitor(chromium: Browser, web: WebProcess, fleet: FleetWriter) -> Iterator[BrowserContext]:
     made = chromium.new_context(base_url=web.url, viewport={"width": 1400, "height": 1000})
-    made.set_default_timeout(8000)
+    made.set_default_timeout(15_000)
     yield made
     made.close()
 

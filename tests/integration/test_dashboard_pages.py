@@ -106,6 +106,7 @@ def test_revisions_are_listed_newest_first_and_read_on_from_where_a_page_ended(f
         "operator/requests/live?model=demo",
         "operator/history?model=demo",
         "operator/tenants",
+        "operator/audit",
     ],
 )
 def test_the_api_of_pages_is_for_viewers(fleet: FleetWriter, path: str) -> None:
