@@ -109,7 +109,11 @@ REQUESTS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 60), st.integers
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate)
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate,),
+    report_multiple_bugs=False,
 )
 @given(quota=TENANTS, requests=REQUESTS)
 async def test_whatever_refuses_a_request_only_admitted_ones_are_charged(
