@@ -1,6 +1,7 @@
 """Starts engine processes for tests, on a small random Llama, and sees to it that none is left."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,6 +39,7 @@ class Engines:
         mode: BatchMode = "continuous",
         lease_s: float = 2.0,
         path: Path | None = None,
+        command: Sequence[str] = COMMAND,
         **fields: Any,
     ) -> EngineProcess:
         """`fields`: of the deployment."""
@@ -60,7 +62,7 @@ class Engines:
             lease_s=lease_s,
             drain_s=20,
         )
-        process = EngineProcess(COMMAND, spec)
+        process = EngineProcess(command, spec)
         self.started.append(process)
         return process
 
