@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import redis
 
 from scheduling.core.adaptive import AdaptiveState, choose, observe
-from scheduling.core.policies import deadline_of
+from scheduling.core.policies import build_policy, deadline_of
 from scheduling.core.request import QueueEntry
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
@@ -46,21 +47,20 @@ class Adaptation:
 
     def _look(self, row: PolicyRevision, announce: Announce | None) -> bool:
         queue, now = FleetQueue(self._keys, row.model), self._clock()
+        params = build_policy(row.name, row.params).params
         snapshot, sample = execute_many(self._client, [queue.snapshot(), queue.sample(SAMPLE)])
         if snapshot.revision != row.revision:
             return False
-        conditions = observe(sample, snapshot.depth, now, _deadlines())
-        current = str(row.params["current"])
-        state, choice = choose(self._state(row), conditions, current=current, params=row.params, now=now)
+        conditions = observe(sample, snapshot.depth, now, _deadlines(params))
+        state, choice = choose(self._state(row), conditions, current=params["current"], params=params, now=now)
         self._states[row.model] = state
         if choice is None:
             return False
-        params = {**row.params, "current": choice.policy}
         try:
             switch_policy(
                 model=row.model,
                 name=row.name,
-                params=params,
+                params={**row.params, "current": choice.policy},
                 actor_name=ACTOR,
                 reason=choice.reason,
                 announce=announce,
@@ -79,14 +79,14 @@ class Adaptation:
         return replace(self._states.get(row.model) or AdaptiveState(switched_s=0.0), switched_s=switched_s)
 
 
-def _deadlines() -> Callable[[QueueEntry], float]:
-    """A request's own deadline, or its arrival plus the end-to-end target of its tenant and priority, or of `edf`."""
+def _deadlines(params: Mapping[str, Any]) -> Callable[[QueueEntry], float]:
+    """A request's own deadline, or its arrival and the end-to-end target of its tenant and priority, or of `params`."""
     levels = find_service_levels()
 
     def deadline(entry: QueueEntry) -> float:
         level = levels.get((entry.tenant, entry.priority)) or levels.get(("", entry.priority))
         if entry.deadline_s is not None or level is None or level.e2e_ms is None:
-            return deadline_of(entry)
+            return deadline_of(entry, params)
         return entry.arrival_s + level.e2e_ms / 1000
 
     return deadline

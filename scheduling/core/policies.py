@@ -1,7 +1,6 @@
 """The policies by name: where each places a request, what it guarantees, where it comes from (docs/policies.md)."""
 
 from collections.abc import Mapping
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -76,7 +75,7 @@ def _place_hierarchical(entry: QueueEntry, params: Params) -> Placement:
 
 
 def _place_adaptive(entry: QueueEntry, params: Params) -> Placement:
-    return _chosen(params["current"]).place(entry)
+    return POLICIES[params["current"]].placing(entry, params)
 
 
 def _aged_rank(entry: QueueEntry, params: Params) -> float:
@@ -132,11 +131,15 @@ def _hierarchical_rules(params: Params) -> QueueRules:
 
 
 def _adaptive_rules(params: Params) -> QueueRules:
-    return _chosen(params["current"]).rules
+    return POLICIES[params["current"]].ruling(params)
 
 
 def _seconds(default: float, description: str, minimum: float = 0.0) -> Parameter:
     return Parameter(default=default, minimum=minimum, maximum=86_400.0, description=description)
+
+
+def _within(default: str) -> Parameter:
+    return Parameter(default=default, choices=tuple(_RANKS), description="The order within a tenant.")
 
 
 def _price(default: float, of: str) -> Parameter:
@@ -153,6 +156,24 @@ _DEADLINES = {
         for name, level, target_s in zip(_TARGETS, Priority, (2.0, 5.0, 10.0, 30.0, 120.0, 600.0), strict=True)
     },
     "slack_s": _seconds(0.0, "A request whose deadline is nearer than this is hopeless: it goes after the rest."),
+}
+_PROMOTE = _seconds(0.0, "Whoever waited this long is next; 0: hopeless requests may starve.")
+_LENGTHS = {
+    "first_edge": Parameter(
+        default=256.0,
+        minimum=1.0,
+        maximum=1_000_000.0,
+        description="Tokens of the first bucket's longest request; each further bucket reaches twice as far.",
+    ),
+    "buckets": Parameter(
+        default=12.0, minimum=1.0, maximum=24.0, description="Number of buckets; the last has no end."
+    ),
+    "run": Parameter(
+        default=8.0,
+        minimum=1.0,
+        maximum=256.0,
+        description="Requests that one claim takes from a bucket before another bucket's turn.",
+    ),
 }
 _PRICES = {"prompt_price": _price(1.0, "prompt token"), "output_price": _price(2.0, "output token")}
 _VTC = "Virtual token counter: Sheng et al., Fairness in Serving Large Language Models (OSDI 2024), section 4"
@@ -182,10 +203,7 @@ _KINDS = (
         "with promote_after_s, whoever waited so long is next.",
         source="Liu and Layland, Scheduling algorithms for multiprogramming in a hard-real-time environment (1973).",
         placing=_place_edf,
-        parameters={
-            **_DEADLINES,
-            "promote_after_s": _seconds(0.0, "Whoever waited this long is next; 0: hopeless requests may starve."),
-        },
+        parameters={**_DEADLINES, "promote_after_s": _PROMOTE},
         ruling=_edf_rules,
     ),
     PolicyKind(
@@ -195,23 +213,7 @@ _KINDS = (
         "tokens than it, but for one run each.",
         source="Bucketing by sequence length; between buckets start-time fair queueing: Goyal et al. (SIGCOMM 1996).",
         placing=_place_size,
-        parameters={
-            "first_edge": Parameter(
-                default=256.0,
-                minimum=1.0,
-                maximum=1_000_000.0,
-                description="Tokens of the first bucket's longest request; each further bucket reaches twice as far.",
-            ),
-            "buckets": Parameter(
-                default=12.0, minimum=1.0, maximum=24.0, description="Number of buckets; the last has no end."
-            ),
-            "run": Parameter(
-                default=8.0,
-                minimum=1.0,
-                maximum=256.0,
-                description="Requests that one claim takes from a bucket before another bucket's turn.",
-            ),
-        },
+        parameters=_LENGTHS,
         ruling=_size_rules,
     ),
     PolicyKind(
@@ -253,7 +255,7 @@ _KINDS = (
         source=f"{_VTC}; two levels: Bennett and Zhang, Hierarchical packet fair queueing (SIGCOMM 1996).",
         placing=_place_hierarchical,
         parameters={
-            "within": Parameter(default="priority", choices=tuple(_RANKS), description="The order within a tenant."),
+            "within": _within("priority"),
             "level_s": _LEVEL,
             **_DEADLINES,
             **_PRICES,
@@ -263,8 +265,8 @@ _KINDS = (
     PolicyKind(
         name="adaptive",
         description="Chooses among the others by load, missed deadlines, imbalance of tenants, priorities and lengths.",
-        guarantee="That of the policy in `current`; no two switches of its own within dwell_s, none for signs that "
-        "have not lasted hold_s, each with its reason.",
+        guarantee="That of the policy in `current`, with the parameters given here; no two switches of its own within "
+        "dwell_s, none for signs that have not lasted hold_s, each with its reason.",
         source="Thresholds with hysteresis, minimum dwell and a holding time.",
         placing=_place_adaptive,
         parameters={
@@ -286,12 +288,20 @@ _KINDS = (
             "spread": Parameter(
                 default=4.0, minimum=1.0, maximum=1e6, description="90th percentile over median of the lengths waiting."
             ),
+            # Those of the policies that it chooses among: each goes by those of its own names.
+            "level_s": _LEVEL,
+            **_DEADLINES,
+            "promote_after_s": _PROMOTE,
+            **_LENGTHS,
+            **_PRICES,
+            "within": _within("edf"),
         },
         ruling=_adaptive_rules,
     ),
 )
 
 POLICIES: Mapping[str, PolicyKind] = MappingProxyType({kind.name: kind for kind in _KINDS})
+_EDF_DEFAULTS = POLICIES["edf"].params
 
 
 def build_policy(name: str, params: Mapping[str, Any] | None = None) -> Policy:
@@ -305,11 +315,6 @@ def build_policy(name: str, params: Mapping[str, Any] | None = None) -> Policy:
     return kind.build(params or {})
 
 
-def deadline_of(entry: QueueEntry) -> float:
-    """A request's deadline (unix seconds) as `edf` sees it by default."""
-    return _chosen("edf").place(entry).rank
-
-
-@cache
-def _chosen(name: str) -> Policy:
-    return build_policy(name, {"within": "edf"} if name == "hierarchical" else None)
+def deadline_of(entry: QueueEntry, params: Params | None = None) -> float:
+    """A request's deadline (unix seconds) as `edf` sees it, with these parameters or by default."""
+    return _deadline(entry, _EDF_DEFAULTS if params is None else params)

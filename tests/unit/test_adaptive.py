@@ -1,14 +1,16 @@
 """The adaptive policy's judgement: it chooses what fits, says why, and never flaps."""
 
+import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduling.core.adaptive import CHOICES, RELEASE, AdaptiveState, Choice, Conditions, choose, observe
-from scheduling.core.policies import build_policy, deadline_of
-from tests.unit.policy_cases import entry_of
+from scheduling.core.policies import POLICIES, build_policy, deadline_of
+from tests.unit.policy_cases import FIELDS, entry_of
 
 PARAMS = build_policy("adaptive").params
 CONDITIONS = st.builds(
@@ -123,3 +125,20 @@ def test_conditions_are_read_from_what_waits() -> None:
     assert (seen.depth, seen.imbalance, seen.misses, seen.spread) == (40, 1.8, 0.1, 9.0)
     assert seen.mixture == pytest.approx(0.1)
     assert observe([], 0, 100.0, deadline_of) == Conditions(depth=0)
+
+
+@given(fields=FIELDS, current=st.sampled_from(CHOICES), data=st.data())
+def test_the_policy_chosen_goes_by_the_parameters_that_adaptive_was_given(
+    fields: dict[str, Any], current: str, data: st.DataObject
+) -> None:
+    given = {
+        name: data.draw(
+            st.sampled_from(spec.choices) if spec.choices else st.integers(math.ceil(spec.minimum), int(spec.maximum)),
+            label=name,
+        )
+        for name, spec in POLICIES[current].parameters.items()
+    }
+    adaptive, chosen = build_policy("adaptive", {**given, "current": current}), build_policy(current, given)
+    entry = entry_of(**fields)
+    assert adaptive.place(entry) == chosen.place(entry)
+    assert adaptive.rules == chosen.rules
