@@ -34,7 +34,15 @@ observations = st.builds(
     memory_batch_limit=st.none() | st.integers(0, 400),
     cost=st.none() | st.just(DEFAULT_COST),
     mean_context_tokens=st.floats(0, 1e5),
-    telemetry=st.none() | st.builds(Readings, throttled=st.booleans()),
+    telemetry=st.none()
+    | st.builds(
+        Readings,
+        utilization_percent=st.none() | st.floats(0, 100),
+        memory_free_bytes=st.none() | st.integers(0, 2**40),
+        temperature_c=st.none() | st.floats(0, 120),
+        power_w=st.none() | st.floats(0, 900),
+        throttled=st.booleans(),
+    ),
 )
 
 
@@ -61,15 +69,48 @@ def test_no_size_is_chosen_that_memory_or_the_bounds_forbid(name: str, periods: 
         assert reason
 
 
-@pytest.mark.parametrize("name", SIZINGS)
-@settings(max_examples=15, deadline=None)
-@given(periods=st.lists(observations, min_size=2, max_size=10))
-def test_a_throttled_device_never_gets_a_larger_batch(name: str, periods: list[Observation]) -> None:
-    controller = build_sizing(name, random=Random(1))
+STRAINED = [
+    Readings(throttled=True),
+    Readings(temperature_c=91.0),
+    Readings(power_w=701.0),
+    Readings(memory_free_bytes=2**20, utilization_percent=5.0),
+]
+
+
+@pytest.mark.parametrize("strained", STRAINED, ids=["throttled", "hot", "power", "memory"])
+@pytest.mark.parametrize("name", sorted(SIZINGS.keys() - {"fixed"}))
+@settings(max_examples=8, deadline=None)
+@given(periods=st.lists(observations, min_size=2, max_size=8))
+def test_a_strained_device_never_gets_a_larger_batch(name: str, strained: Readings, periods: list[Observation]) -> None:
+    controller = build_sizing(name, {"power_w": 700.0}, random=Random(1))
     for observation in periods:
         before = controller.decide().batch_size
-        controller.observe(replace(observation, telemetry=Readings(throttled=True)))
+        controller.observe(replace(observation, telemetry=strained))
         assert controller.decide().batch_size <= before
+
+
+@pytest.mark.parametrize("name", sorted(SIZINGS.keys() - {"fixed", "adaptive"}))
+def test_a_device_at_ease_gets_what_waits_and_the_reason_names_the_strain_otherwise(name: str) -> None:
+    calm = Readings(utilization_percent=90.0, memory_free_bytes=2**34, temperature_c=60.0, power_w=300.0)
+    wanting = replace(BUSY, p99_s=0.5, target_s=1.0)
+    for device, word in (
+        (calm, ""), (replace(calm, temperature_c=95.0), "95 degrees"), (replace(calm, throttled=True), "throttles"),
+        (replace(calm, memory_free_bytes=2**22), "4 MB"),
+    ):  # fmt: skip
+        controller = build_sizing(name)
+        controller.observe(replace(wanting, telemetry=device))
+        size, reason = controller.decide()
+        assert (size > 16) == (word == "")
+        assert word in reason
+
+
+def test_throughput_first_grows_faster_where_the_device_waits_for_its_host() -> None:
+    sizes = []
+    for percent in (95.0, 30.0):
+        controller = build_sizing("throughput_first")
+        controller.observe(replace(BUSY, telemetry=Readings(utilization_percent=percent)))
+        sizes.append(controller.size)
+    assert sizes == [20, 24]
 
 
 @pytest.mark.parametrize("name", SIZINGS)

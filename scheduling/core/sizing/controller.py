@@ -124,8 +124,10 @@ class Controller(ABC):
         """Take note of a period, and settle what `decide` answers."""
         size, reason = self.propose(observation)
         self._limit = memory_limit(observation)
-        if size > self._size and _is_throttled(observation):
-            size, reason = self._size, "the device throttles itself; a larger batch would only heat it"
+        if size > self._size and observation.telemetry is not None:
+            restraint = self._restraint(observation.telemetry)
+            if restraint:
+                size, reason = self._size, restraint
         size = min(max(size, self._smallest), self._largest)
         if size > self._limit:
             size, reason = self._limit, f"memory allows {self._limit}"
@@ -138,10 +140,20 @@ class Controller(ABC):
     def propose(self, observation: Observation) -> tuple[int, str]:
         """The size this strategy wants now, and why."""
 
+    def _restraint(self, device: Readings) -> str:
+        """Why the device should not get a larger batch now; "" where nothing speaks against it."""
+        hot_c, power_w = self.params.get("hot_c", math.inf), self.params.get("power_w") or math.inf
+        if device.throttled:
+            return "the device throttles itself; a larger batch would only heat it"
+        if device.temperature_c is not None and device.temperature_c >= hot_c:
+            return f"the device has {device.temperature_c:.0f} degrees"
+        if device.power_w is not None and device.power_w >= power_w:
+            return f"the device draws {device.power_w:.0f} W"
+        free_bytes, reserve_bytes = device.memory_free_bytes, self.params.get("reserve_mb", 0) * 2**20
+        if free_bytes is not None and free_bytes < reserve_bytes:
+            return f"only {free_bytes / 2**20:.0f} MB of memory are free"
+        return ""
+
     def is_full(self, observation: Observation) -> bool:
         """Whether the size is what holds work back: the batch is full, and more wait."""
         return observation.num_waiting > 0 and observation.num_running >= self._size
-
-
-def _is_throttled(observation: Observation) -> bool:
-    return observation.telemetry is not None and observation.telemetry.throttled

@@ -16,6 +16,8 @@ SHRINK_ABOVE = 1.2
 """Latency above this share of its target: too slow."""
 GROW_BELOW = 0.7
 """Latency below this share of its target: room for more."""
+IDLE_PERCENT = 50.0
+"""Below this utilization a device waits for its host most of the time: a larger batch costs it next to nothing."""
 KV_FULL = 0.95
 """From this share of KV blocks on, a larger batch would only be preempted."""
 
@@ -63,12 +65,18 @@ class ThroughputFirst(Controller):
             return _step_down(size, 0.125), "sequences are preempted for lack of KV blocks"
         if not self.is_full(observation):
             return size, "nothing waits for a slot"
-        larger = _step_up(size, 0.25)
+        larger = _step_up(size, 0.5 if _is_idle(observation) else 0.25)
         gain = _throughput_gain(observation, size, larger)
         # A sequence more in ten brings at best a tenth more tokens; below the least gain it only costs latency.
         if gain is not None and gain < self.params["least_gain"] * (larger / size - 1):
             return size, f"{larger} would bring only {gain:.1%} more tokens a second"
         return larger, "work waits and a larger batch brings more tokens a second"
+
+
+def _is_idle(observation: Observation) -> bool:
+    """Whether the device itself has time left although work waits."""
+    device = observation.telemetry
+    return device is not None and device.utilization_percent is not None and device.utilization_percent < IDLE_PERCENT
 
 
 def _throughput_gain(observation: Observation, size: int, larger: int) -> float | None:
@@ -167,6 +175,9 @@ _BOUNDS = {
     "initial": _number(16, 1, 4096, "Batch size to begin with."),
     "smallest": _number(1, 1, 4096, "Never fewer, unless memory forbids."),
     "largest": _number(256, 1, 4096, "Never more."),
+    "hot_c": _number(90, 0, 200, "From this temperature on (degrees Celsius) no batch grows."),
+    "power_w": _number(0, 0, 5000, "From this power on (watts) no batch grows; 0 sets no limit."),
+    "reserve_mb": _number(64, 0, 1_000_000, "While less device memory is free (MB) no batch grows."),
 }
 
 SIZINGS: Mapping[str, SizingKind] = MappingProxyType(
