@@ -104,3 +104,72 @@ class RollupCheckpoint(models.Model):
 
     def __str__(self) -> str:
         return f"{self.source} up to {self.last_id}"
+
+
+class WhatIfRun(models.Model):
+    """A replay of recorded traffic under other policies: asked for by an operator, run by the ops worker."""
+
+    class State(models.TextChoices):
+        """`failed` says why in `error`."""
+
+        QUEUED = "queued"
+        RUNNING = "running"
+        DONE = "done"
+        FAILED = "failed"
+
+    model = models.CharField(max_length=128)
+    start = models.DateTimeField()
+    end = models.DateTimeField()
+    candidates = models.JSONField(help_text="Policies and the parameters that differ from their defaults.")
+    actor_name = models.CharField("by", max_length=150)
+    state = models.CharField(max_length=16, choices=State.choices, default=State.QUEUED)
+    progress = models.FloatField(default=0.0)
+    under_way = models.CharField(max_length=100, blank=True)
+    result = models.JSONField(null=True)
+    error = models.TextField(blank=True)
+    created_at = models.DateTimeField(auto_now_add=True)
+    updated_at = models.DateTimeField(auto_now=True)
+    finished_at = models.DateTimeField(null=True)
+
+    class Meta:
+        ordering = ["-id"]
+        indexes = [
+            models.Index(fields=["model", "-id"], name="dashboard_whatif_model"),
+            models.Index(fields=["state"], name="dashboard_whatif_state"),
+        ]
+
+    def __str__(self) -> str:
+        return f"what-if {self.pk} of {self.model}"
+
+
+class GuardedSwitch(models.Model):
+    """A watch over a new policy revision: where a figure gets worse than a threshold, the former policy comes back."""
+
+    class State(models.TextChoices):
+        """`kept`: the watch ended well. `superseded`: somebody switched meanwhile."""
+
+        WATCHING = "watching"
+        KEPT = "kept"
+        ROLLED_BACK = "rolled back"
+        SUPERSEDED = "superseded"
+
+    model = models.CharField(max_length=128)
+    revision = models.PositiveIntegerField()
+    metric = models.CharField(max_length=32)
+    threshold = models.FloatField()
+    watch_s = models.PositiveIntegerField()
+    state = models.CharField(max_length=16, choices=State.choices, default=State.WATCHING)
+    started_at = models.DateTimeField()
+    ends_at = models.DateTimeField()
+    before = models.JSONField(default=dict, help_text="Figures of as long a time before the switch.")
+    after = models.JSONField(default=dict, help_text="The same since the switch.")
+    verdict = models.TextField(blank=True)
+    rolled_back_to = models.PositiveIntegerField(null=True, help_text="Revision that brought the former policy back.")
+
+    class Meta:
+        ordering = ["-id"]
+        indexes = [models.Index(fields=["state"], name="dashboard_guard_state")]
+        constraints = [models.UniqueConstraint(fields=["model", "revision"], name="dashboard_guard_revision")]
+
+    def __str__(self) -> str:
+        return f"guard of {self.model} r{self.revision}"

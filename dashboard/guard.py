@@ -1,0 +1,214 @@
+"""Guarded switches: a policy is turned to under a watch, and turned back by itself where a figure gets worse."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from django.db import transaction
+from django.utils import timezone
+from redis.exceptions import RedisError
+
+from dashboard.models import GuardedSwitch
+from dashboard.rollups import judge
+from inference.models import RequestRecord
+from scheduling.connection import live_keys, live_redis
+from scheduling.fleet import FleetQueue
+from scheduling.models import PolicyRevision
+from scheduling.policy_switch import Announce, newest_revisions, switch_policy
+from scheduling.selectors import find_service_levels
+from scheduling.store import TIME, execute_many
+from scheduling.switch import StaleRevision
+
+logger = logging.getLogger(__name__)
+
+ACTOR = "guard"
+MIN_REQUESTS = 20
+"""From fewer requests that ended since the switch nothing is judged, but by those that still wait."""
+MAX_ROWS = 5000
+MIN_WATCH_S, MAX_WATCH_S = 5, 86_400
+State = GuardedSwitch.State
+Figures = Mapping[str, float | int | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardMetric:
+    """What a guard watches. `falls`: lower is worse."""
+
+    title: str
+    unit: str
+    falls: bool
+    default: float
+
+
+METRICS: Mapping[str, GuardMetric] = {
+    "attainment": GuardMetric(title="Within the SLA", unit="%", falls=True, default=95.0),
+    "ttft_p99_s": GuardMetric(title="TTFT, p99", unit="s", falls=False, default=5.0),
+    "e2e_p99_s": GuardMetric(title="End to end, p99", unit="s", falls=False, default=30.0),
+    "queue_p99_s": GuardMetric(title="Queue time, p99", unit="s", falls=False, default=5.0),
+    "failed": GuardMetric(title="Failed", unit="%", falls=False, default=5.0),
+    "oldest_wait_s": GuardMetric(title="Oldest waiting request", unit="s", falls=False, default=60.0),
+}
+
+
+class GuardError(ValueError):
+    """The guard cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """A figure, the worst it may be, and for how long it is watched."""
+
+    metric: str
+    threshold: float
+    watch_s: int
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise GuardError(f"metric must be one of {', '.join(METRICS)}.")
+        if not 0 <= self.threshold <= 1e6:
+            raise GuardError("threshold must be a number from 0 to 1,000,000.")
+        if not MIN_WATCH_S <= self.watch_s <= MAX_WATCH_S:
+            raise GuardError(f"watch_s must be a whole number from {MIN_WATCH_S} to {MAX_WATCH_S:,}.")
+
+
+def watch(revision: PolicyRevision, guard: Guard) -> GuardedSwitch:
+    """Watch over a revision that was just made, from its application on."""
+    started = revision.applied_at or revision.created_at
+    span = timedelta(seconds=guard.watch_s)
+    return GuardedSwitch.objects.create(
+        model=revision.model,
+        revision=revision.revision,
+        metric=guard.metric,
+        threshold=guard.threshold,
+        watch_s=guard.watch_s,
+        started_at=started,
+        ends_at=started + span,
+        before=dict(read_figures(revision.model, started - span, started)),
+    )
+
+
+def check_guards(*, announce: Announce | None = None, clock: Callable[[], datetime] = timezone.now) -> int:
+    """Look at every watch that goes on, and end what has to end; how many policies were turned back.
+
+    Raises RedisError or DatabaseError; the next look tries again. Two looks at once turn back once: the switch back
+    gives way where another revision came first.
+    """
+    open_guards = list(GuardedSwitch.objects.filter(state=State.WATCHING)[:100])
+    newest = {row.model: row for row in newest_revisions()} if open_guards else {}
+    return sum(_look(guard, newest.get(guard.model), clock(), announce) for guard in open_guards)
+
+
+def read_figures(model: str, since: datetime, until: datetime) -> dict[str, float | int | None]:
+    """The metrics over requests that ended in between, the latest MAX_ROWS of them."""
+    rows = list(
+        RequestRecord.objects.filter(model=model, finished_at__gte=since, finished_at__lt=until)
+        .exclude(state="cancelled")
+        .order_by("-finished_at")[:MAX_ROWS]
+    )
+    levels = find_service_levels()
+    judged = [met for row in rows if (verdict := judge(row, levels)) is not None for met in [verdict[0]]]
+    waits = [(row.claimed_at - row.arrived_at).total_seconds() for row in rows if row.claimed_at]
+    return {
+        "requests": len(rows),
+        "attainment": _share(judged),
+        "ttft_p99_s": _p99([row.ttft_s for row in rows if row.ttft_s is not None]),
+        "e2e_p99_s": _p99([row.e2e_s for row in rows if row.state == "finished"]),
+        "queue_p99_s": _p99(waits),
+        "failed": _share([row.state == "failed" for row in rows]),
+    }
+
+
+def _look(guard: GuardedSwitch, newest: PolicyRevision | None, now: datetime, announce: Announce | None) -> bool:
+    if newest is None or newest.revision != guard.revision:
+        _end(guard, State.SUPERSEDED, "Another revision came before the watch was over.")
+        return False
+    figures = {**read_figures(guard.model, guard.started_at, now), "oldest_wait_s": _oldest_wait_s(guard.model)}
+    guard.after = figures
+    if sentence := find_breach(guard, figures):
+        return _roll_back(guard, newest, sentence, announce)
+    if now >= guard.ends_at:
+        _end(guard, State.KEPT, f"{METRICS[guard.metric].title} held for {guard.watch_s} s.")
+    else:
+        GuardedSwitch.objects.filter(pk=guard.pk, state=State.WATCHING).update(after=figures)
+    return False
+
+
+def find_breach(guard: GuardedSwitch, figures: Figures) -> str:
+    """Why the guarded figure is worse than allowed, as a sentence; "" where it is not, or too little is known."""
+    metric, value = METRICS[guard.metric], figures.get(guard.metric)
+    enough = guard.metric == "oldest_wait_s" or (figures.get("requests") or 0) >= MIN_REQUESTS
+    if value is None or not enough:
+        return ""
+    if (value < guard.threshold) if metric.falls else (value > guard.threshold):
+        sign = "below" if metric.falls else "above"
+        return f"{metric.title} was {value:.4g} {metric.unit}, {sign} the guard's {guard.threshold:g} {metric.unit}."
+    return ""
+
+
+def _roll_back(guard: GuardedSwitch, revision: PolicyRevision, sentence: str, announce: Announce | None) -> bool:
+    try:
+        former = switch_policy(
+            model=guard.model,
+            name=revision.previous_name or "fifo",
+            params=revision.previous_params,
+            actor_name=ACTOR,
+            reason=f"Rolled back revision {revision.revision}: {sentence}",
+            announce=announce,
+            after=revision.revision,
+        )
+    except StaleRevision:
+        _end(guard, State.SUPERSEDED, "Another revision came before the policy could be turned back.")
+        return False
+    guard.rolled_back_to = former.revision
+    _end(guard, State.ROLLED_BACK, sentence)
+    logger.warning("%s is back at %s: %s", guard.model, former.name, sentence)
+    return True
+
+
+@transaction.atomic
+def _end(guard: GuardedSwitch, state: State, verdict: str) -> None:
+    guard.state, guard.verdict = state, verdict
+    guard.save(update_fields=["state", "verdict", "after", "rolled_back_to"])
+
+
+def _oldest_wait_s(model: str) -> float | None:
+    try:
+        snapshot, now_s = execute_many(live_redis(), [FleetQueue(live_keys(), model).snapshot(), TIME])
+    except (RedisError, OSError) as error:
+        logger.warning("The queue of %s cannot be asked: %s", model, error)
+        return None
+    oldest = snapshot.oldest_arrival_s
+    return 0.0 if oldest is None else round(max(0.0, now_s - oldest), 3)
+
+
+def _share(values: Sequence[bool]) -> float | None:
+    return round(100 * sum(values) / len(values), 3) if values else None
+
+
+def _p99(values: Sequence[float]) -> float | None:
+    """The 99th percentile, the nearest rank upwards."""
+    ordered = sorted(values)
+    return round(ordered[min(len(ordered) - 1, -(-99 * len(ordered) // 100) - 1)], 4) if ordered else None
+
+
+def read_guard(form: Mapping[str, Any]) -> tuple[Guard | None, dict[str, str]]:
+    """The guard of a form (`guard.metric`, `guard.threshold`, `guard.watch_s`), None without a metric; and problems."""
+    metric = str(form.get("guard.metric", ""))
+    if not metric:
+        return None, {}
+    problems: dict[str, str] = {}
+    numbers: dict[str, float] = {}
+    for name in ("threshold", "watch_s"):
+        try:
+            numbers[name] = float(str(form.get(f"guard.{name}", "")))
+        except ValueError:
+            problems[f"guard.{name}"] = f"{name} must be a number."
+    if problems:
+        return None, problems
+    try:
+        whole = int(numbers["watch_s"]) if numbers["watch_s"].is_integer() else 0
+        return Guard(metric=metric, threshold=numbers["threshold"], watch_s=whole), {}
+    except GuardError as error:
+        return None, {f"guard.{str(error).split(' ', 1)[0]}": str(error)}
