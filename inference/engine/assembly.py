@@ -13,6 +13,7 @@ from inference.checkpoint import CheckpointInfo, inspect_checkpoint
 from inference.engine import llama, loading, weights
 from inference.engine.batch import StepBatch
 from inference.engine.errors import ModelLoadError, OutOfDeviceMemory
+from inference.engine.graphs import GraphedForward
 from inference.engine.kv_cache import BLOCK_SIZE, CacheSize, KVCache, KVShape, size_cache, size_host_cache
 from inference.engine.llama import LlamaForward
 from inference.engine.modules import ModulesForward
@@ -147,7 +148,9 @@ def _build_forward(
             weights.round_weights(model, kind)
             expected = loading.reference_logits(model, vocab_size, tokens, model.device)
         with torch.inference_mode():
-            if kernels is not None and fused and llama.supports(model):
+            if cache.device.type == "cuda":
+                forward, how = _cuda_forward(model, kind, cache, max_model_len, expected)
+            elif kernels is not None and fused and llama.supports(model):
                 forward, how = LlamaForward(kernels, model, cache, max_model_len, kind), "fused and compiled"
             else:
                 forward, how = ModulesForward(kernels, model, cache, model.device, kind), "transformers' modules"
@@ -162,3 +165,22 @@ def _build_forward(
         off = float((found - exact).square().mean().sqrt() / exact.std().clamp_min(1e-6))
         how += f", {weights.SAID[kind]} (logits off by {off:.1%} of their spread)"
     return forward, how
+
+
+def _cuda_forward(
+    model: PreTrainedModel, kind: WeightKind, cache: KVCache, max_model_len: int, expected: torch.Tensor
+) -> tuple[Forward, str]:
+    """Decode steps as CUDA graphs over a Triton kernel; plain torch where that does not work here, which is said."""
+    how = "transformers' modules"
+    try:
+        from inference.engine.paged_triton import attend_decodes
+
+        modules = ModulesForward(None, model, cache, cache.device, kind, attend_decodes)
+        graphed = GraphedForward(modules, model, cache, attend_decodes, max_model_len, capture=True)
+        loading.verify(graphed, expected, loading.PROBE_TOLERANCE[cache.shape.dtype])
+        return graphed, f"{how}, decode steps as CUDA graphs over a Triton kernel"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        logger.warning("Decode steps cannot be CUDA graphs over a Triton kernel here", exc_info=True)
+    return ModulesForward(None, model, cache, cache.device, kind), f"{how} in plain torch"

@@ -1,8 +1,9 @@
 """Paged attention behind transformers' attention interface: any decoder-only architecture uses our KV blocks."""
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,11 +17,36 @@ from inference.engine.native import BoundBatch, Heads
 
 NAME = "penstock_paged"
 
+DecodeKernel = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, int, float], torch.Tensor
+]
+"""See paged_triton.attend_decodes."""
+
+
+class Context(Protocol):
+    """What transformers hands down to every attention layer: a step's batch and the cache, on the device."""
+
+    layers_seen: list[int]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> torch.Tensor:
+        """Write keys and values [1, kv_heads, T, head_dim]; [T, heads, head_dim] for query [1, heads, T, head_dim]."""
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """Parts padded together: decodes in one group, prefill chunks in another."""
 
+    whole: int
+    """Tokens of the one prompt that is the group from its first token on; such need no mask. Else 0."""
     rows: torch.Tensor
     """[n, longest query], token of the flat batch; padding repeats the part's last."""
     positions: torch.Tensor
@@ -33,12 +59,22 @@ class Group:
     """[tokens], positions in the flattened `rows` that are no padding."""
     tokens: torch.Tensor
     """[tokens], the flat batch's tokens they stand for."""
+    contexts: torch.Tensor
+    """[n], tokens of each sequence."""
 
 
 class PagedContext:
-    """One step's cache and batch on the device; transformers hands it down to every attention layer."""
+    """Any step."""
 
-    def __init__(self, batch: StepBatch, cache: KVCache, device: torch.device, kernels: ctypes.CDLL | None) -> None:
+    def __init__(
+        self,
+        batch: StepBatch,
+        cache: KVCache,
+        device: torch.device,
+        kernels: ctypes.CDLL | None,
+        decode: DecodeKernel | None = None,
+    ) -> None:
+        self.decode = decode
         self.batch = batch
         self.cache = cache
         self.device = device
@@ -46,7 +82,7 @@ class PagedContext:
         self.bound = BoundBatch(batch) if kernels else None
         self.layers_seen: list[int] = []
         if kernels is None:
-            slots = torch.from_numpy(batch.slots).to(device)
+            slots = self._move(torch.from_numpy(batch.slots))
             self.blocks, self.offsets = slots // BLOCK_SIZE, slots % BLOCK_SIZE
             lengths = np.diff(batch.query_starts)
             split = (np.flatnonzero(lengths == 1), np.flatnonzero(lengths > 1))
@@ -69,8 +105,28 @@ class PagedContext:
             dead[:, None, :, None],
             real,
             rows.flatten()[real],
+            contexts,
         )
-        return Group(*(tensor.to(self.device) for tensor in group))
+        whole = int(contexts[0]) if len(parts) == 1 and sizes[0] == contexts[0] else 0
+        return Group(whole, *(self._move(tensor) for tensor in group))
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device, without waiting for what it computes."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> torch.Tensor:
+        """By our kernels, or in plain torch on any device."""
+        attend = _attend_padded if self.kernels is None else _attend_native
+        return attend(self, layer, query, key, value, scale, window, softcap)
 
 
 def paged_attention_forward(
@@ -80,7 +136,7 @@ def paged_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    paged: PagedContext | None = None,
+    paged: Context | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -99,8 +155,7 @@ def paged_attention_forward(
     paged.layers_seen.append(layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window, cap = int(sliding_window or 0), float(softcap or 0.0)
-    attend = _attend_padded if paged.kernels is None else _attend_native
-    return attend(paged, layer, query, key, value, scale, window, cap)[None], None
+    return paged.attend(layer, query, key, value, scale, window, cap)[None], None
 
 
 def _attend_native(
@@ -147,7 +202,12 @@ def _attend_padded(
     values[paged.blocks, :, paged.offsets] = value[0].transpose(0, 1)
     out = torch.empty((query.shape[2], query.shape[1], value.shape[3]), dtype=query.dtype, device=query.device)
     for group in paged.groups:
-        out[group.tokens] = _attend_group(query[0], keys, values, group, scale, window, softcap)
+        if paged.decode is not None and group.rows.shape[1] == 1:
+            asked = query[0].transpose(0, 1)[group.tokens]
+            found = paged.decode(asked, keys, values, group.tables, group.contexts, scale, window, softcap)
+        else:
+            found = _attend_group(query[0], keys, values, group, scale, window, softcap)
+        out[group.tokens] = found
     return out
 
 
@@ -164,6 +224,10 @@ def _attend_group(
     k = keys[group.tables].permute(0, 2, 1, 4, 3).flatten(2, 3).masked_fill(group.dead, 0)
     v = values[group.tables].transpose(1, 2).flatten(2, 3).masked_fill(group.dead, 0)
     repeat = query.shape[0] // k.shape[1]
+    if group.whole and not window and not softcap:
+        k, v = k[:, :, : group.whole], v[:, :, : group.whole]
+        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeat > 1)
+        return found.transpose(1, 2).flatten(0, 1)[group.real]
     at = torch.arange(k.shape[2], device=query.device)
     positions = group.positions[:, None, :, None]
     visible = at <= positions

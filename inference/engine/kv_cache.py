@@ -40,17 +40,19 @@ class KVCache:
     """Keys [num_blocks, num_kv_heads, head_dim, block_size] and values [.., block_size, head_dim] of every layer.
 
     Keys lie with the tokens of a block side by side, so that one vector instruction scores a block. `num_host_blocks`
-    more have their place in host memory (pinned beside CUDA), all layers of a block together, for `swap_out`.
+    more have their place in host memory (pinned beside CUDA), all layers of a block together, for `swap_out`. One block
+    behind the last is spare: steps that are filled up to a size write there.
     """
 
     def __init__(self, shape: KVShape, num_blocks: int, device: torch.device, num_host_blocks: int = 0) -> None:
         per_block = shape.num_kv_heads * shape.head_dim * BLOCK_SIZE
-        per_key = (num_blocks, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE)
-        per_value = (num_blocks, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+        per_key = (num_blocks + 1, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE)
+        per_value = (num_blocks + 1, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
         self.shape = shape
         self.num_blocks = num_blocks
         self.num_host_blocks = num_host_blocks
-        self._blocks = torch.zeros((shape.num_layers, 2, num_blocks, per_block), dtype=shape.dtype, device=device)
+        self.device = device
+        self._blocks = torch.zeros((shape.num_layers, 2, num_blocks + 1, per_block), dtype=shape.dtype, device=device)
         self.keys = [layer[0].view(per_key) for layer in self._blocks]
         self.values = [layer[1].view(per_value) for layer in self._blocks]
         self._host = torch.empty(

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from inference.engine import attention
-from inference.engine.attention import PagedContext
+from inference.engine.attention import DecodeKernel, PagedContext
 from inference.engine.batch import StepBatch
 from inference.engine.errors import ModelLoadError
 from inference.engine.kv_cache import KVCache
@@ -24,12 +24,14 @@ class ModulesForward:
         cache: KVCache,
         device: torch.device,
         kind: WeightKind = "float32",
+        decode: DecodeKernel | None = None,
     ) -> None:
         """Raises ModelLoadError where the architecture does not let its attention be replaced."""
         self._kernels = kernels
         self._model = model
         self._cache = cache
         self._device = device
+        self._decode = decode
         self._checked = False
         model.set_attn_implementation(attention.NAME)
         if model.config._attn_implementation != attention.NAME:
@@ -38,7 +40,7 @@ class ModulesForward:
 
     def __call__(self, batch: StepBatch) -> torch.Tensor:
         """Logits [N, vocab] of the batch's sample rows."""
-        context = PagedContext(batch, self._cache, self._device, self._kernels)
+        context = PagedContext(batch, self._cache, self._device, self._kernels, self._decode)
         logits: torch.Tensor = self._model(
             input_ids=torch.from_numpy(batch.token_ids)[None].to(self._device),
             position_ids=torch.from_numpy(batch.positions)[None].to(self._device),

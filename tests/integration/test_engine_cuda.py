@@ -1,0 +1,174 @@
+"""The CUDA path: its kernel in Triton's interpreter and its padded decode steps on any machine, all of it on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from inference.engine.batch import build_batch
+from inference.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape
+from inference.engine.loading import load_config, load_model
+from inference.engine.runner import ModelRunner
+from inference.messages import DeploymentSpec
+from scheduling.core.sequence import Sequence, StepPart
+from tests.checkpoints import make_checkpoint
+from tests.integration.test_engine_parity import Traffic, generate_alone, make_prompts, make_sequence
+
+ON_GPU = torch.cuda.is_available()
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")]
+CASES = [
+    {"heads": 4, "kv_heads": 2, "dim": 16, "contexts": [1, 16, 17, 150], "window": 0, "softcap": 0.0},
+    {"heads": 6, "kv_heads": 6, "dim": 20, "contexts": [33, 90], "window": 24, "softcap": 0.0},
+    {"heads": 8, "kv_heads": 1, "dim": 32, "contexts": [200, 5, 64], "window": 0, "softcap": 30.0},
+]
+
+
+def expected_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, case: Any) -> torch.Tensor:
+    """One question [heads, dim] over keys and values [tokens, kv_heads, dim], by the definition."""
+    group = case["heads"] // case["kv_heads"]
+    k, v = (t[-case["window"] :] if case["window"] else t for t in (k, v))
+    scores = torch.einsum("hd,thd->ht", q, k.repeat_interleave(group, 1)) * scale
+    if case["softcap"]:
+        scores = torch.tanh(scores / case["softcap"]) * case["softcap"]
+    return torch.einsum("ht,thd->hd", scores.softmax(-1), v.repeat_interleave(group, 1))
+
+
+def check_kernel(case: Any, device: str, dtype: torch.dtype = torch.float32) -> None:
+    """Raise AssertionError where the kernel's answer is not the definition's; blocks lie scattered, the rest is NaN."""
+    from inference.engine.paged_triton import attend_decodes
+
+    torch.manual_seed(0)
+    contexts, dim, kv_heads = case["contexts"], case["dim"], case["kv_heads"]
+    width = -(-max(contexts) // BLOCK_SIZE)
+    cache = KVCache(KVShape(1, kv_heads, dim, dtype), 64, torch.device(device))
+    cache.keys[0].fill_(float("nan"))
+    cache.values[0].fill_(float("nan"))
+    order = torch.randperm(64).tolist()
+    tables = torch.zeros((len(contexts), width), dtype=torch.int64)
+    query = torch.randn(len(contexts), case["heads"], dim, dtype=dtype)
+    expected = []
+    for i, context in enumerate(contexts):
+        k, v = (torch.randn(context, kv_heads, dim, dtype=dtype) for _ in range(2))
+        for t in range(context):
+            if t % BLOCK_SIZE == 0:
+                tables[i, t // BLOCK_SIZE] = order.pop()
+            block = int(tables[i, t // BLOCK_SIZE])
+            cache.keys[0][block, :, :, t % BLOCK_SIZE] = k[t].to(device)
+            cache.values[0][block, :, t % BLOCK_SIZE] = v[t].to(device)
+        expected.append(expected_attention(query[i].float(), k.float(), v.float(), 0.2, case))
+    found = attend_decodes(
+        query.to(device), cache.keys[0], cache.values[0], tables.to(device), torch.tensor(contexts, device=device),
+        0.2, case["window"], case["softcap"],
+    )  # fmt: skip
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.float().cpu(), torch.stack(expected), atol=tolerance, rtol=tolerance)
+
+
+def check_padded_decodes(folder: Path, tokens: list[list[int]]) -> None:
+    """Raise AssertionError where decode steps filled up to a size give other tokens than the last three of `tokens`."""
+    from inference.engine.graphs import GraphedForward
+    from inference.engine.loading import kv_shape
+    from inference.engine.modules import ModulesForward
+    from inference.engine.paged_triton import attend_decodes
+
+    device = torch.device("cpu")
+    config = load_config(folder)
+    model = load_model(folder, config, torch.float32, device)
+    cache = KVCache(kv_shape(config, torch.float32), 40, device)
+    modules = ModulesForward(None, model, cache, device, "float32", attend_decodes)
+    forward = GraphedForward(modules, model, cache, attend_decodes, 256, capture=False)
+    sequences: list[Sequence] = []
+    for i, expected in enumerate(tokens):
+        sequence = make_sequence(str(i), expected[:-3], 3)
+        sequence.block_table = list(range(i * 8, i * 8 + 8))
+        sequences.append(sequence)
+    with torch.inference_mode():
+        for _ in range(3):
+            parts = [StepPart(s, len(s.tokens) - s.num_computed, samples=True) for s in sequences]
+            logits = forward(build_batch(parts, BLOCK_SIZE))
+            assert logits.shape[0] == len(parts)
+            for sequence, row in zip(sequences, logits, strict=True):
+                sequence.num_computed = len(sequence.tokens)
+                sequence.tokens.append(int(row.argmax()))
+    assert [s.tokens for s in sequences] == tokens
+    assert list(forward._steps) == [4], "three sequences are filled up to four"
+
+
+def in_interpreter(*arguments: str) -> None:
+    """Run this file with Triton's interpreter, which has to be chosen before Triton is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(ON_GPU, reason="the kernel is compiled here")
+def test_the_decode_kernel_gives_attention_by_its_definition() -> None:
+    pytest.importorskip("triton")
+    in_interpreter("kernel")
+
+
+@pytest.mark.skipif(ON_GPU, reason="the kernel is compiled here")
+def test_decode_steps_filled_up_to_a_size_give_the_tokens_of_generate(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    model = make_checkpoint("llama", tmp_path)
+    prompts = [prompt for prompt, _ in make_prompts(1) if 3 < len(prompt) < 50][:3]
+    tokens = [generate_alone(model, prompt, 3) for prompt in prompts]
+    in_interpreter("decodes", str(tmp_path), json.dumps(tokens))
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=gpu) for case in CASES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_decode_kernel_gives_attention_by_its_definition(case: Any, dtype: torch.dtype) -> None:
+    check_kernel(case, "cuda", dtype)
+
+
+@pytest.mark.parametrize("architecture", [pytest.param(name, marks=gpu) for name in ("llama", "qwen3", "gemma2")])
+def test_captured_decode_steps_give_the_tokens_of_generate(architecture: str, tmp_path: Path) -> None:
+    model = make_checkpoint(architecture, tmp_path)
+    runner = ModelRunner(DeploymentSpec(name="m", path=str(tmp_path), dtype="float32"), "cuda", num_blocks=40)
+    assert "CUDA graphs over a Triton kernel" in runner.describe()
+    sequences = [make_sequence(str(i), prompt, n) for i, (prompt, n) in enumerate(make_prompts(1))]
+    Traffic(runner, sequences, seed=5).run()
+    assert [s.tokens for s in sequences] == [generate_alone(model, prompt, n) for prompt, n in make_prompts(1)]
+
+
+@pytest.mark.parametrize("settings", [pytest.param({"quantization": "int8"}, marks=gpu)])
+def test_int8_weights_on_a_gpu_are_served_or_refused_with_a_sentence(settings: Any, tmp_path: Path) -> None:
+    from inference.engine.errors import ModelLoadError
+
+    make_checkpoint("llama", tmp_path)
+    try:
+        runner = ModelRunner(DeploymentSpec(name="m", path=str(tmp_path), **settings), "cuda", num_blocks=40)
+    except ModelLoadError as error:
+        assert "int8" in str(error)  # noqa: PT017
+    else:
+        assert "weights kept in int8" in runner.describe()
+
+
+@pytest.mark.parametrize("pairs", [pytest.param([(0, 1), (5, 0)], marks=gpu)])
+def test_blocks_swapped_beside_running_steps_come_back(pairs: list[tuple[int, int]]) -> None:
+    cache = KVCache(KVShape(4, 2, 64, torch.bfloat16), 8, torch.device("cuda"), num_host_blocks=2)
+    for layer in (*cache.keys, *cache.values):
+        layer.normal_()
+    before = [layer.clone() for layer in (*cache.keys, *cache.values)]
+    cache.swap_out(pairs)
+    for layer in (*cache.keys, *cache.values):
+        layer[[0, 5]] = np.nan
+    cache.swap_in([(b, a) for a, b in pairs])
+    for layer, old in zip((*cache.keys, *cache.values), before, strict=True):
+        assert torch.equal(layer, old)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "kernel":
+        for each in CASES:
+            check_kernel(each, "cpu")
+    else:
+        check_padded_decodes(Path(sys.argv[2]), json.loads(sys.argv[3]))
