@@ -22,7 +22,7 @@ from inference.worker.sizer import Sizer
 from inference.worker.spec import Ack
 from inference.worker.status import StatusBoard
 from scheduling.core.planner import RequestTooLongError, StepOutput, StepPlanner
-from scheduling.core.room import NO_ROOM
+from scheduling.core.room import NO_ROOM, UrgentRoom
 from scheduling.core.sequence import PartResult, StepPart
 from scheduling.core.sizing.cost_model import measure_parts
 
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 OFFER_WAIT_S = 0.02
 """While the outbox is full, commands are obeyed this often."""
+URGENT_OFFER_S = 0.02
+"""How often it is counted what an urgent request could have."""
 SHUT_WAIT_S = 0.05
 """How long an acknowledgement waits for a claim on its way; longer only while Redis does not answer."""
 
@@ -97,6 +99,8 @@ class EngineLoop:
         self._sizer = sizer
         self._active: dict[str, ActiveRequest] = {}
         self._handover = Handover(lease.owner)
+        self._urgent: UrgentRoom | None = None
+        self._urgent_due_s = 0.0
 
     def run(self) -> None:
         """Step until told to end. What is held then belongs to the caller to release."""
@@ -313,7 +317,11 @@ class EngineLoop:
         if not self._gate.is_open:
             self._intake.offer(NO_ROOM, is_idle=not self._active)
             return
-        self._intake.offer(self._planner.room(), is_idle=not self._active, urgent=self._planner.urgent_room())
+        now = time.monotonic()
+        if now >= self._urgent_due_s:  # it counts all blocks, and is looked at less often than this anyway
+            self._urgent_due_s = now + URGENT_OFFER_S
+            self._urgent = self._planner.urgent_room()
+        self._intake.offer(self._planner.room(), is_idle=not self._active, urgent=self._urgent)
 
     def _idle_s(self) -> float:
         """How long nothing will happen by itself."""

@@ -174,12 +174,13 @@ class StepPlanner:
 
     def finish_reason(self, sequence: Sequence) -> Literal["stop", "length"] | None:
         """Why a sequence is over, judged by its last token; None while it is not."""
-        if not sequence.num_output_tokens:
+        num_output_tokens = sequence.num_output_tokens
+        if not num_output_tokens:
             return None
         last, sampling = sequence.tokens[-1], sequence.sampling
         if (last in self._eos_token_ids and not sampling.ignore_eos) or last in sampling.stop_token_ids:
             return "stop"
-        return "length" if sequence.num_output_tokens >= sequence.max_tokens else None
+        return "length" if num_output_tokens >= sequence.max_tokens else None
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and free its blocks; one that is not here is ignored."""
