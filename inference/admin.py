@@ -71,7 +71,17 @@ class FinishFilter(DropdownFilter):
 class ModelDeploymentAdmin(ReadOnlyAdmin):
     """Models and how they are served; `manage.py add_model` makes and changes them."""
 
-    list_display = ["name", "status", "architecture", "parameters", "mode", "max_batch_size", "dtype", "created_at"]
+    list_display = [
+        "name",
+        "status",
+        "architecture",
+        "parameters",
+        "mode",
+        "max_batch_size",
+        "sizing",
+        "dtype",
+        "created_at",
+    ]
     search_fields = ["name", "path", "architecture"]
     list_filter = ["enabled", "mode"]
     actions = ["offer", "withdraw"]

@@ -18,7 +18,7 @@ TIMEOUT_S = 2.0
 def send_control(
     replicas: Sequence[str] | None, command: str, *, timeout_s: float = TIMEOUT_S, **arguments: Any
 ) -> dict[str, dict[str, Any]]:
-    """Tell replicas (None: all there are) to `pause`, `resume`, `drain`, `set_mode`, `set_batch_size` or `policy`.
+    """Tell replicas (None: all there are) to obey a command of docs/protocol.md, such as `pause` or `sizing`.
 
     Returns an acknowledgement per replica: `ok`, `error` (a sentence), `applied_ms`, `state`. Returns as soon as all
     named have answered; one that did not within `timeout_s` has `ok` false. With None it takes the whole `timeout_s`.

@@ -88,7 +88,7 @@ class EngineStep(bootsteps.StartStopStep):
 
 @control_command(args=[("command", str)], signature="COMMAND")
 def penstock_control(state: Any, command: str, arguments: dict[str, Any] | None = None, **_: Any) -> dict[str, Any]:
-    """Tell the engine to pause, resume, drain, or change mode, batch size or policy; answers its acknowledgement."""
+    """Tell the engine to pause, resume, drain, or change mode, batch size, sizing or policy; its acknowledgement."""
     engine: EngineSupervisor | None = getattr(state.consumer.controller, "engine", None)
     if engine is None:
         return {"ok": False, "error": "This worker has no engine."}

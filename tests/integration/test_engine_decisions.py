@@ -84,23 +84,25 @@ def test_a_higher_request_takes_a_slot_under_a_policy_by_priority_and_no_token_i
         assert fleet.answers[name].attempts == {1}
 
 
-def test_nobody_takes_a_slot_under_fifo_and_equal_prompts_share_blocks(engines: Engines, fleet: FleetClient) -> None:
-    engines.start(max_batch_size=1)
+def test_nobody_takes_a_slot_under_fifo_equal_prompts_share_blocks_and_triggers_start_batches(
+    engines: Engines, fleet: FleetClient, checkpoint: Path
+) -> None:
+    engine = engines.start(max_batch_size=1)
     prompt = list(range(5, 75))
     fleet.submit("first", prompt, 150, priority=5)
     fleet.until(lambda: len(fleet.answers["first"].token_ids) > 5)
-    fleet.submit("urgent", prompt, 5, priority=0)
-    fleet.until(lambda: fleet.answers["urgent"].token_ids)
+    fleet.submit("critical", prompt, 5, priority=0)
+    fleet.until(lambda: fleet.answers["critical"].token_ids)
     assert fleet.answers["first"].finish
     fleet.until_finished()
-    assert fleet.answers["urgent"].token_ids == fleet.answers["first"].token_ids[:5]
+    assert fleet.answers["critical"].token_ids == fleet.answers["first"].token_ids[:5]
     fleet.until(lambda: read_status(fleet).prefix_hit_tokens == 64)
     assert read_status(fleet).slot_preemptions == 0
     fleet.until(lambda: sum(event.prefix_hit_tokens for event in fleet.events(BatchEvent)) == 64)
 
-
-def test_triggers_start_batches_and_are_told_and_recorded(engines: Engines, fleet: FleetClient) -> None:
-    engines.start(mode="dynamic", triggers={"any": [{"urgent_alone": 0}, {"size": 3}]})
+    triggers = {"any": [{"urgent_alone": 0}, {"size": 3}]}
+    deployment = {"name": Engines.model, "path": str(checkpoint), "mode": "dynamic", "triggers": triggers}
+    assert engine.send("deployment", deployment, 5).ok
     for name in ("a", "b"):
         fleet.submit(name, [5, 6], 5)
     fleet.submit("urgent", [5, 7], 5, priority=0)

@@ -1,0 +1,75 @@
+"""The bound that memory sets to a batch: by the model's shape, what the device has left, and what was measured."""
+
+import msgspec
+
+from inference.messages import Telemetry
+from inference.worker.memory import DeviceMemory
+from scheduling.core.blocks import BlockAllocator
+from scheduling.core.planner import StepPlanner
+from scheduling.core.sequence import SamplingParams, Sequence
+from scheduling.core.sizing.memory_model import MemoryModel, ModelShape
+
+MIB = 2**20
+SHAPE = ModelShape(
+    num_layers=24, hidden_size=1024, num_heads=16, num_kv_heads=16, head_dim=64, intermediate_size=4096,
+    vocab_size=32_000, num_parameters=350_000_000,
+)  # fmt: skip
+GPU = Telemetry(
+    source="nvml", device="a GPU", memory_used_bytes=6_000 * MIB, memory_total_bytes=16_000 * MIB,
+    process_memory_bytes=6_000 * MIB,
+)  # fmt: skip
+
+
+def make_planner(num_blocks: int) -> StepPlanner:
+    return StepPlanner("continuous", 64, 2048, BlockAllocator(num_blocks, 16), 4096, lambda: 0.0)
+
+
+def make_sequence(name: str, num_tokens: int) -> Sequence:
+    return Sequence(
+        id=name, attempt=1, tenant="t", priority=3, arrival_s=0.0, tokens=[7] * num_tokens,
+        num_prompt_tokens=num_tokens, max_tokens=10, sampling=SamplingParams(),
+    )  # fmt: skip
+
+
+def limit_of(memory: DeviceMemory, **changes: int) -> int:
+    limit = memory.limit(msgspec.structs.replace(GPU, **changes))
+    assert limit is not None
+    return limit
+
+
+def test_the_bound_follows_what_is_left_for_this_process() -> None:
+    memory = DeviceMemory(MemoryModel(SHAPE), make_planner(1000))
+    alone = limit_of(memory)
+    beside_another = limit_of(memory, memory_used_bytes=13_000 * MIB)
+    assert alone > beside_another >= 1
+    assert limit_of(memory, memory_total_bytes=900 * MIB, memory_used_bytes=900 * MIB, process_memory_bytes=1) == 1
+
+
+def test_longer_sequences_leave_room_for_fewer() -> None:
+    planner = make_planner(1000)
+    memory = DeviceMemory(MemoryModel(SHAPE), planner)
+    before = limit_of(memory)
+    planner.add(make_sequence("long", 2000))
+    planner.plan(0.0)
+    assert limit_of(memory) < before
+
+
+def test_what_steps_really_took_is_learned() -> None:
+    planner = make_planner(1000)
+    planner.add(make_sequence("a", 500))
+    planner.plan(0.0)
+    modest, hungry = (DeviceMemory(MemoryModel(SHAPE), planner) for _ in range(2))
+    for _ in range(50):
+        limit_of(modest, process_memory_bytes=3_600 * MIB, memory_used_bytes=3_600 * MIB)
+        limit_of(hungry, process_memory_bytes=9_000 * MIB, memory_used_bytes=9_000 * MIB)
+    ours = {"memory_used_bytes": 6_000 * MIB, "process_memory_bytes": 6_000 * MIB}
+    assert limit_of(hungry, **ours) < limit_of(modest, **ours)
+
+
+def test_where_nothing_is_known_nothing_is_bounded() -> None:
+    planner = make_planner(1000)
+    assert DeviceMemory(None, planner).limit(GPU) is None
+    memory = DeviceMemory(MemoryModel(SHAPE), planner)
+    assert memory.limit(None) is None
+    assert memory.limit(msgspec.structs.replace(GPU, process_memory_bytes=None)) is None
+    assert memory.limit(msgspec.structs.replace(GPU, stale_s=9.0)) is None
