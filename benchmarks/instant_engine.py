@@ -170,6 +170,7 @@ class InstantEngine:
             max_tokens=request.max_tokens,
             attempts=running.attempt,
             replica="instant",
+            traceparent=request.traceparent,
         )
         return [
             self._queue.finish(

@@ -23,6 +23,7 @@ from controlplane.api.openai.exchange import Exchange, Receive, Scope, Send  # n
 from controlplane.health import answer_healthz, answer_readyz  # noqa: E402
 from controlplane.lifespan import Lifespan  # noqa: E402
 from controlplane.metrics import answer_metrics  # noqa: E402
+from controlplane.tracing import trace_requests  # noqa: E402
 from dashboard.routing import aggregator  # noqa: E402
 from dashboard.routing import application as _sockets  # noqa: E402
 from inference.gateway.errors import GatewayError  # noqa: E402
@@ -32,8 +33,8 @@ _lifespan = Lifespan(settings.PENSTOCK, aggregator)
 _probes = {"/healthz": answer_healthz, "/readyz": answer_readyz, "/metrics": answer_metrics}
 
 
-async def application(scope: Scope, receive: Receive, send: Send) -> None:
-    """Route one ASGI connection."""
+async def _route(scope: Scope, receive: Receive, send: Send) -> None:
+    """One ASGI connection."""
     kind = scope["type"]
     if kind == "lifespan":
         await _lifespan(scope, receive, send)
@@ -71,3 +72,7 @@ async def _bounded_django(scope: Scope, receive: Receive, send: Send) -> None:
         await send(message)
 
     await _django(scope, receive_read, send_with_id)
+
+
+application = trace_requests(_route, settings.PENSTOCK.traces)
+"""What uvicorn serves."""

@@ -13,6 +13,7 @@ from django.db import OperationalError, connection
 from controlplane.config import Config
 from inference.checkpoint import CheckpointError, inspect_checkpoint
 from inference.models import ModelDeployment
+from inference.traces import TracesUnavailableError, open_tracer
 
 MIN_REDIS = (6, 2)
 MIGRATION_LOCK = 0x50454E53
@@ -76,6 +77,14 @@ def check_redis(config: Config) -> None:
         raise CannotStart(
             f"REDIS_URL names a server of version {version}; Penstock needs Redis 6.2 or later, or Valkey."
         )
+
+
+def check_traces(config: Config) -> None:
+    """Where traces are wanted: the packages are there."""
+    try:
+        open_tracer(config.traces)
+    except TracesUnavailableError as error:
+        raise CannotStart(str(error)) from None
 
 
 def check_database(config: Config) -> None:

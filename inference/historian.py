@@ -38,8 +38,16 @@ class Historian:
     """
 
     def __init__(
-        self, client: redis.Redis, keys: Keys, *, max_entries: int = 500, clock: Callable[[], float] = time.monotonic
+        self,
+        client: redis.Redis,
+        keys: Keys,
+        *,
+        max_entries: int = 500,
+        clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[HistoryEvent], None] | None = None,
     ) -> None:
+        """`observe` gets every event that can be read; one that is read again after a failure twice."""
+        self._observe = observe
         self._client = client
         self._stream = keys.history
         self._max_entries = max_entries
@@ -97,7 +105,10 @@ class Historian:
                 continue
             for raw in raws:
                 try:
-                    rows.append(make_row(self._event_decoder.decode(raw)))
+                    event = self._event_decoder.decode(raw)
+                    rows.append(make_row(event))
+                    if self._observe is not None:
+                        self._observe(event)
                 except (msgspec.MsgspecError, UnusableEventError) as error:
                     num_malformed += 1
                     self._skip(entry_id, error)

@@ -36,6 +36,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     """What admission took from the tenant's token bucket; the unused rest is given back at the end."""
     keep_s: int = 60
     """How long the record stays after the end."""
+    traceparent: str = ""
+    """W3C trace context of the web process's span; empty where nothing is traced."""
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
@@ -243,6 +245,8 @@ class RequestEvent(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     policy_revision: int = 0
     deadline_s: float | None = None
     user: str = ""
+    traceparent: str = ""
+    """W3C trace context of the web process's span; empty where nothing is traced."""
 
 
 def unserved_event(
@@ -266,6 +270,7 @@ def unserved_event(
         attempts=0,
         deadline_s=request.deadline_s,
         user=request.user,
+        traceparent=request.traceparent,
     )
 
 

@@ -1,6 +1,7 @@
 """Periodic tasks of the ops worker. Each is repeated by beat, harmless to run twice, and catches up after an outage."""
 
 import logging
+from collections.abc import Callable
 from functools import cache, partial
 
 from celery import shared_task
@@ -11,7 +12,9 @@ from redis.exceptions import RedisError
 from inference import services
 from inference.control import send_control
 from inference.historian import Historian
+from inference.messages import HistoryEvent, RequestEvent
 from inference.sweeper import Sweeper
+from inference.traces import open_tracer, trace_event
 from scheduling import policy_switch
 from scheduling.adaptation import Adaptation
 from scheduling.connection import live_keys, live_redis
@@ -30,7 +33,7 @@ AWAY = (RedisError, DatabaseError, OSError)
 def write_history() -> None:
     """Move history from Redis into the database."""
     try:
-        Historian(live_redis(), live_keys()).drain(HISTORY_BUDGET_S)
+        Historian(live_redis(), live_keys(), observe=_tracing()).drain(HISTORY_BUDGET_S)
     except AWAY as error:
         logger.warning("History waits in its stream: %s", error)
 
@@ -99,6 +102,14 @@ def prune_history() -> None:
         return
     if num_deleted:
         logger.info("Deleted %d history rows older than %d days.", num_deleted, settings.PENSTOCK.history_days)
+
+
+def _tracing() -> Callable[[HistoryEvent], None] | None:
+    """What makes traces of events, where they are wanted."""
+    tracer = open_tracer(settings.PENSTOCK.traces)
+    if tracer is None:
+        return None
+    return lambda event: trace_event(tracer, event) if isinstance(event, RequestEvent) else None
 
 
 @cache

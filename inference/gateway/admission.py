@@ -26,6 +26,7 @@ from inference.gateway.pipeline import CommandPipeline, ignore_lost
 from inference.gateway.served import ServedModel
 from inference.messages import InferenceRequest
 from inference.shedding import tell_end, write_end
+from inference.traces import current_traceparent
 from scheduling.core.backpressure import BackpressureLimits, depth_limit, excess_wait_s, release_depth
 from scheduling.core.request import Priority, QueueEntry
 from scheduling.core.sequence import SamplingParams
@@ -284,6 +285,7 @@ def to_request(draft: Draft) -> InferenceRequest:
         user=draft.user,
         charged_tokens=len(draft.prompt_token_ids) + draft.max_tokens,
         keep_s=draft.keep_s,
+        traceparent=current_traceparent.get(),
     )
 
 

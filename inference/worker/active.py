@@ -144,6 +144,7 @@ class ActiveRequest:
             policy_revision=revision,
             deadline_s=request.deadline_s,
             user=request.user,
+            traceparent=request.traceparent,
         )
 
 

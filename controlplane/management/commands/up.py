@@ -62,6 +62,7 @@ class Command(BaseCommand):
 
     def _check(self, config: Config, kinds: tuple[str, ...]) -> None:
         """All that can be known and prepared before a process starts."""
+        preflight.check_traces(config)
         preflight.check_redis(config)
         preflight.check_database(config)
         if not config.redis_url:
