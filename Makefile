@@ -29,8 +29,8 @@ lint: $(VENV)/installed-tests ## check style, types and import directions
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/djlint templates --check --lint
 
-bench: setup $(VENV)/installed-tests ## measure the batch modes, the gateway and a policy switch (minutes)
-	$(RUN) -m benchmarks.modes
+bench: setup $(VENV)/installed-tests ## measure the engine, the gateway and a policy switch (minutes)
+	$(RUN) -m benchmarks.engine
 	$(RUN) -m benchmarks.gateway
 	$(RUN) -m benchmarks.switch
 

@@ -54,6 +54,6 @@ def install(name: str, requirement: str) -> Path:
         FOLDER.mkdir(parents=True, exist_ok=True)
         print(f"Installing {requirement} under {folder} ...", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", requirement], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *requirement.split()], check=True)
         marker.write_text(requirement)
     return python

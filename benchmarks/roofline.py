@@ -42,8 +42,8 @@ class Work(NamedTuple):
         layers = config["num_hidden_layers"]
         return cls(layers * layer, hidden * config["vocab_size"], layers, hidden, kv_dim)
 
-    def least_seconds(self, parts: Sequence[StepPart], rates: Rates) -> float:
-        """Of a step over these parts, in float32."""
+    def least_seconds(self, parts: Sequence[StepPart], rates: Rates, weight_bytes: int = 4) -> float:
+        """Of a step over these parts; weights, keys and values take so many bytes each."""
         tokens = sum(part.num_tokens for part in parts)
         rows = sum(part.samples for part in parts)
         ends = [(part.sequence.num_computed + part.num_tokens, part.num_tokens) for part in parts]
@@ -51,26 +51,52 @@ class Work(NamedTuple):
         flops = 2 * (tokens * self.layer_weights + rows * self.head_weights) + 4 * self.layers * self.heads_dim * seen
         read = self.layer_weights + (self.head_weights if rows else 0)
         cached = 2 * self.layers * self.kv_dim * sum(end for end, _ in ends)
-        return max(flops / rates.flops_per_s, 4 * (read + cached) / rates.bytes_per_s)
+        return max(flops / rates.flops_per_s, weight_bytes * (read + cached) / rates.bytes_per_s)
 
 
 class MeteredRunner:
-    """A runner that adds up the least time of the steps it is given."""
+    """A runner that adds up the least time of the steps it is given, and where their time goes."""
 
-    def __init__(self, runner: ModelRunner, work: Work, rates: Rates) -> None:
+    def __init__(self, runner: ModelRunner, work: Work, rates: Rates, weight_bytes: int = 4) -> None:
         self.runner = runner
-        self.num_blocks, self.block_size, self.max_model_len = (
-            runner.num_blocks,
-            runner.block_size,
-            runner.max_model_len,
-        )
-        self._work, self._rates = work, rates
-        self.least_s = 0.0
+        self.num_blocks, self.block_size = runner.num_blocks, runner.block_size
+        self.max_model_len = runner.max_model_len
+        self._work, self._rates, self._weight_bytes = work, rates, weight_bytes
+        runner._forward = self._timed("forward", runner._forward)
+        runner._sampler.sample = self._timed("sampling", runner._sampler.sample)  # type: ignore[method-assign]
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin to count."""
+        self.least_s = self.elapsed_s = self.turns_s = 0.0
+        self.steps_s: list[float] = []
+        self.spent_s = {"forward": 0.0, "sampling": 0.0}
 
     def step(self, parts: Sequence[StepPart]) -> list[PartResult]:
         """Pass on to the model."""
-        self.least_s += self._work.least_seconds(parts, self._rates)
-        return self.runner.step(parts)
+        self.least_s += self._work.least_seconds(parts, self._rates, self._weight_bytes)
+        start = time.perf_counter()
+        results = self.runner.step(parts)
+        self.steps_s.append(time.perf_counter() - start)
+        return results
+
+    @property
+    def outside(self) -> float:
+        """Share of the time since the first request that went neither to the forward pass nor to sampling.
+
+        Without the benchmark's own noting of times, and without waiting for requests.
+        """
+        elapsed = self.elapsed_s - self.turns_s
+        return 1 - sum(self.spent_s.values()) / elapsed if elapsed else 0.0
+
+    def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            found = call(*arguments)
+            self.spent_s[name] += time.perf_counter() - start
+            return found
+
+        return timed
 
 
 @torch.inference_mode()

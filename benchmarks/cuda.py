@@ -1,0 +1,144 @@
+"""The GPU's figures: decode steps of a model of a billion random bfloat16 weights beside the limit of its memory.
+
+`python -m benchmarks.engine --device cuda [--rounds 3] [--json FILE]`. A decode step reads every weight once and the
+keys and values of its contexts; the limit is that over the bandwidth that a copy reaches on the same device in the same
+run. transformers' continuous batching runs the same requests on the same checkpoint.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.modes import (
+    Answers,
+    Request,
+    drive,
+    make_sequence,
+    make_workload,
+    run_transformers_continuous,
+)
+from benchmarks.roofline import MeteredRunner, Rates, Work
+from inference.engine.runner import ModelRunner
+from inference.messages import DeploymentSpec
+from scheduling.core.blocks import BlockAllocator
+from scheduling.core.planner import StepPlanner
+from scheduling.core.sequence import StepPart
+
+CONFIG: dict[str, Any] = {
+    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CONTEXT = 512
+MAX_MODEL_LEN = 1024
+STEPS = 20
+COPY_BYTES = 2 * 2**30
+REQUESTS = 256
+SLOTS = 64
+STEP_TOKENS = 2048
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Steps over batch sizes, then a workload beside transformers."""
+    device = torch.device("cuda")
+    rates = Rates(_flops_per_s(device), _bytes_per_s(device))
+    print(f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}")
+    print(f"  {rates.flops_per_s / 1e12:.0f} TFLOP/s in bfloat16, {rates.bytes_per_s / 1e9:.0f} GB/s")
+    with tempfile.TemporaryDirectory() as folder:
+        path = _make_checkpoint(Path(folder))
+        spec = DeploymentSpec(name="bench", path=str(path), dtype="bfloat16", max_batch_size=BATCHES[-1])
+        runner = ModelRunner(spec, "cuda")
+        print(f"  {runner.describe()}")
+        work = Work.of(CONFIG)
+        metered = MeteredRunner(runner, work, rates, weight_bytes=2)
+        steps = {batch: _measure_steps(metered, batch) for batch in BATCHES}
+        served = _serve_beside_transformers(metered, path, rounds)
+    return {"device": torch.cuda.get_device_name(device), "rates": rates._asdict(), "steps": steps, "served": served}
+
+
+def _make_checkpoint(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**CONFIG, max_position_embeddings=MAX_MODEL_LEN, tie_word_embeddings=True)
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _measure_steps(runner: MeteredRunner, batch: int) -> dict[str, float]:
+    """Milliseconds of a decode step, tokens chosen included, and its share of the limit."""
+    blocks, parts = CONTEXT // runner.block_size, []
+    if batch * blocks > runner.num_blocks:
+        return {}
+    for i in range(batch):
+        sequence = make_sequence(i, Request([5 + i] * CONTEXT, 1))
+        sequence.num_computed = CONTEXT - 1
+        sequence.block_table = list(range(i * blocks, (i + 1) * blocks))
+        parts.append(StepPart(sequence, 1, samples=True))
+    for _ in range(3):
+        runner.step(parts)
+    runner.reset()
+    for _ in range(STEPS):
+        runner.step(parts)
+    step_s, least_s = statistics.median(runner.steps_s), runner.least_s / STEPS
+    share = least_s / step_s
+    print(f"  batch {batch:>3}: {step_s * 1000:.2f} ms, {batch / step_s:,.0f} tokens/s, {share:.0%} of the limit")
+    return {"step_ms": step_s * 1000, "least_ms": least_s * 1000, "of_limit": share}
+
+
+def _serve_beside_transformers(runner: MeteredRunner, path: Path, rounds: int) -> dict[str, Any]:
+    workload = make_workload(REQUESTS, CONFIG["vocab_size"])
+    tokens = sum(request.num_tokens for request in workload)
+    found: dict[str, list[float]] = {"ours": [], "transformers continuous": []}
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval().to("cuda")
+    _serve(runner, workload[:SLOTS])
+    run_transformers_continuous(model, workload[:4], SLOTS, STEP_TOKENS)
+    for _ in range(rounds):
+        for name in found:
+            start = time.perf_counter()
+            _serve(runner, workload) if name == "ours" else run_transformers_continuous(
+                model, workload, SLOTS, STEP_TOKENS
+            )
+            found[name].append(tokens / (time.perf_counter() - start))
+            print(f"  {name}: {found[name][-1]:,.0f} tokens/s", flush=True)
+    ratio = statistics.median(found["ours"]) / statistics.median(found["transformers continuous"])
+    print(f"  {ratio:.2f} times transformers' continuous batching; {runner.outside:.1%} outside forward and sampling")
+    return {"tokens_per_s": found, "ratio": ratio, "outside": runner.outside}
+
+
+def _serve(runner: MeteredRunner, workload: list[Request]) -> Answers:
+    runner.reset()
+    allocator = BlockAllocator(runner.num_blocks, runner.block_size)
+    planner = StepPlanner("continuous", SLOTS, STEP_TOKENS, allocator, runner.max_model_len, time.monotonic)
+    return drive(planner, runner, [make_sequence(i, request) for i, request in enumerate(workload)])
+
+
+def _seconds(call: Callable[[], object], repeats: int = 10) -> float:
+    """The shortest of several, by the device's own clock."""
+    times: list[float] = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return min(times)
+
+
+def _bytes_per_s(device: torch.device) -> float:
+    """Read and written by a copy."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / _seconds(lambda: target.copy_(source))
+
+
+def _flops_per_s(device: torch.device) -> float:
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return 2 * 8192**3 / _seconds(lambda: a @ b)
