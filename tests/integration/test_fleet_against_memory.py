@@ -2,6 +2,7 @@
 
 import struct
 import uuid
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from scheduling.keys import Keys
 from scheduling.store import Command, execute, execute_many
 from scheduling.switch import switch_policy
 
-OWNERS = st.sampled_from(["gpu-0:1", "gpu-1:1", "gpu-2:1"])
+OWNER_NAMES = ["gpu-0:1", "gpu-1:1", "gpu-2:1"]
+OWNERS = st.sampled_from(OWNER_NAMES)
 POLICY = st.sampled_from(["fair", *sorted(POLICIES)])
 TENANTS = st.sampled_from(["ada", "bob", "cleo", "dän"])
 TIMES = st.floats(0, 1000)
@@ -217,10 +219,22 @@ class BothQueues(RuleBasedStateMachine):
         assert self.run(self.fleet.snapshot()) == self.memory.snapshot()
         assert self.run(self.fleet.active_policy()) == self.memory.active_policy()
         assert set(self.run(self.fleet.reply_to_requests("web-1"))) == set(self.memory.reply_to_requests("web-1"))
-        for owner in ("gpu-0:1", "gpu-1:1", "gpu-2:1"):
+        for owner in OWNER_NAMES:
             assert self.run(self.fleet.take_cancels(owner)) == self.memory.take_cancels(owner)
         commands = [self.fleet.position(id_) for id_ in self.ids]
         assert execute_many(self.client, commands) == [self.memory.position(id_) for id_ in self.ids]
+
+    @invariant()
+    def nothing_is_lost_or_doubled(self) -> None:
+        told = execute_many(self.client, [self.fleet.record(id_) for id_ in self.ids])
+        states = Counter(record.state for record in told)
+        now = self.run(self.fleet.snapshot())
+        assert len(told) == states.total() == now.enqueued_total == len(self.ids)
+        assert (states["queued"], states["running"]) == (now.depth, now.running)
+        ended = now.finished_total + now.cancelled_total + now.shed_total + now.expired_total
+        assert ended == states["finished"] + states["cancelled"] + states["failed"]
+        held = [id_ for owner in OWNER_NAMES for id_ in self.client.hkeys(f"{self.fleet.base}:own:{owner}")]
+        assert len(held) == len(set(held)) == now.running, "two owners hold one request"
 
     def teardown(self) -> None:
         if hasattr(self, "memory"):
@@ -232,7 +246,7 @@ class BothQueues(RuleBasedStateMachine):
 
     def everything_drains_in_the_same_order(self) -> None:
         self.place_unplaced()
-        for owner in ("gpu-0:1", "gpu-1:1", "gpu-2:1"):
+        for owner in OWNER_NAMES:
             self.release(owner, None)
         self.place_unplaced()
         self.claim("gpu-0:1", 10_000, 10_000_000, again=False)
@@ -244,6 +258,9 @@ class BothQueues(RuleBasedStateMachine):
         left = {key.removeprefix(self.fleet.base.encode()).split(b":")[1].decode() for key in self.all_keys()}
         epoch = f"e{self.revision - 1}"
         assert left <= {"meta", "owners", "last", "req", "tok", "bell", "epochs", "shed", epoch}, left
+        assert execute_many(self.client, [self.fleet.record(id_) for id_ in self.ids]) == [
+            self.memory.record(id_) for id_ in self.ids
+        ]
 
 
 @pytest.mark.parametrize("examples", [60])

@@ -1,12 +1,14 @@
 """A full queue drops the request with the least right, and only for one with more."""
 
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduling.core.policies import POLICIES, Policy, build_policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
-from scheduling.core.rules import MAX_SHED
+from scheduling.core.rules import MAX_EXPIRED, MAX_SHED
 
 ARRIVALS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 50), st.booleans()), min_size=1, max_size=60)
 
@@ -121,3 +123,28 @@ def test_a_shed_request_is_ended_by_one_caller_and_its_record_says_so() -> None:
     assert record is not None
     assert (record.state, record.finish) == ("failed", b"end")
     assert queue.shed_before(8.0) == []
+
+
+def test_what_was_claimed_once_is_not_dropped_for_its_deadline() -> None:
+    queue = FlowQueue(clock=lambda: 0.0)
+    entry = dataclasses.replace(entry_of(0, 3, 9), deadline_s=5.0, drop_expired=True)
+    queue.enqueue(entry, build_policy("fifo").place(entry), revision=0, depth_limit=9)
+    queue.claim("gpu", max_requests=1, max_tokens=99, lease_s=5, now=1.0)
+    queue.release("gpu")
+    again = queue.claim("gpu", max_requests=1, max_tokens=99, lease_s=5, now=6.0)
+    assert ([request.id for request in again.requests], again.dropped) == (["r000"], ())
+
+
+def test_a_mass_of_expired_requests_is_dropped_a_bounded_number_at_a_time_and_none_is_served_meanwhile() -> None:
+    queue = FlowQueue(clock=lambda: 0.0)
+    for number in range(MAX_EXPIRED + 3):
+        entry = dataclasses.replace(entry_of(number, 3, 9), deadline_s=5.0, drop_expired=True)
+        queue.enqueue(entry, build_policy("fifo").place(entry), revision=0, depth_limit=999)
+    put(queue, 999, 3, depth_limit=999)
+    first, second = (queue.claim("gpu", max_requests=9, max_tokens=999, lease_s=5, now=6.0) for _ in range(2))
+    assert (len(first.dropped), first.requests, first.more) == (MAX_EXPIRED, [], True)
+    assert (len(second.dropped), [request.id for request in second.requests], second.more) == (3, ["r999"], False)
+    record = queue.record(first.dropped[0].id)
+    assert record is not None
+    assert (record.state, record.dropped) == ("failed", "deadline_exceeded")
+    assert len(queue.shed_before(1e9, limit=1000)) == MAX_EXPIRED + 3
