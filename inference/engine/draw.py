@@ -1,6 +1,5 @@
 """Drawing a token from one row of logits on the host, in NumPy: its SIMD sort and exp beat torch's there many times."""
 
-import math
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -36,49 +35,61 @@ def draw(logits: Floats, largest: float, params: SamplingParams, uniform: float)
         scaled = scaled[kept]
     weights = np.exp(scaled)
     if params.top_p < 1:
-        cut_to_nucleus(weights, params.top_p)
-    if params.min_p > 0:
-        weights *= scaled >= np.float32(math.log(params.min_p))
-    at = _invert(weights, uniform)
+        at = _draw_ranked(weights, params.top_p, params.min_p, uniform)
+    else:
+        if params.min_p > 0:
+            weights *= weights >= np.float32(params.min_p)
+        at = _draw_in_order(weights, uniform)
     return at if kept is None else int(kept[at])
 
 
-def cut_to_nucleus(weights: Floats, top_p: float) -> None:
-    """Zero all but the fewest largest weights that make up top_p of their sum (Holtzman et al. 2020, section 3.1).
+def _draw_in_order(weights: Floats, uniform: float) -> int:
+    """The index whose part of the summed weights holds `uniform`."""
+    ends = block_ends(weights)
+    target = min(uniform * ends[-1], np.nextafter(ends[-1], 0.0))
+    at = _count_within(weights, ends, target)
+    if at == len(weights) or not weights[at]:  # sums of blocks and within a block are rounded apart
+        at = int(np.flatnonzero(weights[: at + 1])[-1])
+    return at
 
-    Of equal weights the first are kept.
+
+def _draw_ranked(weights: Floats, top_p: float, min_p: float, uniform: float) -> int:
+    """The same among the largest weights that make up top_p of the sum and of these those from min_p on.
+
+    Goes by rank, so that one sort serves cutting and drawing. Of equal weights those first in the vocabulary rank first.
     """
     ranked = np.sort(weights)
-    ends = _block_ends(ranked)
-    spare = (1 - top_p) * ends[-1]
-    block = min(int(np.searchsorted(ends, spare, side="right")), len(ends) - 1)
-    inner = _start_of(ends, block) + np.cumsum(ranked[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
-    num_cut = min(block * BLOCK + int(np.searchsorted(inner, spare, side="right")), len(ranked) - 1)
-    least = ranked[num_cut]
-    weights *= weights >= least
-    excess = num_cut - int(np.searchsorted(ranked, least))
-    if excess:
-        weights[np.flatnonzero(weights == least)[-excess:]] = 0
+    ends = block_ends(ranked)
+    num_cut = count_outside(ranked, ends, top_p)
+    if min_p > 0:
+        num_cut = max(num_cut, int(np.searchsorted(ranked, np.float32(min_p))))
+    before = _sum_of_first(ranked, ends, num_cut)
+    target = before + uniform * (ends[-1] - before)
+    at = min(max(num_cut, _count_within(ranked, ends, target)), len(ranked) - 1)
+    alike = np.flatnonzero(weights == ranked[at])
+    return int(alike[len(alike) - 1 - (at - int(np.searchsorted(ranked, ranked[at])))])
 
 
-def _invert(weights: Floats, uniform: float) -> int:
-    """The index whose part of the summed weights holds `uniform`."""
-    ends = _block_ends(weights)
-    target = min(uniform * ends[-1], np.nextafter(ends[-1], 0.0))
+def count_outside(ranked: Floats, ends: npt.NDArray[np.float64], top_p: float) -> int:
+    """How many of ascending weights the nucleus leaves out (Holtzman et al. 2020, section 3.1)."""
+    return min(_count_within(ranked, ends, (1 - top_p) * ends[-1]), len(ranked) - 1)
+
+
+def _count_within(weights: Floats, ends: npt.NDArray[np.float64], target: float) -> int:
+    """The largest number of first weights whose sum is at most `target`."""
     block = int(np.searchsorted(ends, target, side="right"))
     own = weights[block * BLOCK : (block + 1) * BLOCK]
-    inner = _start_of(ends, block) + np.cumsum(own, dtype=np.float64)
-    at = int(np.searchsorted(inner, target, side="right"))
-    if at == len(own):  # the two sums were rounded apart
-        at = int(np.flatnonzero(own)[-1])
-    return block * BLOCK + at
+    inner = (ends[block - 1] if block else 0.0) + np.cumsum(own, dtype=np.float64)
+    return block * BLOCK + int(np.searchsorted(inner, target, side="right"))
 
 
-def _start_of(ends: npt.NDArray[np.float64], block: int) -> float:
-    return float(ends[block - 1]) if block else 0.0
+def _sum_of_first(weights: Floats, ends: npt.NDArray[np.float64], count: int) -> float:
+    block = count // BLOCK
+    whole = float(ends[block - 1]) if block else 0.0
+    return whole + float(np.add.reduce(weights[block * BLOCK : count], dtype=np.float64))
 
 
-def _block_ends(weights: Floats) -> npt.NDArray[np.float64]:
+def block_ends(weights: Floats) -> npt.NDArray[np.float64]:
     """Cumulative sums at the ends of blocks, the last of which may be short."""
     whole = len(weights) // BLOCK * BLOCK
     sums = np.add.reduce(weights[:whole].reshape(-1, BLOCK), axis=1)

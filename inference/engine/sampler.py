@@ -57,6 +57,7 @@ class Sampler:
 
     def _on_host(self, rows: Floats, asks: Seq[Ask]) -> list[list[Choice]]:
         """Row by row, which keeps each in the processor's cache; only as far as drafts are right."""
+        drawn = uniforms_of(asks)
         likeliest = rows.argmax(-1)
         finite = np.isfinite(rows[np.arange(len(rows)), likeliest])
         answers, start = [], 0
@@ -65,21 +66,24 @@ class Sampler:
             for j in range(len(ask.draft) + 1):
                 at = start + j
                 best = int(likeliest[at])
-                chosen.append(self._choose(rows[at], best, ask.sequence, j) if finite[at] else Choice(error=NOT_FINITE))
+                if finite[at]:
+                    chosen.append(self._choose(rows[at], best, ask.sequence, j, drawn[at]))
+                else:
+                    chosen.append(Choice(error=NOT_FINITE))
                 if j < len(ask.draft) and chosen[j].token_id != ask.draft[j]:
                     break
             answers.append(chosen)
             start += len(ask.draft) + 1
         return answers
 
-    def _choose(self, row: Floats, best: int, sequence: Sequence, offset: int) -> Choice:
+    def _choose(self, row: Floats, best: int, sequence: Sequence, offset: int, uniform: float) -> Choice:
         """The token `offset` places after the next one, from its finite logits [vocab]."""
         try:
-            return self._choose_token(row, best, sequence, len(sequence.tokens) + offset)
+            return self._choose_token(row, best, sequence, len(sequence.tokens) + offset, uniform)
         except Exception as error:
             return _failed(sequence, error)
 
-    def _choose_token(self, row: Floats, best: int, sequence: Sequence, position: int) -> Choice:
+    def _choose_token(self, row: Floats, best: int, sequence: Sequence, position: int, uniform: float) -> Choice:
         params, changed = sequence.sampling, row
         for change in changes(sequence, position, self._eos_token_ids):
             if changed is row:
@@ -89,11 +93,7 @@ class Sampler:
             best = int(changed.argmax())
             if not np.isfinite(changed[best]):
                 return Choice(error=NOT_FINITE)
-        if not is_greedy(params):
-            uniform = float(uniforms([params.seed], [position])[0])
-            token_id = draw(changed, float(changed[best]), params, uniform)
-        else:
-            token_id = best
+        token_id = best if is_greedy(params) else draw(changed, float(changed[best]), params, uniform)
         if params.logprobs is None:
             return Choice(token_id)
         return Choice(token_id, measure(row, token_id, params.logprobs))
@@ -135,6 +135,14 @@ class Sampler:
                 answers.append([_failed(ask.sequence, error)])
             start = end
         return answers
+
+
+def uniforms_of(asks: Seq[Ask]) -> list[float]:
+    """A random number for each row; zeros where none is needed."""
+    if all(is_greedy(ask.sequence.sampling) for ask in asks):
+        return [0.0] * sum(len(ask.draft) + 1 for ask in asks)
+    places = [(ask.sequence, len(ask.sequence.tokens) + j) for ask in asks for j in range(len(ask.draft) + 1)]
+    return uniforms([sequence.sampling.seed for sequence, _ in places], [at for _, at in places]).tolist()
 
 
 def measure(row: Floats, token_id: int, num_top: int) -> TokenLogprob:

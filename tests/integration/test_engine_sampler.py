@@ -120,10 +120,9 @@ def test_what_can_be_drawn_is_what_transformers_leaves(
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     many = np.linspace(0, 1, 400, endpoint=False)
     host = [draw.draw(logits[0].numpy(), float(logits.max()), params, u) for u in many]
-    cumulative = np.cumsum(expected)
-    for token, u in zip(host, many, strict=True):
-        assert expected[token] > 0
-        assert cumulative[token] - expected[token] - 1e-5 <= u <= cumulative[token] + 1e-5
+    assert all(expected[token] > 0 for token in host)
+    found = np.bincount(host, minlength=vocab) / len(many)  # `many` is even, so each token has its share to a step
+    assert np.abs(found - expected).max() <= 1 / len(many) + 1e-5
 
 
 @settings(max_examples=40, deadline=None)
@@ -285,11 +284,14 @@ def test_a_nucleus_is_what_sorting_all_tokens_gives(vocab: int, spread: float) -
     logits = (torch.randn(32, vocab, generator=generator) * spread).round(decimals=1)  # rounded: many are alike
     probs = torch.softmax(logits.double(), -1)
     top_p = torch.rand(32, generator=generator).double()
-    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-    ranked[ranked.cumsum(-1) - ranked >= top_p[:, None]] = 0
-    expected = torch.zeros_like(probs).scatter_(-1, order, ranked)
+    descending, order = probs.sort(dim=-1, descending=True, stable=True)
+    descending[descending.cumsum(-1) - descending >= top_p[:, None]] = 0
+    expected = torch.zeros_like(probs).scatter_(-1, order, descending)
     assert torch.equal(draw_device.nucleus(probs, top_p), expected)
     for i in range(32):
-        weights = np.exp((logits[i] - logits[i].max()).numpy())
-        draw.cut_to_nucleus(weights, float(top_p[i]))
-        assert weights.nonzero()[0].tolist() == expected[i].nonzero()[:, 0].tolist()
+        kept = expected[i].nonzero()[:, 0].tolist()
+        ranked = np.sort(np.exp((logits[i] - logits[i].max()).numpy()))
+        assert len(ranked) - draw.count_outside(ranked, draw.block_ends(ranked), float(top_p[i])) == len(kept)
+        params = SamplingParams(top_p=float(top_p[i]))
+        tokens = [draw.draw(logits[i].numpy(), float(logits[i].max()), params, u) for u in np.linspace(0, 1, 30)[:-1]]
+        assert set(tokens) <= set(kept)
