@@ -307,6 +307,8 @@ class BatchEvent(msgspec.Struct, frozen=True, kw_only=True, tag="batch"):
     decode_sequences: int = 0
     context_tokens: int = 0
     attention_pairs: int = 0
+    step_cost: list[float] = []
+    """What a step costs as learned from single steps by then: the fields of `StepCost`; empty while too few ran."""
     prefix_tokens: int = 0
     prefix_hit_tokens: int = 0
     swapped_out_blocks: int = 0

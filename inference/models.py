@@ -294,6 +294,7 @@ class BatchRecord(models.Model):
     decode_sequences = models.PositiveBigIntegerField(default=0)
     context_tokens = models.PositiveBigIntegerField(default=0)
     attention_pairs = models.PositiveBigIntegerField(default=0)
+    step_cost = models.JSONField(default=list, help_text="Seconds by the fields of StepCost, as learned by then.")
 
     class Meta:
         ordering = ["-second", "replica"]

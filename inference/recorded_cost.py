@@ -3,13 +3,13 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from statistics import median
 
 from inference.models import BatchRecord, RequestRecord
 from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost, StepFeatures, StepTimeModel
 
-GUESS_WEIGHT = 0.02
+GUESS_WEIGHT = 1e-5
 """Recorded seconds that a guess at the cost counts for."""
 MIN_BUSY_SECONDS = 5
 """From fewer seconds of steps no cost is learned."""
@@ -36,16 +36,21 @@ def learn_cost(
 ) -> tuple[StepCost, float]:
     """The step cost behind recorded seconds, and its typical error per step. Raises HistoryError.
 
-    `prior` is what was known before, and holds where these seconds say little.
-    A second's record says what its steps computed and how long they took, with all that lay between them. Where it does
-    not (an older engine wrote it), the requests' records give who decoded then, over which context, and what an engine
-    needs between two steps is what was not a forward pass in seconds in which requests were there throughout.
+    It adds up to the time that all steps took, with all that lay between them. `prior` is what was known before, and
+    holds where these seconds say little. A second's record says what its steps computed, how long they took, and what
+    the engine had learned of their cost. Where it does not (an older engine wrote it), the requests' records give who
+    decoded then, over which context, and what an engine needs between two steps is what was not a forward pass in
+    seconds in which requests were there throughout.
     """
     if len(batches) < MIN_BUSY_SECONDS:
         raise HistoryError(f"Only {len(batches)} s of steps are recorded; at least {MIN_BUSY_SECONDS} are needed.")
     told = [batch for batch in batches if batch.busy_ms > 0]
     if len(told) >= MIN_BUSY_SECONDS:
-        # Seconds of like load say little of what is what in them; there the proportions of other engines hold.
+        # Seconds of like load say little of what is what in them: the engine's own estimate, from single steps, knows
+        # better, and where it tells none the proportions of other engines hold.
+        own = _own_estimate(told)
+        if own is not None:
+            return _adding_up(own, told), _typical_error_s(own, told)
         guess = prior or _adding_up(DEFAULT_COST, told)
         model = StepTimeModel(guess, forgetting=0.9999, confidence=GUESS_WEIGHT if prior is None else 1.0)
         for batch in sorted(told, key=lambda batch: batch.second):
@@ -84,6 +89,24 @@ def _features(batch: BatchRecord) -> StepFeatures:
     return StepFeatures(
         batch.steps, batch.prefill_tokens, batch.decode_sequences, batch.context_tokens, batch.attention_pairs
     )
+
+
+def _own_estimate(batches: Iterable[BatchRecord]) -> StepCost | None:
+    """What the engines had learned from their steps, on average over the steps; None where they tell nothing."""
+    names = [field.name for field in fields(StepCost)]
+    told = [batch for batch in batches if len(batch.step_cost) == len(names)]
+    steps = sum(batch.steps for batch in told)
+    sums = [sum(batch.steps * batch.step_cost[i] for batch in told) for i in range(len(names))]
+    try:
+        return StepCost(**{name: value / steps for name, value in zip(names, sums, strict=True)}) if steps else None
+    except (TypeError, ValueError) as error:
+        raise HistoryError(f"The recorded step costs are not usable: {error}") from error
+
+
+def _typical_error_s(cost: StepCost, batches: Sequence[BatchRecord]) -> float:
+    """Mean error of a step's cost over seconds."""
+    errors = [abs(cost.price(_features(batch)) - batch.busy_ms / 1000) / batch.steps for batch in batches]
+    return sum(errors) / len(errors)
 
 
 def _adding_up(cost: StepCost, batches: Iterable[BatchRecord]) -> StepCost:

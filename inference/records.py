@@ -86,6 +86,7 @@ def _batch_row(event: BatchEvent) -> BatchRecord:
         decode_sequences=_count(event.decode_sequences, MAX_BYTES),
         context_tokens=_count(event.context_tokens, MAX_BYTES),
         attention_pairs=_count(event.attention_pairs, MAX_BYTES),
+        step_cost=[_number(value) for value in event.step_cost[:MAX_CHANGES]],
     )
     if event.telemetry is not None:
         _add_telemetry(row, event.telemetry)

@@ -12,6 +12,7 @@ from inference.worker.costs import StepCosts
 from inference.worker.meters import Meters
 from scheduling.core.planner import StepPlanner
 from scheduling.core.sizing.controller import Controller, Observation, Readings
+from scheduling.core.sizing.cost_model import StepCost
 from scheduling.core.sizing.strategies import SIZINGS, build_sizing
 
 PERIOD_S = 0.25
@@ -64,6 +65,11 @@ class Sizer:
     def name(self) -> str:
         """The strategy in charge."""
         return self._controller.name
+
+    @property
+    def cost(self) -> StepCost | None:
+        """What a step costs, as learned so far."""
+        return self._costs.cost
 
     @property
     def params(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import msgspec
@@ -126,6 +127,7 @@ class StatusBoard:
             event,
             max_batch_size=self._planner.max_batch_size,
             sizing=self._sizer.name,
+            step_cost=list(astuple(cost)) if (cost := self._sizer.cost) else [],
             triggers=dict(self._fired - fired),
             trigger_reason=log.latest.reason if log.latest else "",
             **{name: now - then for name, now, then in zip(_Totals._fields, self._totals, before, strict=True)},
