@@ -326,10 +326,14 @@ class StepPlanner:
             entry = min(roster.waiting, key=by_right)
             if not entry.sequence.is_urgent:
                 return
-            missing = roster.blocks_needed(entry.sequence)[1] + roster.watermark_blocks - allocator.num_free
-            missing_slots = len(roster.running) + 1 - self.max_batch_size
+            shared, num_blocks = roster.blocks_needed(entry.sequence)
             victims = choose_victims(
-                roster.running, entry, num_slots=missing_slots, num_blocks=missing, allocator=allocator
+                roster.running,
+                entry,
+                num_slots=len(roster.running) + 1 - self.max_batch_size,
+                num_blocks=num_blocks + roster.watermark_blocks - allocator.num_free,
+                allocator=allocator,
+                shared=set(shared),
             )
             if victims is None:
                 return

@@ -29,7 +29,7 @@ class PrefixCache:
         self._key = key
         self._per_tenant = per_tenant
         self.num_tokens = 0
-        """Tokens of admitted sequences that could have been found, and those that were."""
+        """Tokens of admitted sequences that could have been found, and those that were; each sequence counts once."""
         self.num_hit_tokens = 0
 
     def find(self, sequence: Sequence) -> list[int]:
@@ -42,11 +42,10 @@ class PrefixCache:
             found.append(block)
         return found
 
-    def note(self, sequence: Sequence, num_found: int) -> None:
-        """Count an admission that found so many blocks."""
+    def count(self, sequence: Sequence, num_found: int) -> None:
+        """Note a first admission that found so many blocks; what is found after a preemption saves nothing new."""
         block_size = self._allocator.block_size
         sequence.num_cached = num_found * block_size
-        sequence.num_published = num_found
         self.num_hit_tokens += sequence.num_cached
         self.num_tokens += (len(sequence.tokens) - 1) // block_size * block_size
 

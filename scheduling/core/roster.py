@@ -20,6 +20,8 @@ class Entry:
     right: tuple[int, float, int]
     """Least first. Who stands last gives up its blocks first."""
     running: bool = False
+    was_admitted: bool = False
+    """It has run before, and was preempted."""
 
 
 def by_order(entry: Entry) -> int:
@@ -101,8 +103,10 @@ class Roster:
         sequence.block_table += found
         sequence.block_table += allocator.allocate(allocator.blocks_for(len(sequence.tokens)) - len(found))
         sequence.num_computed = len(found) * allocator.block_size
-        if self.prefix:
-            self.prefix.note(sequence, len(found))
+        sequence.num_published = len(found)
+        if self.prefix and not entry.was_admitted:
+            self.prefix.count(sequence, len(found))
+        entry.was_admitted = True
         if sequence.host_table:
             assert self.swap is not None
             self.swap.bring_back(sequence)

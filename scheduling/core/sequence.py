@@ -76,7 +76,7 @@ class Sequence:
     num_preemptions: int = 0
     """How often it lost its slot to a higher request."""
     num_cached: int = 0
-    """Tokens that were found in the cache when it was last admitted."""
+    """Tokens that were found in the cache when it was first admitted."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Content of its full blocks from the first on, as far as anybody asked, see core/prefix.py."""
     num_published: int = 0

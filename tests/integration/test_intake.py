@@ -15,9 +15,9 @@ from inference.worker.inbox import Inbox
 from inference.worker.intake import BELL_WAIT_S, Intake
 from inference.worker.lease import Lease
 from scheduling.core.answers import ClaimedRequest
-from scheduling.core.planner import Room
 from scheduling.core.policies import build_policy
 from scheduling.core.request import QueueEntry
+from scheduling.core.room import NO_ROOM, Room, UrgentRoom
 from scheduling.core.rules import MAX_DEMOTIONS, MAX_EXPIRED
 from scheduling.core.sequence import SamplingParams
 from scheduling.keys import Keys
@@ -38,7 +38,7 @@ class Silent:
 
 
 def read(claimed: ClaimedRequest, owner: str) -> ActiveRequest:
-    new_stream: Callable[[tuple[str, ...]], Any] = lambda stop: Silent()  # noqa: E731
+    new_stream: Callable[[SamplingParams], Any] = lambda sampling: Silent()  # noqa: E731
     return open_request(claimed, owner=owner, model="m", new_stream=new_stream, now_s=time.time())
 
 
@@ -142,3 +142,23 @@ def test_a_claim_that_only_moved_late_requests_is_repeated_at_once(intake: Intak
     intake.offer(Room(1, 100), is_idle=False)
     assert take(intake, 1) == ["early"]
     assert time.monotonic() - started < BELL_WAIT_S
+
+
+def test_a_full_intake_looks_how_many_wait_and_claims_one_that_may_take_a_place(
+    intake: Intake, fleet: FleetClient
+) -> None:
+    fleet.use_policy("priority")
+    fleet.submit("low", [1, 2, 3], 5, priority=4)
+    fleet.submit("high", [1, 2, 3], 5, priority=1)
+    intake.offer(NO_ROOM, is_idle=False)
+    fleet.until(lambda: intake.depth == 2)
+    assert not intake.take()
+    intake.offer(NO_ROOM, is_idle=False, urgent=UrgentRoom(0, 100))
+    fleet.submit("critical", [1, 2, 3], 5, priority=0)
+    fleet.until(lambda: execute(fleet.client, fleet.queue.snapshot()).running == 1)
+    [taken] = intake.take()
+    assert (taken.request.id, taken.sequence.is_urgent) == ("critical", True)
+    intake.offer(Room(1, 100), is_idle=False, urgent=UrgentRoom(3, 100))
+    fleet.until(lambda: execute(fleet.client, fleet.queue.snapshot()).running == 2)
+    [taken] = intake.take()
+    assert (taken.request.id, taken.sequence.is_urgent) == ("high", False)

@@ -204,6 +204,19 @@ def test_an_urgent_request_takes_memory_too_but_only_where_that_suffices() -> No
     assert running(device) == ["high", "fits"]
 
 
+def test_nobody_is_preempted_for_blocks_that_the_urgent_request_would_share() -> None:
+    device = make_device(batch=3, blocks=10, reuse=True)
+    planner = device.planner
+    planner.add(make_sequence("low", prompt=24, output=4, priority=5))
+    device.step()
+    planner.add(make_sequence("high", prompt=12, output=4, priority=0))
+    device.step()
+    planner.add(make_sequence("same beginning", prompt=33, output=2, priority=1, urgent=True))
+    device.step()
+    assert running(device) == ["high", "low"]
+    assert planner.num_preemptions == 0
+
+
 def test_other_modes_preempt_nobody_for_a_slot() -> None:
     device = make_device("dynamic", batch=1)
     device.planner.add(make_sequence("low", priority=5))
