@@ -68,5 +68,5 @@ def gpu_process(config: Config, number: int) -> ProcessSpec:
 
 def ops_process(config: Config) -> ProcessSpec:
     """The Celery worker with beat: historian, sweeper, reconciliation."""
-    options = ("-n", "ops@%h", "-Q", "ops", "-B", "--concurrency=2", f"--loglevel={config.log_level}")
+    options = ("-n", "ops@%h", "-Q", "ops", "-B", "--concurrency=3", f"--loglevel={config.log_level}")
     return ProcessSpec(name="ops", command=_celery(*options), environment=CELERY_ENVIRONMENT)

@@ -192,6 +192,7 @@ CELERY_BEAT_SCHEDULE = {
     "record-replicas": _every(5, "inference.tasks.record_replicas"),
     "prune-history": _every(3600, "inference.tasks.prune_history"),
     "roll-up-history": _every(5, "dashboard.tasks.roll_up_history"),
+    "watch-switches": _every(1, "dashboard.tasks.watch_switches"),
     "forget-old-rollups": _every(3600, "dashboard.tasks.forget_old_rollups"),
 }
 

@@ -214,6 +214,15 @@ def _telemetry(telemetry: Telemetry | None) -> Document | None:
         "temperature_c": _rounded(telemetry.temperature_c),
         "power_w": _rounded(telemetry.power_w),
         "throttle_reasons": telemetry.throttle_reasons,
+        "stale_s": _rounded(telemetry.stale_s) if telemetry.stale_s else None,
+        "lost": telemetry.lost or None,
+        "detail": telemetry.detail or None,
+        "mig": telemetry.mig or None,
+        "power_limit_w": _rounded(telemetry.power_limit_w),
+        "sm_clock_mhz": _rounded(telemetry.sm_clock_mhz),
+        "memory_clock_mhz": _rounded(telemetry.memory_clock_mhz),
+        "ecc_uncorrected": telemetry.ecc_uncorrected,
+        "process_memory_bytes": telemetry.process_memory_bytes,
     }
 
 

@@ -1,18 +1,29 @@
 """Periodic tasks of the ops worker for the pages: repeated by beat, harmless to run twice."""
 
 import logging
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 from celery import shared_task
 from django.conf import settings
 from django.db import Error as DatabaseError
+from redis.exceptions import RedisError
 
+from dashboard.guard import check_guards
 from dashboard.models import Resolution
 from dashboard.rollups import prune_rollups, roll_up
+from dashboard.what_if import end_lost_runs
+from inference.control import send_control
+from inference.services import announce_policy
 
 logger = logging.getLogger(__name__)
 
 ROLL_UP_BUDGET_S = 4.0
 """A run that has caught up ends at once; one that has not leaves the rest to the next."""
+REPLAY_TIMEOUT_S = 900.0
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @shared_task(ignore_result=True)
@@ -35,3 +46,25 @@ def forget_old_rollups() -> None:
         return
     if num:
         logger.info("Deleted %d minutes and hours of old history.", num)
+
+
+@shared_task(ignore_result=True)
+def watch_switches() -> None:
+    """Turn guarded policies back where their figure got worse, and end watches and replays that are over."""
+    try:
+        end_lost_runs()
+        check_guards(announce=partial(announce_policy, send=send_control))
+    except (RedisError, DatabaseError, OSError) as error:
+        logger.warning("Guarded switches could not be looked at: %s", error)
+
+
+@shared_task(ignore_result=True)
+def run_what_if(run_id: int) -> None:
+    """Have a replay run: a process of its own leaves this one's time to the historian and the sweeper."""
+    command = [sys.executable, "manage.py", "run_what_if", str(run_id)]
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        try:
+            process.wait(REPLAY_TIMEOUT_S)
+        finally:
+            process.kill()
+    end_lost_runs()

@@ -22,5 +22,6 @@ urlpatterns = [
     path("audit/", audit.audit, name="audit"),
     path("audit/export/", audit.export, name="audit-export"),
     path("queues/<path:model>/policy/", commands.switch, name="switch-policy"),
+    path("queues/<path:model>/what-if/", commands.what_if, name="what-if"),
     path("workers/<str:replica>/<str:command>/", commands.control, name="control-replica"),
 ]

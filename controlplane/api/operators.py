@@ -2,7 +2,7 @@
 
 from ninja import Router
 
-from controlplane.api import audit, history, request_log, revisions, tenants
+from controlplane.api import audit, history, request_log, revisions, tenants, what_if
 
 router = Router()
 router.add_router("", revisions.router)
@@ -10,3 +10,4 @@ router.add_router("", request_log.router)
 router.add_router("", history.router)
 router.add_router("", tenants.router)
 router.add_router("", audit.router)
+router.add_router("", what_if.router)

@@ -103,3 +103,15 @@ def budget(left: float) -> str:
 def hundred(share: float) -> str:
     """A share as part of 100, for a picture."""
     return f"{min(1.0, max(0.0, share)) * 100:.2f}"
+
+
+@register.filter
+def figure(value: float | None, kind: str) -> str:
+    """A figure of a comparison with its unit."""
+    if value is None:
+        return NONE
+    if kind == "seconds":
+        return duration(value)
+    if kind == "share":
+        return percent(value)
+    return f"{value:,.0f} tokens/s" if kind == "rate" else f"{value:.3f}"

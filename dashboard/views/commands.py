@@ -8,14 +8,22 @@ from typing import Any
 from django.contrib.auth.models import User
 from django.db import DatabaseError
 from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.utils import timezone
 from django.views.decorators.http import require_POST
+from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from dashboard.access import CANCEL_REQUEST, CONTROL_REPLICA, SWITCH_POLICY
 from dashboard.cancelling import cancel_request
+from dashboard.filters import Filters
+from dashboard.guard import read_guard, watch
+from dashboard.history_form import SPANS
 from dashboard.page import list_models
 from dashboard.policy_form import read_params
 from dashboard.replica_form import read_arguments
+from dashboard.tasks import run_what_if
+from dashboard.what_if import WhatIfError, ask_what_if
+from dashboard.zone import reader_zone
 from inference.control import send_control
 from inference.services import announce_policy, control_replicas, read_replicas
 from scheduling.connection import live_keys, live_redis
@@ -43,7 +51,7 @@ def refuse(status: int, sentence: str, fields: Mapping[str, str] | None = None) 
     return JsonResponse({"error": sentence, "fields": dict(fields or {})}, status=status)
 
 
-def operators_only(permission: str) -> Callable[[View], View]:
+def operators_only(permission: str, *, with_reason: bool = True) -> Callable[[View], View]:
     """POST by a signed-in user who holds `permission`, with a reason; others get a sentence instead of a redirect."""
 
     def decorate(view: View) -> View:
@@ -54,7 +62,7 @@ def operators_only(permission: str) -> Callable[[View], View]:
                 return refuse(401, "Your session has ended. Sign in again and repeat.")
             if not request.user.has_perm(permission):
                 return refuse(403, "Your account may look but not switch. Ask an administrator for the group operator.")
-            if not 0 < len(request.POST.get("reason", "").strip()) <= MAX_REASON:
+            if with_reason and not 0 < len(request.POST.get("reason", "").strip()) <= MAX_REASON:
                 return refuse(400, f"Give a reason of at most {MAX_REASON} characters: it is kept in the audit trail.")
             try:
                 return view(request, **arguments)
@@ -78,6 +86,8 @@ def switch(request: HttpRequest, *, model: str) -> JsonResponse:
         log.warning("Redis is away: the switch of %s will wait for it", model)
     try:
         params, problems = read_params(name, request.POST)
+        guard, guard_problems = read_guard(request.POST)
+        problems |= guard_problems
         if problems:
             return refuse(400, next(iter(problems.values())), fields=problems)
         revision = switch_policy(
@@ -85,6 +95,8 @@ def switch(request: HttpRequest, *, model: str) -> JsonResponse:
         )
     except PolicyError as error:
         return refuse(400, str(error))
+    if guard is not None:
+        watch(revision, guard)
     return JsonResponse(
         {
             "model": model,
@@ -95,6 +107,28 @@ def switch(request: HttpRequest, *, model: str) -> JsonResponse:
             "confirmed": _confirmed(revision.acknowledgements),
         }
     )
+
+
+@operators_only(SWITCH_POLICY, with_reason=False)
+def what_if(request: HttpRequest, *, model: str) -> JsonResponse:
+    """Have recorded traffic replayed under the policies that were chosen."""
+    with timezone.override(reader_zone(request)):
+        filters = Filters(request.POST)
+        since, until = filters.window()
+    end = until or timezone.now()
+    start = since or end - SPANS.get(filters.text("span"), SPANS["15m"])[1]
+    candidates = [{"policy": name} for name in request.POST.getlist("candidate")]
+    if filters.problems:
+        return refuse(400, next(iter(filters.problems.values())), fields=filters.problems)
+    try:
+        run = ask_what_if(model=model, start=start, end=end, candidates=candidates, actor_name=_actor(request).username)
+        run_what_if.delay(run.pk)
+    except (WhatIfError, PolicyError) as error:
+        return refuse(400, str(error))
+    except (OperationalError, RedisError, OSError):
+        run.delete()
+        return refuse(503, "The ops worker cannot be told: the queue's store does not answer.")
+    return JsonResponse({"id": run.pk, "message": "The replay begins."})
 
 
 @operators_only(CONTROL_REPLICA)

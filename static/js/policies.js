@@ -1,6 +1,6 @@
 // The page of policies: the form of parameters, what it would change, and how a change is taken up.
 
-import { ConfirmDialog } from "./dialogs.js";
+import { ConfirmDialog, post, problem } from "./dialogs.js";
 import { byId, setText } from "./dom.js";
 import { refresh } from "./refresh.js";
 import { announce, chosenModel, startShell } from "./shell.js";
@@ -12,6 +12,7 @@ const uptake = new Uptake(announce);
 let policy = null;
 
 const fields = () => [...form.querySelectorAll(".kind:not([hidden]) :is(input, select)")];
+const guardFields = () => [...form.querySelectorAll(".guard :is(input, select):not(:disabled)")];
 const shortName = (field) => field.name.split(".")[1];
 const differs = (field) =>
   field.type === "number" ? Number(field.value) !== Number(field.dataset.value) : field.value !== field.dataset.value;
@@ -53,14 +54,14 @@ function follow() {
 
 function review(event) {
   event.preventDefault();
-  const wrong = fields().filter((field) => !check(field));
+  const wrong = [...fields(), ...guardFields()].filter((field) => !check(field));
   if (wrong.length) return wrong[0].focus();
   const kind = form.elements.policy.value;
-  const values = Object.fromEntries(fields().map((field) => [field.name, field.value]));
+  const values = Object.fromEntries([...fields(), ...guardFields()].map((field) => [field.name, field.value]));
   dialog.ask({
     title: `A new revision for ${chosenModel()}`,
     effect: "What waits is ordered anew; what runs goes on.",
-    effects: listChanges(),
+    effects: [...listChanges(), ...describeGuard()],
     confirm: kind === form.elements.policy.dataset.active ? `Change ${kind}` : `Switch to ${kind}`,
     url: form.action,
     fields: { policy: kind, ...values },
@@ -69,8 +70,25 @@ function review(event) {
   });
 }
 
+/** The guard as a line of what will happen. */
+function describeGuard() {
+  const metric = form.elements["guard.metric"];
+  if (!metric?.value) return [];
+  const { falls, unit } = metric.selectedOptions[0].dataset;
+  const [threshold, watch] = ["guard.threshold", "guard.watch_s"].map((name) => form.elements[name].value);
+  return [`guarded for ${watch} s: turned back if ${metric.selectedOptions[0].text} goes ${falls ? "below" : "above"} ${threshold} ${unit}`];
+}
+
+function followGuard() {
+  const metric = form.elements["guard.metric"];
+  const { threshold, unit, falls } = metric.selectedOptions[0].dataset;
+  for (const name of ["guard.threshold", "guard.watch_s"]) form.elements[name].disabled = !metric.value;
+  if (metric.value) form.elements["guard.threshold"].value = threshold;
+  setText(byId("guard-side"), metric.value ? `Turn back ${falls ? "below" : "above"} (${unit})` : "Threshold");
+}
+
 function showRefusal(answer) {
-  const wrong = fields().filter((field) => answer.fields?.[field.name]);
+  const wrong = [...fields(), ...guardFields()].filter((field) => answer.fields?.[field.name]);
   for (const field of wrong) showProblem(field, answer.fields[field.name]);
   wrong[0]?.focus();
   return wrong.length > 0;
@@ -98,14 +116,38 @@ function workers() {
 
 form?.addEventListener("submit", review);
 form?.addEventListener("change", follow);
+form?.elements["guard.metric"]?.addEventListener("change", followGuard);
 form?.addEventListener("input", (event) => {
   if (event.target.name?.includes(".")) check(event.target);
   follow();
 });
 if (form) follow();
 
+// What if
+
+const replay = byId("what-if-form");
+let looked = 0;
+
+replay?.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const answer = await post(replay.action, new FormData(replay));
+  problem(byId("what-if-problem"), answer.ok ? "" : answer.error);
+  if (answer.ok) {
+    announce(answer.message);
+    refresh("what-if");
+  }
+});
+
+/** While a replay runs, its progress is fetched each second. */
+function followReplay() {
+  if (byId("what-if")?.dataset.open !== "yes" || document.hidden || Date.now() - looked < 1000) return;
+  looked = Date.now();
+  refresh("what-if");
+}
+
 startShell({
   onState: ({ state }) => {
+    followReplay();
     replicas = Object.entries(state.replicas).map(([name, replica]) => ({ name, ...replica }));
     const next = state.models[chosenModel()]?.policy;
     if (!next) return;

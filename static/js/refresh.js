@@ -1,25 +1,21 @@
 // Parts of a page that the server drew, drawn anew without losing the rest: forms half filled in, focus, scroll.
 
 let running = null;
-let again = false;
+const wanted = new Set();
 
 /** Fetches this page and replaces the elements of these ids. Calls in the meantime end in one more fetch. */
 export async function refresh(...ids) {
-  if (running) {
-    again = true;
-    return running;
-  }
-  running = load(ids).finally(() => {
+  for (const id of ids) wanted.add(id);
+  running ??= load().finally(() => {
     running = null;
-    if (again) {
-      again = false;
-      refresh(...ids);
-    }
+    if (wanted.size) refresh();
   });
   return running;
 }
 
-async function load(ids) {
+async function load() {
+  const ids = [...wanted];
+  wanted.clear();
   try {
     const answer = await fetch(location.href, { headers: { Accept: "text/html" }, cache: "no-store", redirect: "error" });
     if (!answer.ok) return;

@@ -90,7 +90,10 @@ export function facts(r, now) {
     ["up", duration(Math.max(0, Math.round(now - r.started_s)))],
   ];
   if (!t) return [...rows, ["telemetry", "none"]];
-  rows.push(["telemetry", `${SOURCES[t.source] ?? t.source}: ${t.device}`]);
+  rows.push(["telemetry", `${SOURCES[t.source] ?? t.source}: ${t.device}${t.mig ? `, ${t.mig}` : ""}`]);
+  if (t.lost) return [...rows, ["device", "lost"]];
+  if (t.stale_s) rows.push(["read", `${duration(t.stale_s)} ago: the driver does not answer`]);
+  if (t.source === "host" && t.detail) rows.push(["why the host", t.detail]);
   if (t.utilization_percent !== undefined)
     rows.push(["utilisation", percent(t.utilization_percent / 100), t.utilization_percent / 100]);
   if (t.memory_used_bytes !== undefined) {
@@ -102,7 +105,12 @@ export function facts(r, now) {
     ]);
   }
   if (t.temperature_c !== undefined) rows.push(["temperature", `${Math.round(t.temperature_c)} °C`]);
-  if (t.power_w !== undefined) rows.push(["power", `${Math.round(t.power_w)} W`]);
+  if (t.power_w !== undefined) {
+    const limit = t.power_limit_w ? ` of ${Math.round(t.power_limit_w)}` : "";
+    rows.push(["power", `${Math.round(t.power_w)}${limit} W`]);
+  }
+  if (t.sm_clock_mhz !== undefined) rows.push(["clock", `${count(Math.round(t.sm_clock_mhz))} MHz`]);
+  if (t.ecc_uncorrected) rows.push(["memory errors", count(t.ecc_uncorrected)]);
   if (t.throttle_reasons?.length) rows.push(["throttled", t.throttle_reasons.join(", ")]);
   return rows;
 }

@@ -1,0 +1,195 @@
+"""Before and after a switch: recorded traffic replayed for the operator, and a bad policy turned back by itself."""
+
+from datetime import timedelta
+from itertools import count
+from typing import Any
+
+import pytest
+import redis
+from django.core.management import call_command
+from django.test import Client
+from django.utils import timezone
+
+from controlplane.config import Config
+from dashboard import what_if
+from dashboard.guard import check_guards
+from dashboard.models import GuardedSwitch, WhatIfRun
+from dashboard.what_if import WhatIfError, ask_what_if
+from inference.models import ModelDeployment, RequestRecord
+from scheduling.keys import Keys
+from scheduling.models import OperatorAction, PolicyRevision, ServiceLevel
+from scheduling.store import execute
+from tests.fleet_data import FleetWriter
+from tests.history_data import make_requests
+from tests.integration.recorded_run import START, record_run
+from tests.integration.test_dashboard_pages import get_json, signed_in
+from tests.integration.test_what_if import COST, overload
+
+pytestmark = pytest.mark.django_db
+HOUR = timedelta(hours=1)
+SEEDS = count(2)
+GUARD = {"guard.metric": "ttft_p99_s", "guard.threshold": "60", "guard.watch_s": "120"}
+
+
+@pytest.fixture
+def fleet(store: redis.Redis, keys: Keys, installation: Config) -> FleetWriter:
+    writer = FleetWriter(store, keys)
+    writer.deploy()
+    return writer
+
+
+def switch_guarded(client: Client, **changes: str) -> Any:
+    form = {"policy": "priority", "reason": "try it", **GUARD, **changes}
+    return client.post("/queues/demo/policy/", form)
+
+
+def served(num: int, *, late_s: float = 0.0) -> None:
+    """Requests that ended just now, with first tokens late by this much."""
+    rows = list(make_requests(num, end=timezone.now(), seconds=0.5, seed=next(SEEDS)))
+    for row in rows:
+        row.state = "finished"
+        row.arrived_at -= timedelta(seconds=late_s)
+        row.first_token_at = row.first_token_at or row.finished_at
+    RequestRecord.objects.bulk_create(rows)
+
+
+def since_the_switch() -> None:
+    """As if the switch had been a second ago, so that what ended since is told from what ended before."""
+    for guard in GuardedSwitch.objects.all():
+        guard.started_at -= timedelta(seconds=1)
+        guard.save()
+
+
+def test_a_bad_policy_under_load_is_turned_back_by_itself_and_nothing_is_lost(fleet: FleetWriter) -> None:
+    RequestRecord.objects.bulk_create(make_requests(60, end=timezone.now() - timedelta(seconds=5), seconds=60))
+    ids = {fleet.enqueue(f"tenant-{i % 4}", i % 6) for i in range(150)}
+    claimed = {request.id for request in fleet.claim(20)}
+    assert switch_guarded(signed_in("operator")).status_code == 200
+    since_the_switch()
+    assert check_guards() == 0
+    served(40, late_s=90)
+    assert check_guards() == 1
+    active = execute(fleet.client, fleet.queue.active_policy())
+    assert (active.name, active.revision) == ("fifo", 2)
+    claimed |= {request.id for request in fleet.claim(200)}
+    assert claimed == ids
+    guard = GuardedSwitch.objects.get()
+    assert (guard.state, guard.rolled_back_to) == ("rolled back", 2)
+    assert guard.before["ttft_p99_s"] < 60 < guard.after["ttft_p99_s"]
+    back = PolicyRevision.objects.get(revision=2)
+    assert back.actor_name == "guard"
+    assert "above the guard's 60 s" in back.reason
+    assert OperatorAction.objects.filter(actor_name="guard").count() == 1
+    assert check_guards() == 0
+    assert "rolled back" in signed_in().get("/policies/").content.decode()
+    (told,) = get_json(signed_in(), "operator/guards", model="demo")
+    assert told["verdict"] == guard.verdict
+
+
+def test_a_good_policy_is_kept_and_what_is_superseded_is_left_alone(fleet: FleetWriter) -> None:
+    operator = signed_in("operator")
+    switch_guarded(operator)
+    since_the_switch()
+    served(10, late_s=90)
+    assert check_guards() == 0, "ten requests are too few to judge"
+    assert GuardedSwitch.objects.get().after["requests"] == 10
+    RequestRecord.objects.all().delete()
+    served(40)
+    later = timezone.now() + timedelta(seconds=121)
+    assert check_guards(clock=lambda: later) == 0
+    assert GuardedSwitch.objects.get().state == "kept"
+    switch_guarded(operator, policy="fair")
+    assert operator.post("/queues/demo/policy/", {"policy": "fifo", "reason": "by hand"}).status_code == 200
+    served(40, late_s=90)
+    assert check_guards() == 0
+    assert GuardedSwitch.objects.get(revision=2).state == "superseded"
+    assert execute(fleet.client, fleet.queue.active_policy()).revision == 3
+
+
+@pytest.mark.parametrize(
+    ("metric", "threshold", "turned_back"),
+    [("attainment", "50", 1), ("failed", "50", 0), ("oldest_wait_s", "100", 1), ("oldest_wait_s", "1000", 0)],
+)
+def test_a_guard_watches_the_figure_that_was_chosen(
+    fleet: FleetWriter, metric: str, threshold: str, turned_back: int
+) -> None:
+    for priority in range(6):
+        ServiceLevel.objects.create(priority=priority, ttft_ms=1)
+    fleet.enqueue("chat", age_s=300)
+    switch_guarded(signed_in("operator"), **{"guard.metric": metric, "guard.threshold": threshold})
+    since_the_switch()
+    served(30)
+    assert check_guards() == turned_back
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"guard.metric": "beauty"}, "guard.metric"),
+        ({"guard.threshold": "nan"}, "guard.threshold"),
+        ({"guard.threshold": ""}, "guard.threshold"),
+        ({"guard.watch_s": "1"}, "guard.watch_s"),
+        ({"guard.watch_s": "7.5"}, "guard.watch_s"),
+    ],
+)
+def test_a_guard_that_cannot_be_stops_the_switch(fleet: FleetWriter, change: dict[str, str], field: str) -> None:
+    answer = switch_guarded(signed_in("operator"), **change)
+    assert (answer.status_code, list(answer.json()["fields"])) == (400, [field])
+    assert not PolicyRevision.objects.exists()
+
+
+def test_a_guarded_switch_by_the_api_is_for_operators(fleet: FleetWriter) -> None:
+    guard = {"metric": "e2e_p99_s", "threshold": 9, "watch_s": 60}
+    body = {"model": "demo", "name": "fair", "reason": "by script", "guard": guard}
+
+    def post(client: Client, **changes: Any) -> Any:
+        return client.post("/api/v1/operator/guarded-switch", body | changes, content_type="application/json")
+
+    assert post(signed_in()).status_code == 403
+    operator = signed_in("operator")
+    assert post(operator, guard=guard | {"metric": "beauty"}).status_code == 400
+    assert post(operator, model="nothing").status_code == 404
+    assert post(operator).json()["state"] == "watching"
+    assert execute(fleet.client, fleet.queue.active_policy()).name == "fair"
+
+
+def ask(**changes: Any) -> WhatIfRun:
+    values: dict[str, Any] = {"model": "demo", "start": START, "end": START + HOUR, "actor_name": "olga"}
+    return ask_what_if(**(values | {"candidates": [{"policy": "fair"}]} | changes))
+
+
+def test_recorded_traffic_is_replayed_and_stands_beside_what_happened(fleet: FleetWriter) -> None:
+    ModelDeployment.objects.create(name="demo", path="/models/demo", max_batch_size=8, step_tokens=256)
+    record_run(overload(20), COST)
+    run = ask(candidates=[{"policy": "fifo"}, {"policy": "fair", "params": {"level_s": 10}}])
+    with pytest.raises(WhatIfError, match="under way"):
+        ask()
+    call_command("run_what_if", str(run.pk))
+    run.refresh_from_db()
+    assert (run.state, run.progress, run.error) == ("done", 1.0, "")
+    page = signed_in().get("/policies/").content.decode()
+    assert "really happened" in page
+    assert "Tenant light" in page
+    told = get_json(signed_in(), f"operator/what-if/{run.pk}")
+    assert [one["policy"] for one in told["result"]["candidates"]] == ["fifo", "fair"]
+    light = [one["tenants"]["light"]["ttft_s"]["mean"] for one in told["result"]["candidates"]]
+    assert light[1] < light[0] / 2
+    assert get_json(signed_in(), "operator/what-if", model="demo")[0]["result"] is None
+
+
+def test_a_replay_that_cannot_be_says_why(fleet: FleetWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    for candidates in ([], [{"policy": "fair"}] * 9):
+        with pytest.raises(WhatIfError, match="Choose one to 8"):
+            ask(candidates=candidates)
+    with pytest.raises(WhatIfError, match="at most 6 hours"):
+        ask(end=START + 7 * HOUR)
+    run = ask()
+    what_if.replay(run.pk)
+    run.refresh_from_db()
+    assert (run.state, "No request of 'demo' is recorded" in run.error) == ("failed", True)
+    lost = ask()
+    WhatIfRun.objects.filter(pk=lost.pk).update(state="running", updated_at=timezone.now() - HOUR)
+    assert ask().pk > lost.pk
+    lost.refresh_from_db()
+    assert (lost.state, "interrupted" in lost.error) == ("failed", True)
+    assert signed_in().post("/queues/demo/what-if/", {"candidate": "fair"}).status_code == 403
