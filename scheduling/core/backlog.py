@@ -25,7 +25,7 @@ class Backlog:
         """Everybody by arrival, then id, while the rules promote."""
         self._right: Rows | None = None
         """The others by priority and arrival, then id, from the first time that one is to be dropped for another."""
-        self._deadlines = _by_time()
+        self.deadlines = _by_time()
         """Those of the others that are dropped when their deadline passes."""
 
     def __contains__(self, request_id: str) -> bool:
@@ -37,7 +37,7 @@ class Backlog:
         if self._right is not None:
             self._right.insert(_right(entry), entry.id)
         if entry.drop_expired and entry.deadline_s is not None:
-            self._deadlines.insert(entry.deadline_s, entry.id)
+            self.deadlines.insert(entry.deadline_s, entry.id)
         self.flows.place(entry, body, number, placement)
 
     def put_back(self, record: Record, placement: Placement | None) -> None:
@@ -103,10 +103,8 @@ class Backlog:
 
     def overdue(self, now: float) -> QueueEntry | None:
         """Whose deadline passed first, of those that are dropped then."""
-        if not self._deadlines.size:
-            return None
-        keys, ids = self._deadlines.chunks[0].columns
-        return self._entry(ids[0]) if keys[0] < now else None
+        keys, ids = self.deadlines.chunks[0].columns
+        return self._entry(ids[0]) if keys and keys[0] < now else None
 
     def find_victims(self, entry: QueueEntry, depth_limit: int, tokens_limit: float, shed: bool) -> list[str] | None:
         """Who has to go for this request; None where those of lower priority do not suffice."""
@@ -158,7 +156,7 @@ class Backlog:
         if self._right is not None:
             self._right.discard(_right(entry), entry.id)
         if entry.drop_expired and entry.deadline_s is not None:
-            self._deadlines.discard(entry.deadline_s, entry.id)
+            self.deadlines.discard(entry.deadline_s, entry.id)
 
 
 def _by_time() -> Rows:

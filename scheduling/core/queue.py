@@ -46,6 +46,7 @@ class FlowQueue:
         self._epoch = 0
         self._policy: ActivePolicy | None = None
         self._rules: QueueRules = PLAIN
+        self._reorders = False
         self._ended: list[tuple[float, str]] = []
         """A heap of (when a record is forgotten, id)."""
         self._dropped_at: dict[str, float] = {}
@@ -107,8 +108,10 @@ class FlowQueue:
         if number is not None and state.number == number:
             rows = [(id_, attempt) for id_, attempt in state.given if self._holds(owner, id_, attempt)]
         else:
-            dropped, rows = self._drop_overdue(now, MAX_EXPIRED), []
-            more = self._backlog.overdue(now) is not None
+            rows = []
+            if self._backlog.deadlines.size:
+                dropped = self._drop_overdue(now, MAX_EXPIRED)
+                more = self._backlog.overdue(now) is not None
             if not more:
                 rows, more = self._serve(owner, state, max_requests, max_tokens, now, max_priority)
             if number is not None:
@@ -246,7 +249,7 @@ class FlowQueue:
         if self._policy is not None or self._backlog.depth:
             return False
         self._policy = ActivePolicy(revision, name, dict(params))
-        self._rules = build_policy(name, params).rules
+        self._set_rules(build_policy(name, params).rules)
         self._backlog.keep_arrivals(self._rules.promote_after_s is not None)
         return True
 
@@ -263,7 +266,7 @@ class FlowQueue:
             raise ValueError(f"Revision {self.active_policy().revision} is active; {revision} comes too late.")
         self._epoch += 1
         self._policy = ActivePolicy(revision, policy.name, dict(policy.params))
-        self._rules = policy.rules
+        self._set_rules(policy.rules)
         self._backlog.reorder(policy)
         return self._backlog.depth
 
@@ -282,7 +285,7 @@ class FlowQueue:
         backlog, rules, records = self._backlog, self._rules, self._records
         if max_priority is not None and not rules.preempts:
             return [], False
-        turns = Turns(backlog, rules, now) if rules.reorders and self._needs_turns(max_requests, now) else None
+        turns = Turns(backlog, rules, now) if self._reorders and self._needs_turns(max_requests, now) else None
         next_head = backlog.flows.head if turns is None else turns.next
         claimed_tokens, rows = 0, list[tuple[str, int]]()
         while len(rows) < max_requests and (head := next_head()) is not None:
@@ -359,6 +362,9 @@ class FlowQueue:
         record.lease = None
         return lease
 
+    def _set_rules(self, rules: QueueRules) -> None:
+        self._rules, self._reorders = rules, rules.reorders
+
     def _charge(self, entry: QueueEntry) -> float:
         return self._rules.charge(entry.prompt_tokens, entry.max_tokens)
 
@@ -382,4 +388,5 @@ _DEFAULT = ActivePolicy(0, "fifo", {})
 
 
 def _claimed(record: Record) -> ClaimedRequest:
-    return ClaimedRequest(record.entry.id, record.body, record.attempt, read_tokens(record.journal), record.failures)
+    tokens = read_tokens(record.journal) if record.journal else []
+    return ClaimedRequest(record.entry.id, record.body, record.attempt, tokens, record.failures)
