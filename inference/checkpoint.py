@@ -10,7 +10,13 @@ from typing import Any
 
 MAX_HEADER_BYTES = 100 * 2**20
 """Bound of the safetensors format itself."""
+MAX_TENSORS = 200_000
+"""Far above any model; a header that lists more is not read further."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STORED_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
+    "C64": 8, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
 _TENSOR_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _ALIASES = {
     "hidden": ("hidden_size", "n_embd", "d_model"),
@@ -54,7 +60,7 @@ def inspect_checkpoint(path: Path, *, needs_tokenizer: bool = True) -> Checkpoin
         raise CheckpointError(f"{path} is not a directory. Give the directory that holds config.json and the weights.")
     config = _read_json(path / "config.json", f"{path} has no config.json. Give a Hugging Face checkpoint directory.")
     architecture = _check_architecture(path, config)
-    dtypes, num_parameters = _read_weights(path)
+    dtypes, num_tensors, num_parameters = _read_weights(path)
     if needs_tokenizer and not (path / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{path} has no tokenizer.json. Save the tokenizer in its fast form: "
@@ -62,6 +68,7 @@ def inspect_checkpoint(path: Path, *, needs_tokenizer: bool = True) -> Checkpoin
         )
     sizes = {name: _number(path, config, name) for name in _ALIASES if name not in ("kv_heads", "max_model_len")}
     kv_heads = _find(config, "kv_heads") or sizes["heads"]
+    _check_sizes(path, sizes, num_tensors, num_parameters)
     return CheckpointInfo(
         architecture=architecture,
         kv_heads=int(kv_heads),
@@ -128,24 +135,35 @@ def _check_architecture(path: Path, config: dict[str, Any]) -> str:
     return architecture
 
 
-def _read_weights(path: Path) -> tuple[str, int]:
-    """The commonest dtype and the number of parameters, from the headers of all weight files."""
+def _check_sizes(path: Path, sizes: dict[str, int], num_tensors: int, num_parameters: int) -> None:
+    """A configuration that asks for more than the weights hold would be given memory, and random numbers in it."""
+    if sizes["num_layers"] > num_tensors or sizes["vocab_size"] * sizes["hidden"] > num_parameters:
+        asked = f"{sizes['num_layers']} layers and a vocabulary of {sizes['vocab_size']} by {sizes['hidden']}"
+        raise CheckpointError(
+            f"config.json of {path} describes {asked}, and its weights are {num_tensors} tensors with {num_parameters} "
+            "numbers. They do not belong together; download the checkpoint again."
+        )
+
+
+def _read_weights(path: Path) -> tuple[str, int, int]:
+    """The commonest dtype, the number of tensors and of parameters, from the headers of all weight files."""
     counts: Counter[str] = Counter()
+    num_tensors = 0
     for file in _weight_files(path):
         for tensor in _read_header(file).values():
             counts[tensor["dtype"]] += math.prod(tensor["shape"])
+            num_tensors += 1
     commonest = counts.most_common(1)[0][0] if counts else "F32"
-    return _TENSOR_DTYPES.get(commonest, "float32"), sum(counts.values())
+    return _TENSOR_DTYPES.get(commonest, "float32"), num_tensors, sum(counts.values())
 
 
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_read_json(index, "").get("weight_map", {}).values()))
-        files = [path / Path(name).name for name in names]
-    else:
-        files = sorted(path.glob("*.safetensors"))
+    names = _indexed_names(index) if index.is_file() else [file.name for file in sorted(path.glob("*.safetensors"))]
+    files = [path / name for name in names]
     missing = [f.name for f in files if not f.is_file()]
+    if missing and not index.is_file():
+        raise CheckpointError(f"{path / missing[0]} is no file. Give a complete checkpoint directory.")
     if missing:
         raise CheckpointError(f"{path} lacks the weight file {missing[0]} that its index names. Download it again.")
     if files:
@@ -156,6 +174,16 @@ def _weight_files(path: Path) -> list[Path]:
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
         )
     raise CheckpointError(f"{path} has no *.safetensors weights. Give a complete checkpoint directory.")
+
+
+def _indexed_names(index: Path) -> list[str]:
+    """Weight files that an index names, all of them beside it."""
+    weights = _read_json(index, "").get("weight_map")
+    names = set(weights.values()) if isinstance(weights, dict) and len(weights) <= MAX_TENSORS else {None}
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names weights that are no safetensors files beside it. Download it again.")
+    return sorted(str(name) for name in names)
 
 
 def _read_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -170,12 +198,27 @@ def _read_header(file: Path) -> dict[str, dict[str, Any]]:
         try:
             header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
             header.pop("__metadata__", None)
-            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            end = _check_layout(header)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise broken from error
     if 8 + length + end != size:
         raise broken
     return header
+
+
+def _check_layout(header: dict[str, dict[str, Any]]) -> int:
+    """Bytes of all tensors. Raises ValueError where they overlap, leave gaps, or do not have their shape's size."""
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{len(header)} tensors")
+    end = 0
+    for tensor in sorted(header.values(), key=lambda tensor: tuple(map(int, tensor["data_offsets"]))):
+        start, stop = tensor["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in tensor["shape"]):
+            raise ValueError("a shape is no shape")
+        if start != end or stop - start != math.prod(tensor["shape"]) * _STORED_BYTES[tensor["dtype"]]:
+            raise ValueError("a tensor does not lie where it should")
+        end = stop
+    return end
 
 
 def _find(config: dict[str, Any], name: str) -> Any:

@@ -1,6 +1,9 @@
 """From a checkpoint directory to a model whose attention is ours, checked against the model's own attention."""
 
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ from inference.engine.errors import ModelLoadError
 from inference.engine.kv_cache import BLOCK_SIZE, KVShape
 from scheduling.core.sequence import SamplingParams, Sequence, StepPart
 
+logger = logging.getLogger(__name__)
+
+PROGRESS_S = 2.0
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest difference of logits allowed, as a fraction of their spread."""
 
@@ -27,15 +33,43 @@ def load_config(path: Path) -> Any:
 
 
 def load_model(path: Path, config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load safetensors weights into transformers' modules, in evaluation mode."""
+    """Load safetensors weights into transformers' modules, in evaluation mode; the log tells how far it is."""
     transformers.logging.disable_progress_bar()
+    loaded: Any
+    former = transformers.logging.set_tqdm_hook(partial(_tell_progress, path.name))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelLoadError(f"The checkpoint {path} cannot be loaded: {_first_line(error)}") from error
+    finally:
+        transformers.logging.set_tqdm_hook(former)
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise ModelLoadError(
+            f"The checkpoint {path} lacks {len(missing)} weights, {missing[0]} first. Download it again."
+        )
     return model.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
+
+
+def _tell_progress(name: str, bar: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """In place of a progress bar: an iterator that logs every other second."""
+    items = arguments[0] if arguments else options.get("iterable")
+    if items is None or not hasattr(items, "__len__"):
+        return bar(*arguments, **options)
+    return _logged(name, items)
+
+
+def _logged(name: str, items: Any) -> Iterator[Any]:
+    told_s = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - told_s >= PROGRESS_S:
+            told_s = time.monotonic()
+            logger.info("Loading %s: %.0f %% of %d tensors", name, 100 * number / len(items), len(items))
+        yield item
+    logger.info("Loaded %s: %d tensors", name, len(items))
 
 
 def kv_shape(config: Any, dtype: torch.dtype) -> KVShape:

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +64,60 @@ def test_inspection_imports_no_torch(folder: Path) -> None:
 def test_what_cannot_be_served_is_refused(folder: Path, changes: dict[str, object], sentence: str) -> None:
     change_config(folder, **changes)
     with pytest.raises(CheckpointError, match=sentence):
+        inspect_checkpoint(folder)
+
+
+def rewrite_header(weights: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    whole = weights.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    weights.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.update(shape=[1 << 40, 1 << 40]),
+        lambda tensor: tensor.update(shape=[-1, 64]),
+        lambda tensor: tensor.update(data_offsets=[0, 4]),
+        lambda tensor: tensor.update(dtype="F128"),
+        lambda tensor: tensor.update(shape="all"),
+    ],
+)
+def test_tensors_that_overlap_or_are_not_as_large_as_they_say_are_refused(folder: Path, change: Any) -> None:
+    rewrite_header(folder / "model.safetensors", lambda header: change(header["model.layers.1.mlp.up_proj.weight"]))
+    with pytest.raises(CheckpointError, match="cut off or is no safetensors file"):
+        inspect_checkpoint(folder)
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**6}, {"vocab_size": 10**9}, {"hidden_size": 10**7}])
+def test_a_configuration_that_asks_for_more_than_the_weights_hold_is_refused(
+    folder: Path, changes: dict[str, object]
+) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        inspect_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "model.bin", 7, "sub/model.safetensors"])
+def test_an_index_names_only_files_beside_it(folder: Path, name: object) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="no safetensors files beside it"):
+        inspect_checkpoint(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": ["model.safetensors"]}))
+    with pytest.raises(CheckpointError, match="no safetensors files beside it"):
+        inspect_checkpoint(folder)
+
+
+def test_a_checkpoint_may_be_of_links_to_files_elsewhere_but_not_to_devices(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").rename(tmp_path / "blob")
+    (folder / "model.safetensors").symlink_to(tmp_path / "blob")
+    assert inspect_checkpoint(folder).num_layers == 3
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="is no file"):
         inspect_checkpoint(folder)
 
 

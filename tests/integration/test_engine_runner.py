@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from inference.engine import native
+from inference.engine import loading, native
 from inference.engine.errors import ModelLoadError, OutOfDeviceMemory
 from inference.engine.native import load_kernels
 from inference.engine.runner import ModelRunner
@@ -225,6 +226,21 @@ def test_a_cuda_device_gives_the_tokens_of_generate(architecture: str, tmp_path:
     assert [s.tokens for s in sequences] == [generate_alone(model, prompt, n) for prompt, n in prompts]
     default = ModelRunner(DeploymentSpec(name="m", path=str(tmp_path)), "cuda", num_blocks=40)
     assert "bfloat16" in default.describe()
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_and_loading_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "PROGRESS_S", 0.0)
+    caplog.set_level("INFO", logger=loading.__name__)
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj\.weight first"):
+        ModelRunner(DeploymentSpec(name="m", path=str(tmp_path)), "cpu", num_blocks=8)
+    assert any(" % of " in message for message in caplog.messages)
 
 
 def test_weights_that_do_not_belong_to_the_configuration_are_refused(folder: Path, tmp_path: Path) -> None:
