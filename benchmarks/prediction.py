@@ -19,7 +19,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,7 +232,9 @@ class Predictor:
         self._num_blocks = num_blocks
         self._block_size = block_size
 
-    def predict(self, trace: list[TraceRequest], policy: Policy, cost: StepCost, claim_s: float) -> SimulationResult:
+    def predict(
+        self, trace: list[TraceRequest], policy: Policy, cost: StepCost, claim_s: float, pace: Sequence[float] = ()
+    ) -> SimulationResult:
         """The same traffic in the simulator."""
         settings = SimulationSettings(
             policy=policy,
@@ -242,6 +244,7 @@ class Predictor:
             num_blocks=self._num_blocks,
             block_size=self._block_size,
             claim_s=claim_s,
+            pace=pace,
         )
         return simulate(trace, settings, cost)
 
@@ -335,7 +338,7 @@ def measure(engine: LiveEngine | InProcess, predictor: Predictor, options: argpa
 
 def judge(served: Served, policy: Policy, predictor: Predictor, before: StepCost, name: str) -> list[dict[str, Any]]:
     """Predict a run with the cost learned from it, and with the one learned before."""
-    from inference.recorded_cost import learn_claim_s, learn_cost
+    from inference.recorded_cost import learn_claim_s, learn_cost, learn_pace
 
     real, targets = served.result, ServiceTargets()
     trace, report = [outcome.request for outcome in real.outcomes], build_report("real", real, targets)
@@ -345,8 +348,9 @@ def judge(served: Served, policy: Policy, predictor: Predictor, before: StepCost
         f"{name}: {len(trace)} requests in {real.steps} steps of {format_seconds(real.busy_s / real.steps)}", flush=True
     )
     rows = []
-    for kind, known in (("from it", cost), ("before it", before)):
-        predicted = build_report(kind, predictor.predict(trace, policy, known, claim_s), targets)
+    pace = learn_pace(cost, served.batches, served.requests[0].arrived_at.timestamp())
+    for kind, known, paces in (("from it", cost, pace), ("before it", before, ())):
+        predicted = build_report(kind, predictor.predict(trace, policy, known, claim_s, paces), targets)
         rows += compare(name, kind, report, predicted)
     return rows
 

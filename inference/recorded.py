@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any, get_args
 
 from inference.models import BatchRecord, ModelDeployment, RequestRecord
-from inference.recorded_cost import HistoryError, learn_claim_s, learn_cost
+from inference.recorded_cost import HistoryError, learn_claim_s, learn_cost, learn_pace
 from scheduling.core.answers import DropReason
 from scheduling.core.planner import Mode
 from scheduling.core.simulation.outcome import Outcome, ServiceTarget, ServiceTargets, SimulationResult
@@ -54,6 +54,8 @@ class RecordedRun:
     """What started the batches of `dynamic` and `static`, see `parse_trigger`."""
     claim_s: float
     """From an arrival to its claim by an engine that waited for it."""
+    pace: Sequence[float]
+    """How many times as long as `cost` says steps took, by second from `start` on."""
     targets: ServiceTargets
     """As they are now."""
 
@@ -100,6 +102,7 @@ def _read(model: str, found: list[RequestRecord]) -> RecordedRun:
         num_replicas=_count_replicas(batches),
         num_blocks=max(batch.kv_blocks_total for batch in batches),
         claim_s=learn_claim_s(rows),
+        pace=learn_pace(cost, batches, rows[0].arrived_at.timestamp()),
         policy=policy,
         params=_read_params(model, revision, policy),
         mode=Counter(batch.mode for batch in batches).most_common(1)[0][0],  # type: ignore[arg-type]

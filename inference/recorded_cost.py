@@ -68,6 +68,21 @@ def learn_cost(
     return replace(cost, step_s=cost.step_s + _overhead_s(batches, seconds)), model.typical_error_s
 
 
+def learn_pace(cost: StepCost, batches: Iterable[BatchRecord], start_s: float) -> list[float]:
+    """How many times as long as `cost` says steps took in each second from `start_s` on; 1 where nothing ran.
+
+    What else a machine does slows its engine down for a while, and waits under load grow by a multiple of that.
+    """
+    took_s: dict[int, float] = defaultdict(float)
+    expected_s: dict[int, float] = defaultdict(float)
+    for batch in batches:
+        second = max(0, int(batch.second.timestamp() - start_s))
+        took_s[second] += batch.busy_ms / 1000
+        expected_s[second] += cost.price(_features(batch))
+    last = max(took_s, default=-1)
+    return [took_s[second] / expected_s[second] if took_s[second] > 0 else 1.0 for second in range(last + 1)]
+
+
 def learn_claim_s(requests: Iterable[RequestRecord]) -> float:
     """Seconds from an arrival to its claim where an engine waits for it: of requests that found nobody else there.
 

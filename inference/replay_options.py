@@ -91,6 +91,8 @@ def read_settings(options: Options, recorded: RecordedRun | None, policy: Policy
         ttft_s = TTFT_TARGET_S if options["ttft_target"] is None else options["ttft_target"]
         chosen["targets"] = ServiceTargets(default=ServiceTarget(ttft_s=ttft_s, e2e_s=options["e2e_target"]))
     fields = {name: getattr(base, name) for name in base.__dataclass_fields__}
+    if options["trace"] is not None or options["rate"] != 1.0:
+        chosen["pace"] = ()  # other seconds than those that were recorded
     more = {"sizing": _read_sizing(options), "admission": _read_admission(options), "swap": _read_swap(options)}
     return SimulationSettings(**{**fields, **more, **chosen})
 

@@ -96,6 +96,7 @@ def settings_for(recorded: RecordedRun, policy: Policy) -> SimulationSettings:
         long_prefill_threshold=recorded.long_prefill_threshold,
         trigger=parse_trigger(recorded.triggers),
         claim_s=recorded.claim_s,
+        pace=recorded.pace,
         targets=recorded.targets,
     )
 

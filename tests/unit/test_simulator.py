@@ -98,6 +98,7 @@ fleets = st.builds(
     swap=st.none() | st.just(SWAP),
     trigger=st.none() | st.sampled_from([batch_triggers(3, 0.02), batch_triggers(6, 0.1, alone=True)]),
     claim_s=st.sampled_from([0.0, 0.0, 0.004, 0.03]),
+    pace=st.sampled_from([(), (), (1.5, 0.7, 3.0)]),
     long_prefill_threshold=st.sampled_from([0, 0, 8]),
 )
 REASONS = {
@@ -306,6 +307,14 @@ def test_a_tenant_s_limits_refuse_what_is_too_much_and_nothing_else() -> None:
     assert {(o.request.tenant, o.reason) for o in refused} == {("a", "requests_per_minute")}
     # A bucket of 60 that one a second goes into, for 49.75 s.
     assert len([o for o in outcomes if o.request.tenant == "a"]) - len(refused) == 109
+
+
+def test_a_machine_that_was_slow_for_a_while_is_slow_then() -> None:
+    trace = [request(float(i)) for i in range(4)]
+    usual, slowed = (
+        [o.e2e_s or 0.0 for o in simulate(trace, fleet(pace=pace), DEFAULT_COST).outcomes] for pace in ((), (1, 1, 3))
+    )
+    assert slowed == pytest.approx([usual[0], usual[1], 3 * usual[2], usual[3]])
 
 
 def test_a_claim_takes_its_time_where_the_engine_waits_for_it() -> None:

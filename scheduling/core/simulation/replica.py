@@ -1,6 +1,7 @@
 """One simulated engine: the real planner and block accounting, with a cost model in place of the forward pass."""
 
 from collections import Counter, deque
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
@@ -79,7 +80,13 @@ class SimulatedReplica:
     """
 
     def __init__(
-        self, planner: StepPlanner, cost: StepCost, *, swap: SwapSettings | None = None, fast_forward: bool = True
+        self,
+        planner: StepPlanner,
+        cost: StepCost,
+        *,
+        swap: SwapSettings | None = None,
+        pace: Items[float] = (),
+        fast_forward: bool = True,
     ) -> None:
         assert planner.prefix is None, "all simulated tokens are alike"
         self.planner = planner
@@ -92,6 +99,7 @@ class SimulatedReplica:
         self.batch_sizes: Counter[int] = Counter()
         self._cost = cost
         self._swap = swap
+        self._pace = pace
         self._fast_forward = fast_forward
         self._parts: list[StepPart] = []
         self._room: Room | None = None
@@ -132,7 +140,10 @@ class SimulatedReplica:
         """Compute what was planned; when that will be done."""
         parts = self._parts
         features = measure_parts(parts)
-        seconds = self._cost.price(features)
+        factor = self._pace[int(now_s)] if now_s < len(self._pace) else 1.0
+        if self._pace:
+            horizon_s = min(horizon_s, int(now_s) + 1.0)
+        seconds = self._cost.price(features) * factor
         if self._swap is not None:
             link, bytes_each = self._swap.link, self._swap.kv_bytes_per_token * self.planner.allocator.block_size
             seconds += sum(link.transfer_s(len(move.pairs) * bytes_each) for move in self.planner.take_moves())
@@ -140,7 +151,7 @@ class SimulatedReplica:
         num_steps = 1
         self.busy_s += seconds
         if self._fast_forward and features.decode_sequences == self.planner.num_running:
-            num_steps = self._run_ahead(features, horizon_s, claimable_s)
+            num_steps = self._run_ahead(features, factor, horizon_s, claimable_s)
         self.steps += num_steps
         self.batch_sizes[len(parts)] += num_steps
         return self.busy_until_s
@@ -163,7 +174,7 @@ class SimulatedReplica:
         self.tokens += len(parts) - len(planned) + len(outputs)
         return outputs
 
-    def _run_ahead(self, features: StepFeatures, horizon_s: float, claimable_s: float) -> int:
+    def _run_ahead(self, features: StepFeatures, factor: float, horizon_s: float, claimable_s: float) -> int:
         """Take further steps of the same kind, up to the first that ends at the horizon; how many there were in all.
 
         The last of them is left to `end_step`. Sums are formed in the order in which single steps form them.
@@ -178,7 +189,7 @@ class SimulatedReplica:
         for until, before_s in ((min(limit, foreseen), horizon_s), (limit, min(horizon_s, claimable_s))):
             while num_steps < until and end_s < before_s:
                 context += sequences
-                seconds = fixed_s + context * context_token_s
+                seconds = (fixed_s + context * context_token_s) * factor
                 end_s += seconds
                 busy_s += seconds
                 num_steps += 1

@@ -1,7 +1,8 @@
 """What a simulation is told of the fleet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from scheduling.core.planner import Mode
 from scheduling.core.policy import Policy
@@ -41,6 +42,11 @@ class SimulationSettings:
 
     While the engine computes, this passes beside a step.
     """
+    pace: Sequence[float] = ()
+    """How many times as long steps take as the cost says, in each second of the trace: what else the machine did then.
+
+    1 after its end.
+    """
     fast_forward: bool = True
     """Takes runs of like steps at once; without, the result is the same and later."""
 
@@ -49,3 +55,5 @@ class SimulationSettings:
             raise ValueError("A fleet has at least one replica, and controls it at intervals above 0 s.")
         if self.claim_s < 0:
             raise ValueError("A claim takes 0 s or longer.")
+        if not all(0 < factor < inf for factor in self.pace):
+            raise ValueError("A pace is a factor above 0 for each second.")

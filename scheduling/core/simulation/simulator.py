@@ -308,7 +308,7 @@ class Simulator:
             trigger=settings.trigger,
             long_prefill_threshold=settings.long_prefill_threshold,
         )
-        return SimulatedReplica(planner, self._cost, swap=swap, fast_forward=settings.fast_forward)
+        return SimulatedReplica(planner, self._cost, swap=swap, pace=settings.pace, fast_forward=settings.fast_forward)
 
     def _result(self) -> SimulationResult:
         sizes = self._replicas[0].batch_sizes.copy()
