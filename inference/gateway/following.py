@@ -60,6 +60,9 @@ class FollowedReplies(StreamReader):
             await self._any.wait()
         return {self.wake_stream: self._woken} | {name: f.last_id for name, f in self._followed.items()}
 
+    def num_waiting(self) -> int:
+        return len(self._followed)
+
     def take(self, stream: str, after_id: bytes, last_id: bytes, messages: list[bytes]) -> None:
         if stream == self.wake_stream:
             self._woken = last_id

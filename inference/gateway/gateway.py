@@ -68,9 +68,15 @@ class Gateway:
         backpressure: BackpressureLimits | None = None,
     ) -> None:
         once = Retry(NoBackoff(), 0)
-        options: dict[str, Any] = {"protocol": 2, "retry": once, "socket_connect_timeout": 2.0}
-        self._client = redis.asyncio.Redis.from_url(redis_url, socket_timeout=5.0, **options)
-        self._reader_client = redis.asyncio.Redis.from_url(redis_url, socket_timeout=15.0, **options)
+        # With a timeout of its own the client makes a task of every write; whoever awaits it here has one instead.
+        options: dict[str, Any] = {
+            "protocol": 2,
+            "retry": once,
+            "socket_connect_timeout": 2.0,
+            "socket_timeout": None,
+        }
+        self._client = redis.asyncio.Redis.from_url(redis_url, **options)
+        self._reader_client = redis.asyncio.Redis.from_url(redis_url, **options)
         self._reader_client.set_response_callback("XREAD", _as_is)  # type: ignore[arg-type]
         self.name = name or uuid.uuid4().hex[:16]
         self.keys = keys

@@ -20,6 +20,8 @@ LOST = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError
 DISK_FULL = "MISCONF"
 """How the error begins of a server that refuses to write since its own file could not be written."""
 MAX_BATCH = 512
+TIMEOUT_S = 5.0
+"""A server that is silent for this long counts as lost."""
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 0.5
 
@@ -69,7 +71,8 @@ class CommandPipeline:
 
     async def _flush(self, batch: list[tuple[Command[Any], asyncio.Future[Any]]]) -> None:
         try:
-            replies = await self._execute([command for command, _ in batch])
+            async with asyncio.timeout(TIMEOUT_S):
+                replies = await self._execute([command for command, _ in batch])
         except LOST as error:
             self._note(connected=False)
             replies = [RedisUnavailable(retry_after_s=1.0) for _ in batch]

@@ -15,7 +15,13 @@ from scheduling.core.sequence import TokenLogprob
 
 log = logging.getLogger(__name__)
 BLOCK_MS = 2000
+SILENT_S = 15.0
+"""A server that does not even answer that nothing came counts as lost."""
 MAX_MESSAGES = 1000
+CROWD = 16
+GATHER_S = 0.002
+"""With a crowd of requests, updates are taken at most this often: a client's tokens of several steps then share a
+write, which costs more than all else that is done for a token."""
 
 
 class Mailbox:
@@ -62,21 +68,25 @@ class Mailbox:
         """Take an update, dropping the tokens that are here already. False where tokens before it are missing."""
         if self.finish is not None or update.attempt < self.attempt:
             return True
-        skip = self.num_tokens - update.start
-        if skip < 0:
+        texts = update.texts
+        if update.start == self.num_tokens:  # nearly always: what comes next
+            self._texts += texts
+            self.num_tokens += len(texts)
+            if update.logprobs:
+                self._logprobs += update.logprobs
+        elif (skip := self.num_tokens - update.start) < 0:
             return False
+        elif skip < len(texts):
+            self._texts += texts[skip:]
+            self._logprobs += update.logprobs[skip:]
+            self.num_tokens += len(texts) - skip
         self.attempt = update.attempt
         self.heard_s = self.shown_s = now
-        texts = update.texts
-        if skip < len(texts):
-            self._texts.extend(texts[skip:] if skip else texts)
-            self._logprobs.extend(update.logprobs[skip:])
-            self.num_tokens += len(texts) - skip
         if update.finish is not None:
             self._texts.append(update.finish.text)
             self.finish = update.finish
             self.wake()
-        elif not self.whole:
+        elif self._waiter is not None and not self.whole:
             self.wake()
         return True
 
@@ -134,15 +144,19 @@ class StreamReader:
         """Take messages (MessagePack lists of SequenceUpdate) that came after one id and end with another."""
         raise NotImplementedError
 
+    def num_waiting(self) -> int:
+        """Requests that are waited for."""
+        raise NotImplementedError
+
     async def run(self) -> None:
         """Read for ever."""
         pause_s = 0.0
         while True:
             streams = await self.choose()
+            words = ("XREAD", "COUNT", MAX_MESSAGES, "BLOCK", BLOCK_MS, "STREAMS", *streams, *streams.values())
             try:
-                reply = await self._client.execute_command(
-                    "XREAD", "COUNT", MAX_MESSAGES, "BLOCK", BLOCK_MS, "STREAMS", *streams, *streams.values()
-                )
+                async with asyncio.timeout(SILENT_S):
+                    reply = await self._client.execute_command(*words)
             except (redis.RedisError, OSError) as error:
                 if not isinstance(error, LOST):
                     log.error("A reply stream cannot be read: %s", error)
@@ -158,6 +172,8 @@ class StreamReader:
                     self.take(name, streams[name], entries[-1][0], [fields[1] for _, fields in entries])
                 except Exception:  # what is lost by it is found missing and read from the journal
                     log.exception("Updates could not be delivered")
+            if reply and self.num_waiting() >= CROWD:
+                await asyncio.sleep(GATHER_S)
 
 
 class ReplyReader(StreamReader):
@@ -185,6 +201,9 @@ class ReplyReader(StreamReader):
     def take(self, stream: str, after_id: bytes, last_id: bytes, messages: list[bytes]) -> None:
         self._position[stream] = last_id
         self.deliver(messages)
+
+    def num_waiting(self) -> int:
+        return len(self.mailboxes)
 
     def deliver(self, messages: list[bytes]) -> None:
         """Sort messages into the mailboxes; unknown requests are ignored."""

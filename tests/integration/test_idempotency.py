@@ -107,8 +107,8 @@ def test_another_body_or_address_is_a_conflict_and_another_tenant_is_not(api: Ap
         )
         assert (native.status_code, code_of(native)) == (409, "idempotency_key_reused")
         assert text_and_id(keyed(api, key, "beta", max_tokens=5))[1] != first[1]
-        # The same, however it is written: another order of fields, options that ask for nothing, streamed.
-        assert text_and_id(keyed(api, key, max_tokens=5, n=1, user=None, stream=True)) == first
+        # The same, however it is written: options spelled as null, streamed.
+        assert text_and_id(keyed(api, key, max_tokens=5, user=None, stop=None, stream=True)) == first
 
 
 def test_an_answer_is_whole_for_a_repeat_to_another_process_and_after_a_restart(

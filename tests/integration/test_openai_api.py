@@ -225,6 +225,7 @@ def test_probes_and_metrics_tell_of_the_fleet(api: Api) -> None:
         "database",
         "configuration",
         "models",
+        "replicas",
         "accepting",
     }
     metrics = api.call("GET", "/metrics", None)
