@@ -56,7 +56,7 @@ def _draw_in_order(weights: Floats, uniform: float) -> int:
 def _draw_ranked(weights: Floats, top_p: float, min_p: float, uniform: float) -> int:
     """The same among the largest weights that make up top_p of the sum and of these those from min_p on.
 
-    Goes by rank, so that one sort serves cutting and drawing. Of equal weights those first in the vocabulary rank first.
+    Goes by rank, so that one sort serves cutting and drawing. Of equal weights the vocabulary's first rank first.
     """
     ranked = np.sort(weights)
     ends = block_ends(ranked)

@@ -142,7 +142,8 @@ def uniforms_of(asks: Seq[Ask]) -> list[float]:
     if all(is_greedy(ask.sequence.sampling) for ask in asks):
         return [0.0] * sum(len(ask.draft) + 1 for ask in asks)
     places = [(ask.sequence, len(ask.sequence.tokens) + j) for ask in asks for j in range(len(ask.draft) + 1)]
-    return uniforms([sequence.sampling.seed for sequence, _ in places], [at for _, at in places]).tolist()
+    drawn: list[float] = uniforms([s.sampling.seed for s, _ in places], [at for _, at in places]).tolist()
+    return drawn
 
 
 def measure(row: Floats, token_id: int, num_top: int) -> TokenLogprob:

@@ -36,8 +36,13 @@ class StepCosts:
 
     @property
     def cost(self) -> StepCost | None:
-        """The cost as learned so far; None while too few steps ran."""
-        return self._model.mean_cost if self._model.num_observations >= MIN_OBSERVATIONS else None
+        """The cost as learned so far; None while too few steps ran, or all were so alike that they tell no price."""
+        if self._model.num_observations < MIN_OBSERVATIONS:
+            return None
+        try:
+            return self._model.mean_cost
+        except ValueError:  # one growing sequence alone: all of the time is put down to its context
+            return None
 
     def swap_pays(self, num_tokens: int) -> bool:
         """Whether moving so many tokens out and back is cheaper than computing them again."""

@@ -163,3 +163,10 @@ def test_swapping_pays_where_computing_takes_longer_than_the_way_there_and_back(
     for _ in range(MIN_OBSERVATIONS):
         slow.note(StepFeatures(1, 100, 0, 0, 5000), 0.011)
     assert not slow.swap_pays(500)
+
+
+def test_steps_whose_time_is_all_put_down_to_their_context_tell_no_price() -> None:
+    costs = StepCosts()
+    for number in range(40 * MIN_OBSERVATIONS):
+        costs.note(StepFeatures(1, 0, 1, 100 + number, 0), 1e-6 * (20 + number))
+    assert costs.cost is None
