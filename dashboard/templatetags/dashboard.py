@@ -106,8 +106,10 @@ def hundred(share: float) -> str:
 
 
 @register.filter
-def figure(value: float | None, kind: str) -> str:
+def figure(value: Any, kind: str) -> str:
     """A figure of a comparison with its unit."""
+    if kind == "both":
+        return f"{duration(value[0])} · {percent(value[1])}"
     if value is None:
         return NONE
     if kind == "seconds":

@@ -12,6 +12,9 @@ from dashboard.filters import Filters
 from dashboard.history_form import COMPARISONS, DEFAULT_SPAN, SPANS, choose
 from dashboard.page import chosen_model, render_page, viewers_only
 from dashboard.selectors.history import METRICS, Period, PeriodError, metric_names, read_changes, read_series
+from inference.models import Replica
+
+MAX_REPLICAS = 200
 
 
 @viewers_only
@@ -27,7 +30,10 @@ def history(request: HttpRequest) -> HttpResponse:
         changes = read_changes(chosen_model(request), period)
     except PeriodError as error:
         filters.problems["until"] = str(error)
+    replicas = list(Replica.objects.filter(model=chosen_model(request)).values_list("name", flat=True)[:MAX_REPLICAS])
     context = {
+        "replicas": replicas,
+        "replica": filters.choice("replica", replicas),
         "span": span,
         "spans": [(name, title) for name, (title, _) in SPANS.items()],
         "since": since,

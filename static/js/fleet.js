@@ -33,7 +33,7 @@ startShell({
   },
 });
 
-function create([name]) {
+function create([name, r]) {
   const buttons = el("span", { class: "worker-buttons" });
   buttons.addEventListener("click", (event) => steer(name, event.target.closest("button")?.dataset.key));
   return el(
@@ -45,12 +45,20 @@ function create([name]) {
       el("h2", { text: name }),
       el("span", { class: "state" }),
       el("span", { class: "soft where" }),
+      el("a", { class: "soft", href: historyOf(name, r), text: "History", "aria-label": `History of ${name}` }),
       buttons,
     ),
     el("p", { class: "detail soft" }),
     el("dl", { class: "facts" }),
     el("div", { class: "batching" }, part("Batch size"), part("Triggers")),
   );
+}
+
+/** The page of history with what this worker and its device recorded. */
+function historyOf(name, r) {
+  const query = new URLSearchParams({ model: r.model, replica: name });
+  for (const metric of ["output_tokens", "batch_size", "step_ms", "kv", "utilization", "memory"]) query.append("metric", metric);
+  return `/history/?${query}`;
 }
 
 const part = (title) => el("section", {}, el("h3", { text: title }), el("p", { class: "now-line" }), el("ol"));

@@ -55,6 +55,8 @@ function url() {
   }
   const span = [...byId("period-form").elements.span.options].find((option) => option.defaultSelected)?.value;
   if (span) query.set("span", span);
+  const replica = [...(byId("period-form").elements.replica?.options ?? [])].find((option) => option.defaultSelected);
+  if (replica?.value) query.set("replica", replica.value);
   for (const plot of plots) query.append("metric", plot.dataset.metric);
   return `/api/v1/operator/history?${query}`;
 }

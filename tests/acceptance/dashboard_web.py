@@ -80,6 +80,11 @@ class WebProcess:
         """Make the database and its users."""
         subprocess.run([sys.executable, "-c", PREPARE], env=self._environment, cwd=ROOT, check=True, timeout=60)
 
+    def manage(self, *words: str) -> None:
+        """Run a management command on this process's data, as another process would."""
+        command = [sys.executable, "manage.py", *words]
+        subprocess.run(command, env=self._environment, cwd=ROOT, check=True, timeout=120)
+
     def start(self) -> None:
         """Start, and wait until it answers."""
         command = [sys.executable, "-m", "uvicorn", "controlplane.asgi:application", "--port", str(self.port)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from playwright.sync_api import Page, expect
 
 from dashboard.page import PAGES
 from scheduling.store import execute
-from tests.acceptance.dashboard_web import ROOT, Visit
+from tests.acceptance.dashboard_web import ROOT, Visit, WebProcess
 from tests.fleet_data import FleetWriter
 
 pytestmark = pytest.mark.acceptance
@@ -19,7 +20,7 @@ ALL_RULES = {"resultTypes": ["violations"]}
 CONTRAST = {"resultTypes": ["violations"], "runOnly": ["color-contrast"]}
 
 
-def serious_faults(page: Page, rules: dict[str, object]) -> list[str]:
+def serious_faults(page: Page, rules: Mapping[str, object]) -> list[str]:
     """What axe-core finds on a page, by way of the debugger: the page's own policy lets no foreign script in."""
     debugger = page.context.new_cdp_session(page)
     debugger.send("Runtime.evaluate", {"expression": Path(AXE).read_text()})
@@ -172,3 +173,30 @@ def test_a_change_is_in_the_audit_trail_at_once(visit: Visit) -> None:
     first = trail.locator("#trail tbody tr").first
     expect(first).to_contain_text("back to the plain order")
     expect(first).to_contain_text("127.0.0.1")
+
+
+def test_a_guard_is_set_with_the_change_and_its_watch_is_shown(visit: Visit, fleet: FleetWriter) -> None:
+    page = visit(path="/policies/")
+    page.get_by_label("Policy", exact=True).select_option("size")
+    page.locator(".guard summary").click()
+    page.get_by_label("Watch", exact=True).select_option("queue_p99_s")
+    page.get_by_label("Turn back above (s)").fill("7")
+    page.get_by_label("Watch for (seconds)").fill("900")
+    page.get_by_role("button", name="Review the change…").click()
+    expect(page.get_by_role("dialog")).to_contain_text("turned back if Queue time, p99 goes above 7 s")
+    page.get_by_role("textbox", name=re.compile("^Reason")).fill("see whether coalescing helps")
+    page.get_by_role("button", name="Switch to size").click()
+    expect(page.locator("#in-force .guard-state")).to_contain_text("watching")
+
+
+def test_a_replay_shows_its_progress_and_then_its_table(visit: Visit, web: WebProcess) -> None:
+    page = visit(path="/policies/")
+    page.locator("#what-if-form").get_by_label("fair", exact=True).check()
+    page.get_by_role("button", name="Replay").click()
+    run = page.locator("#what-if .runs li").first
+    expect(run).to_contain_text("queued")
+    number = str(run.get_by_role("link").get_attribute("href")).split("run=")[1].split("#")[0]
+    web.manage("run_what_if", number)
+    expect(run).to_contain_text("done")
+    expect(page.locator("#what-if table")).to_contain_text("really happened")
+    expect(page.locator("#what-if table")).to_contain_text("By tenant")
