@@ -179,7 +179,7 @@ def live(request: HttpRequest, model: Annotated[str, Query(max_length=128)]) -> 
 def life(request: HttpRequest, request_id: str) -> LifeView:
     """For signed-in viewers. Waiting: behind how many, by which rank, and what is lacking."""
     try:
-        found = find_life(without_nul(request_id)[:64], list_models())
+        found = find_life(request_id, list_models())
     except AWAY as error:
         raise RedisUnavailable("The history has no such request, and Redis does not answer.") from error
     if found is None:

@@ -77,6 +77,7 @@ class Life:
 
 def find_life(request_id: str, models: Sequence[str]) -> Life | None:
     """From the history, else from the queue's store; None where neither knows it. Raises RedisError or OSError."""
+    request_id = request_id.replace("\0", "")[:64]
     record = find_request(request_id)
     if record is not None:
         return _of_record(record)

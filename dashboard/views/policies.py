@@ -26,7 +26,9 @@ def policies(request: HttpRequest) -> HttpResponse:
         return render_page(request, "dashboard/policies.html", {}, page="policies")
     in_force = find_policy(model)
     before = request.GET.get("before", "")
-    revisions, older = list_revisions(model, before=int(before) if before.isdecimal() else None, limit=ROWS)
+    revisions, older = list_revisions(
+        model, before=int(before) if before.isdecimal() and len(before) < 10 else None, limit=ROWS
+    )
     watched = [row.revision for row in revisions] + [in_force.revision]
     guards = {guard.revision: guard for guard in GuardedSwitch.objects.filter(model=model, revision__in=watched)}
     context = {

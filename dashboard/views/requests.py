@@ -47,7 +47,7 @@ def life(request: HttpRequest, *, request_id: str) -> HttpResponse:
     found: Life | None = None
     away = False
     try:
-        found = find_life(request_id[:64], list_models())
+        found = find_life(request_id, list_models())
     except (RedisError, OSError):
         away = True
     if found is None and not away:

@@ -18,6 +18,9 @@ HERE = Path(__file__).parent
 DATABASE_TESTS = (
     "test_admin.py",
     "test_commands.py",
+    "test_dashboard_guard.py",
+    "test_dashboard_pages.py",
+    "test_dashboard_rollups.py",
     "test_directory.py",
     "test_historian.py",
     "test_policy_switch.py",
