@@ -208,10 +208,12 @@ def test_stop_tokens_end_an_answer_as_asked(client: openai.OpenAI, checkpoint: P
     assert shown.choices[0].text == "<|system|>" * 3
 
 
-def test_log_probabilities_outlive_the_engine(stack: Stack, client: openai.OpenAI, engines: Engines) -> None:
-    expected = complete(client, max_tokens=1200, logprobs=2).choices[0]
+def test_penalties_and_log_probabilities_outlive_the_engine(client: openai.OpenAI, engines: Engines) -> None:
+    options: dict[str, Any] = {"max_tokens": 1200, "logprobs": 2, "frequency_penalty": 0.3}
+    options["extra_body"] = {"ignore_eos": True, "repetition_penalty": 1.2}
+    expected = complete(client, **options).choices[0]
     texts, tokens, values = "", list[str](), list[float]()
-    with complete(client, max_tokens=1200, logprobs=2, stream=True) as stream:
+    with complete(client, **options, stream=True) as stream:
         for chunk in stream:
             choice = chunk.choices[0]
             texts += choice.text
@@ -225,6 +227,15 @@ def test_log_probabilities_outlive_the_engine(stack: Stack, client: openai.OpenA
     assert texts == expected.text
     assert tokens == expected.logprobs.tokens
     assert values == pytest.approx(expected.logprobs.token_logprobs, abs=1e-3)
+
+
+def test_an_idempotency_key_stands_for_all_answers(stack: Stack, engines: Engines) -> None:
+    api = Api(stack)
+    body = {"model": MODEL, "prompt": "ba", "n": 2, "max_tokens": 5, "temperature": 1.5}
+    key = {"Idempotency-Key": "k-1"}
+    first, second = (api.call("POST", "/v1/completions", json=body, headers=key).json() for _ in range(2))
+    assert first["id"] == second["id"]
+    assert [c["text"] for c in first["choices"]] == [c["text"] for c in second["choices"]]
 
 
 def test_a_submitted_request_refuses_what_polling_cannot_show(stack: Stack) -> None:
