@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 import redis
@@ -219,3 +220,32 @@ def test_a_switch_of_an_empty_queue_works_and_a_first_policy_needs_an_empty_one(
     assert execute(store, queue.init_policy("fifo", {}, 4)) is False
     assert switch_policy(store, queue, build_policy("fifo"), 4).moved == 0
     assert execute(store, queue.active_policy()).revision == 4
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_requests_that_come_or_leave_while_a_switch_reads_hide_no_other_from_it(
+    store: redis.Redis, queue: FleetQueue, seed: int
+) -> None:
+    rng, early, late = Random(seed), 100, 160
+    enqueue(store, queue, range(early, late))
+    waited = {entry_of(number).id for number in range(early, late)}
+    build = switch._Build(store, queue, build_policy("fair"), "token")
+    assert build.begin(1)
+    nothing, read = build._place(()), set[str]()
+    rows, position, known = build._step(nothing, "scan", -1, limit=7)
+    while True:
+        read |= {id_.decode() for id_, _ in rows}
+        if not position:
+            break
+        for action in rng.choices(["early", "early", "late", "claim"], k=rng.randrange(8)):
+            if action == "early":
+                early -= 1
+                enqueue(store, queue, range(early, early + 1))
+            elif action == "late":
+                enqueue(store, queue, range(late, late + 1))
+                late += 1
+            else:
+                claimed = execute(store, queue.claim("gpu", max_requests=1, max_tokens=10**9, lease_s=60))
+                waited -= {request.id for request in claimed.requests}
+        rows, position, known = build._step(nothing, "scan", position, limit=7, known=known)
+    assert waited <= read
