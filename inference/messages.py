@@ -357,7 +357,7 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: PrefixCache = "on"
     """Whether prompts that begin alike share KV blocks: among all, within a tenant, or not at all."""
     long_prefill_threshold: int = 512
-    """Most tokens of one prompt in a step while others run; 0: as many as the step has room for."""
+    """Most tokens of one prompt in a step while others decode; 0: as many as the step has room for."""
     targets: list[LatencyTarget] = []
     """SLAs, for sizing strategies."""
     quantization: Literal["none", "int8"] = "none"

@@ -61,7 +61,7 @@ class StepPlanner:
     """The batch of one engine: sequences that wait for admission, in order, and those that run, by their right.
 
     A running sequence holds KV blocks for all tokens it has; decoding takes one more block at a time. A step computes
-    at most `step_tokens` tokens, and of one prompt at most `long_prefill_threshold` while others run (0 sets no limit).
+    at most `step_tokens` tokens, and of one prompt at most `long_prefill_threshold` while others decode (0: no limit).
     `clock` and `now` are seconds of the same clock.
 
     A sequence that was claimed as urgent takes the slot, and the blocks where those lack, of sequences that are lower
@@ -387,7 +387,7 @@ class StepPlanner:
         if len(parts) == len(running):
             return
         planned = {part.sequence.id for part in parts}
-        most = self.long_prefill_threshold if self.long_prefill_threshold and len(running) > 1 else budget
+        most = self.long_prefill_threshold if self.long_prefill_threshold and parts else budget
         for entry in running:
             sequence = entry.sequence
             if budget == 0:
