@@ -60,35 +60,35 @@ class LocalEngine:
     """The engine's loop on the queue in memory: what is claimed between two steps joins the one after the next."""
 
     def __init__(self, runner: ModelRunner, *, slots: int, step_tokens: int, long_prefill_threshold: int) -> None:
-        self._runner = runner
-        self._slots = slots
-        self._step_tokens = step_tokens
-        self._long_prefill = long_prefill_threshold
+        self.runner = runner
+        self.slots = slots
+        self.step_tokens = step_tokens
+        self.long_prefill = long_prefill_threshold
+        self.costs = StepCosts()
+        """Learned over all runs, as an engine process does."""
 
     def serve(self, trace: list[TraceRequest], policy: Policy) -> "tuple[list[RequestRecord], list[BatchRecord]]":
         """Serve a trace; what an engine process would have recorded."""
-        run = _Run(self._runner, trace, policy, self._slots, self._step_tokens, self._long_prefill)
+        run = _Run(self, trace, policy)
         run.drive()
         return run.requests(), run.batches()
 
 
 class _Run:
-    def __init__(
-        self, runner: ModelRunner, trace: list[TraceRequest], policy: Policy, slots: int, step_tokens: int, long: int
-    ) -> None:
-        self._runner, self._trace, self._policy = runner, trace, policy
+    def __init__(self, engine: LocalEngine, trace: list[TraceRequest], policy: Policy) -> None:
+        runner = engine.runner
+        self._runner, self._trace, self._policy, self._costs = runner, trace, policy, engine.costs
         self._clock = ProcessorClock()
         self._queue = FlowQueue(clock=self._clock.now)
         self._queue.init_policy(policy.name, policy.params, 1)
         self._planner = StepPlanner(
-            "continuous", slots, step_tokens, BlockAllocator(runner.num_blocks, runner.block_size),
-            runner.max_model_len, self._clock.now, long_prefill_threshold=long,
+            "continuous", engine.slots, engine.step_tokens, BlockAllocator(runner.num_blocks, runner.block_size),
+            runner.max_model_len, self._clock.now, long_prefill_threshold=engine.long_prefill,
         )  # fmt: skip
         self._claimed: list[Sequence] = []
         self._stays: dict[str, _Stay] = {}
         self._seconds: dict[int, _Second] = defaultdict(_Second)
         self._num_arrived = 0
-        self._costs = StepCosts()
 
     def drive(self) -> None:
         """Until all have ended."""

@@ -316,10 +316,12 @@ def measure(engine: LiveEngine | InProcess, predictor: Predictor, options: argpa
     from inference.recorded_cost import learn_claim_s, learn_cost
 
     fifo = build_policy("fifo")
-    engine.serve(make_trace(4.0, 3.0, seed=7), fifo)
+    crowd = [request._replace(arrival_s=0.0) for request in make_trace(20.0, 6.0, seed=7)]
+    engine.serve(crowd, fifo)  # warms up
+    rate = len(crowd) / engine.serve(crowd, fifo).result.end_s
     taught = [
-        engine.serve(make_trace(rate, options.learn / 3, seed=number), fifo)
-        for number, rate in enumerate((2.0, 8.0, 20.0))
+        engine.serve(make_trace(load * rate, options.learn / 3, seed=number), fifo)
+        for number, load in enumerate((0.3, 0.8, 1.3))
     ]
     requests, batches = ([one for run in taught for one in getattr(run, name)] for name in ("requests", "batches"))
     before, error_s = learn_cost(requests, batches)

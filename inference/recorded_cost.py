@@ -107,9 +107,10 @@ def _features(batch: BatchRecord) -> StepFeatures:
 
 
 def _own_estimate(batches: Iterable[BatchRecord]) -> StepCost | None:
-    """What the engines had learned from their steps, on average over the steps; None where they tell nothing."""
+    """What the engines had learned from their steps, on average over the latter half; None where they tell nothing."""
     names = [field.name for field in fields(StepCost)]
     told = [batch for batch in batches if len(batch.step_cost) == len(names)]
+    told = sorted(told, key=lambda batch: batch.second)[len(told) // 2 :]
     steps = sum(batch.steps for batch in told)
     sums = [sum(batch.steps * batch.step_cost[i] for batch in told) for i in range(len(names))]
     try:

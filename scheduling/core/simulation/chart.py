@@ -27,8 +27,7 @@ svg { width: 100%; height: auto; } text { fill: var(--soft); font: 12px system-u
 th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; }
-.key {
-  display: inline-block; width: .8em; height: .8em; border-radius: 2px; }
+svg.key { width: 34px; height: 12px; vertical-align: middle; }
 """
 
 
@@ -59,8 +58,16 @@ def _figure(title: str, body: str) -> str:
 
 
 def _legend(reports: Sequence[Report]) -> str:
-    return " &#160; ".join(
-        f'<span class="key" style="background:{_colour(i)}"></span> {escape(r.label)}' for i, r in enumerate(reports)
+    return " &#160; ".join(f"{_key(i)} {escape(report.label)}" for i, report in enumerate(reports))
+
+
+def _key(index: int) -> str:
+    """The line and the dot by which a policy is told."""
+    dashes = f' stroke-dasharray="{_dashes(index)}"' if _dashes(index) else ""
+    return (
+        f'<svg class="key" viewBox="0 0 34 12" aria-hidden="true"><line x1="1" x2="33" y1="6" y2="6" '
+        f'stroke="{_colour(index)}" stroke-width="2"{dashes}/>'
+        f'<circle cx="17" cy="6" r="4" fill="{_colour(index)}"/></svg>'
     )
 
 
@@ -208,7 +215,8 @@ def _tenant_dots(reports: Sequence[Report]) -> str:
     for index, row in enumerate(means):
         for place, value in enumerate(row):
             if value:
-                at = LEFT + (place + 0.5) * slot
+                # Side by side, or like treatment would hide all but one.
+                at = LEFT + (place + 0.5) * slot + (index - (len(means) - 1) / 2) * min(9.0, 0.8 * slot / len(means))
                 label = escape(f"{reports[index].label}, {names[place]}: {format_seconds(value)}")
                 parts.append(
                     f'<circle cx="{at:.1f}" cy="{y.at(value):.1f}" r="4" fill="{_colour(index)}" fill-opacity=".8">'
