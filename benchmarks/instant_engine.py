@@ -15,6 +15,7 @@ import msgspec
 import redis
 
 from inference.messages import Finish, InferenceRequest, ReplicaStatus, RequestEvent, SequenceUpdate
+from inference.shedding import end_dropped
 from inference.tokenization import Tokenizer
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
@@ -82,6 +83,9 @@ class InstantEngine:
         now = time.time()
         commands: list[Command[Any]] = []
         ended = self._speak(now, commands)
+        if ended:  # as a worker does: what follows from an end goes after what the client waits for
+            execute_many(self._client, commands)
+            commands = [command for running, finish in ended.values() for command in self._settle(running, finish, now)]
         if now >= self._next_status_s:
             commands.extend(self._status_commands(now))
         asks = now >= self._next_claim_s or len(self._running) == len(ended)
@@ -94,6 +98,7 @@ class InstantEngine:
         for request_id in ended:
             del self._running[request_id]
         if asks:
+            end_dropped(self._client, self._queue, replies[-1].dropped)
             self._take(replies[-1], now)
             for request_id in replies[-2]:
                 if request_id in self._running:
@@ -106,12 +111,12 @@ class InstantEngine:
             request = msgspec.msgpack.decode(item.body, type=InferenceRequest)
             self._running[item.id] = Running(request, item.attempt, item.tokens, now, resend=bool(item.tokens))
 
-    def _speak(self, now: float, commands: list[Command[Any]]) -> list[str]:
+    def _speak(self, now: float, commands: list[Command[Any]]) -> dict[str, tuple[Running, Finish]]:
         """One step: journal first, then one message per web process, then the ends. Answers who ended."""
         appends: list[tuple[str, int, int, bytes]] = []
         messages: dict[str, list[SequenceUpdate]] = defaultdict(list)
         ends: list[Command[Any]] = []
-        ended: list[str] = []
+        ended: dict[str, tuple[Running, Finish]] = {}
         for request_id, running in self._running.items():
             update = self._step(running)
             if not running.cancelled:
@@ -119,8 +124,8 @@ class InstantEngine:
             if running.request.reply_to:
                 messages[running.request.reply_to].append(update)
             if update.finish is not None:
-                ended.append(request_id)
-                ends.extend(self._end(running, update.finish, now))
+                ended[request_id] = (running, update.finish)
+                ends.append(self._end(running, update.finish))
         if appends:
             commands.append(self._queue.journal(self._owner, appends))
         for web, updates in messages.items():
@@ -148,18 +153,29 @@ class InstantEngine:
             finish = Finish(reason, len(request.prompt_token_ids), len(running.tokens))  # type: ignore[arg-type]
         return SequenceUpdate(request.id, running.attempt, start, new, texts, finish)
 
-    def _end(self, running: Running, finish: Finish, now: float) -> list[Command[Any]]:
+    def _end(self, running: Running, finish: Finish) -> Command[bool]:
+        request = running.request
+        return self._queue.finish(
+            self._owner,
+            request.id,
+            running.attempt,
+            state="cancelled" if running.cancelled else "finished",
+            used_tokens=finish.prompt_tokens + finish.completion_tokens,
+            finish=encode(finish),
+            output="".join(self._texts[token_id] for token_id in running.tokens),
+        )
+
+    def _settle(self, running: Running, finish: Finish, now: float) -> list[Command[Any]]:
+        """The tenant's limits and the history, once a request has ended."""
         request = running.request
         used = finish.prompt_tokens + finish.completion_tokens
-        state = "cancelled" if running.cancelled else "finished"
-        output = "".join(self._texts[token_id] for token_id in running.tokens)
         event = RequestEvent(
             id=request.id,
             model=request.model,
             tenant=request.tenant,
             priority=request.priority,
             endpoint=request.endpoint,
-            state=state,  # type: ignore[arg-type]
+            state="cancelled" if running.cancelled else "finished",
             finish_reason=finish.reason,
             arrival_s=request.arrival_s,
             claimed_s=running.claimed_s,
@@ -170,18 +186,8 @@ class InstantEngine:
             max_tokens=request.max_tokens,
             attempts=running.attempt,
             replica="instant",
-            traceparent=request.traceparent,
         )
         return [
-            self._queue.finish(
-                self._owner,
-                request.id,
-                running.attempt,
-                state=state,
-                used_tokens=used,
-                finish=encode(finish),
-                output=output,
-            ),
             self._limits.settle(request.tenant, request.id, refund_tokens=max(0, request.charged_tokens - used)),
             Command(("XADD", self._keys.history, "MAXLEN", "~", 100_000, "*", "m", encode([event])), bytes),
         ]

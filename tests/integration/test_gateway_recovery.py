@@ -25,7 +25,8 @@ LONG = 120
 
 @pytest.fixture
 def stack() -> Iterator[Stack]:
-    with running_stack({"alpha": {"concurrency": 100}}, PENSTOCK_QUEUE_LIMIT="20") as stack:
+    tenants: dict[str, dict[str, int]] = {"alpha": {"concurrency": 100}, "late": {"drop_expired": True}}
+    with running_stack(tenants, PENSTOCK_QUEUE_LIMIT="20") as stack:
         yield stack
 
 
@@ -101,6 +102,20 @@ def test_a_client_that_goes_away_stops_its_running_request(api: Api, stack: Stac
             wait_until(lambda: api.snapshot().running == 1)
         wait_until(lambda: api.snapshot().running == 0, GONE_WITHIN_S)
         assert api.snapshot().finished_total == 1
+
+
+def test_what_waits_past_its_deadline_is_answered_with_504(api: Api, stack: Stack, pool: ThreadPoolExecutor) -> None:
+    waiting = [pool.submit(api.complete, "late", deadline_ms=300, stream=stream) for stream in (False, True)]
+    patient = pool.submit(api.complete, "alpha", deadline_ms=300)
+    wait_until(lambda: api.snapshot().depth == 3)
+    wait_until(lambda: time.time() > (api.snapshot().oldest_arrival_s or 0.0) + 0.4)
+    with ended(stack.start_engine()):
+        whole, stream = (future.result(20) for future in waiting)
+        assert patient.result(20).status_code == 200, "its tenant did not ask to drop it"
+    assert (whole.status_code, code_of(whole)) == (504, "deadline_exceeded")
+    assert whole.json()["error"]["type"] == "timeout_error"
+    assert stream.status_code == 200
+    assert [frame["error"]["code"] for frame in frames_of(stream.text)] == ["deadline_exceeded"]
 
 
 def test_a_full_queue_sheds_lower_priorities_first_and_gives_the_charge_back(
