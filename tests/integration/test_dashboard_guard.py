@@ -11,7 +11,7 @@ from django.test import Client
 from django.utils import timezone
 
 from controlplane.config import Config
-from dashboard import what_if
+from dashboard import guard, what_if
 from dashboard.guard import check_guards
 from dashboard.models import GuardedSwitch, WhatIfRun
 from dashboard.what_if import WhatIfError, ask_what_if
@@ -55,9 +55,9 @@ def served(num: int, *, late_s: float = 0.0) -> None:
 
 def since_the_switch() -> None:
     """As if the switch had been a second ago, so that what ended since is told from what ended before."""
-    for guard in GuardedSwitch.objects.all():
-        guard.started_at -= timedelta(seconds=1)
-        guard.save()
+    for watched in GuardedSwitch.objects.all():
+        watched.started_at -= timedelta(seconds=1)
+        watched.save()
 
 
 def test_a_bad_policy_under_load_is_turned_back_by_itself_and_nothing_is_lost(fleet: FleetWriter) -> None:
@@ -73,9 +73,9 @@ def test_a_bad_policy_under_load_is_turned_back_by_itself_and_nothing_is_lost(fl
     assert (active.name, active.revision) == ("fifo", 2)
     claimed |= {request.id for request in fleet.claim(200)}
     assert claimed == ids
-    guard = GuardedSwitch.objects.get()
-    assert (guard.state, guard.rolled_back_to) == ("rolled back", 2)
-    assert guard.before["ttft_p99_s"] < 60 < guard.after["ttft_p99_s"]
+    watched = GuardedSwitch.objects.get()
+    assert (watched.state, watched.rolled_back_to) == ("rolled back", 2)
+    assert watched.before["ttft_p99_s"] < 60 < watched.after["ttft_p99_s"]
     back = PolicyRevision.objects.get(revision=2)
     assert back.actor_name == "guard"
     assert "above the guard's 60 s" in back.reason
@@ -83,7 +83,7 @@ def test_a_bad_policy_under_load_is_turned_back_by_itself_and_nothing_is_lost(fl
     assert check_guards() == 0
     assert "rolled back" in signed_in().get("/policies/").content.decode()
     (told,) = get_json(signed_in(), "operator/guards", model="demo")
-    assert told["verdict"] == guard.verdict
+    assert told["verdict"] == watched.verdict
 
 
 def test_a_good_policy_is_kept_and_what_is_superseded_is_left_alone(fleet: FleetWriter) -> None:
@@ -104,6 +104,25 @@ def test_a_good_policy_is_kept_and_what_is_superseded_is_left_alone(fleet: Fleet
     assert check_guards() == 0
     assert GuardedSwitch.objects.get(revision=2).state == "superseded"
     assert execute(fleet.client, fleet.queue.active_policy()).revision == 3
+
+
+def test_an_operators_switch_in_the_moment_of_a_breach_stands(
+    fleet: FleetWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator = signed_in("operator")
+    switch_guarded(operator)
+    since_the_switch()
+    served(40, late_s=90)
+    look = guard.find_breach
+
+    def slow(*args: Any) -> str:
+        assert operator.post("/queues/demo/policy/", {"policy": "fair", "reason": "by hand"}).status_code == 200
+        return look(*args)
+
+    monkeypatch.setattr(guard, "find_breach", slow)
+    assert check_guards() == 0
+    assert execute(fleet.client, fleet.queue.active_policy()).name == "fair"
+    assert GuardedSwitch.objects.get().state == "superseded"
 
 
 @pytest.mark.parametrize(
@@ -139,15 +158,15 @@ def test_a_guard_that_cannot_be_stops_the_switch(fleet: FleetWriter, change: dic
 
 
 def test_a_guarded_switch_by_the_api_is_for_operators(fleet: FleetWriter) -> None:
-    guard = {"metric": "e2e_p99_s", "threshold": 9, "watch_s": 60}
-    body = {"model": "demo", "name": "fair", "reason": "by script", "guard": guard}
+    wanted = {"metric": "e2e_p99_s", "threshold": 9, "watch_s": 60}
+    body = {"model": "demo", "name": "fair", "reason": "by script", "guard": wanted}
 
     def post(client: Client, **changes: Any) -> Any:
         return client.post("/api/v1/operator/guarded-switch", body | changes, content_type="application/json")
 
     assert post(signed_in()).status_code == 403
     operator = signed_in("operator")
-    assert post(operator, guard=guard | {"metric": "beauty"}).status_code == 400
+    assert post(operator, guard=wanted | {"metric": "beauty"}).status_code == 400
     assert post(operator, model="nothing").status_code == 404
     assert post(operator).json()["state"] == "watching"
     assert execute(fleet.client, fleet.queue.active_policy()).name == "fair"

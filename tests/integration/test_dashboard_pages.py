@@ -400,6 +400,7 @@ def test_a_tenant_sees_its_use_its_budget_and_its_share(fleet: FleetWriter) -> N
     assert (hour["met"], hour["share"]) == (0, 0)
     assert hour["budget_left"] == pytest.approx(1 - 1 / 0.1)
     assert checkout["attainment"]["30d"] == {"judged": 0, "met": 0, "share": None, "budget_left": None}
+    assert sum(row["service"]["share"] for row in answer["tenants"]) == pytest.approx(1, abs=1e-9)
     assert (checkout["service"]["entitled"], support["service"]["entitled"]) == (0.75, 0.25)
     tokens = [row["service"]["tokens"] for row in answer["tenants"]]
     assert answer["jain"] == pytest.approx(
