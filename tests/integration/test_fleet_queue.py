@@ -236,3 +236,23 @@ def test_concurrent_owners_and_enqueues_claim_every_request_exactly_once(
     everything = [id_ for ids in claimed for id_ in ids]
     assert sorted(everything) == [f"r{i:05d}" for i in range(500)]
     assert all(ids == sorted(ids) for ids in claimed), "each owner is served in order of arrival"
+
+
+def test_one_owner_may_hold_requests_of_more_tenants_than_lua_has_stack_for(
+    store: redis.Redis, queue: FleetQueue
+) -> None:
+    fair, num = build_policy("fair"), 4500
+    assert execute(store, queue.init_policy("fair", fair.params, 1))
+    entries = [entry_of(i, tenant=f"tenant-{i}") for i in range(num)]
+    execute_many(
+        store,
+        [
+            queue.enqueue(entry, fair.place(entry), revision=1, body=b"", depth_limit=10**6, shed=True)
+            for entry in entries
+        ],
+    )
+    assert len(claim(store, queue, "gpu", num, now=0.0).requests) == num
+    assert execute(store, queue.snapshot()).by_tenant == {}
+    assert execute(store, queue.expire(now=10.0)) == [("gpu", num)]
+    snapshot = execute(store, queue.snapshot())
+    assert (snapshot.depth, len(snapshot.by_tenant), snapshot.running) == (num, num, 0)
