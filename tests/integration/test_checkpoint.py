@@ -86,8 +86,18 @@ def rewrite_header(weights: Path, change: Callable[[dict[str, Any]], None]) -> N
         lambda tensor: tensor.update(shape="all"),
     ],
 )
-def test_tensors_that_overlap_or_are_not_as_large_as_they_say_are_refused(folder: Path, change: Any) -> None:
+def test_tensors_that_are_not_as_large_as_they_say_are_refused(folder: Path, change: Any) -> None:
     rewrite_header(folder / "model.safetensors", lambda header: change(header["model.layers.1.mlp.up_proj.weight"]))
+    with pytest.raises(CheckpointError, match="cut off or is no safetensors file"):
+        inspect_checkpoint(folder)
+
+
+def test_tensors_that_share_their_bytes_are_refused(folder: Path) -> None:
+    def share(header: dict[str, Any]) -> None:
+        first, second = (header[f"model.layers.{i}.mlp.up_proj.weight"] for i in (0, 1))
+        second["data_offsets"] = first["data_offsets"]
+
+    rewrite_header(folder / "model.safetensors", share)
     with pytest.raises(CheckpointError, match="cut off or is no safetensors file"):
         inspect_checkpoint(folder)
 
