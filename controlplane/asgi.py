@@ -30,6 +30,7 @@ from inference.gateway.errors import GatewayError  # noqa: E402
 
 _openai = OpenAIApp(settings.PENSTOCK.max_body_bytes)
 _lifespan = Lifespan(settings.PENSTOCK, aggregator)
+OFFLINE = ("/v1/files", "/v1/batches")
 _probes = {"/healthz": answer_healthz, "/readyz": answer_readyz, "/metrics": answer_metrics}
 
 
@@ -40,15 +41,17 @@ async def _route(scope: Scope, receive: Receive, send: Send) -> None:
         await _lifespan(scope, receive, send)
     elif kind == "websocket":
         await _sockets(scope, receive, send)
+    elif scope["path"].startswith(OFFLINE):
+        await _bounded_django(scope, receive, send, settings.PENSTOCK.max_file_bytes + settings.PENSTOCK.max_body_bytes)
     elif scope["path"].startswith("/v1/") or scope["path"] == "/v1":
         await _openai(scope, receive, send)
     elif (probe := _probes.get(scope["path"])) is not None:
         await probe(scope, receive, send)
     else:
-        await _bounded_django(scope, receive, send)
+        await _bounded_django(scope, receive, send, settings.PENSTOCK.max_body_bytes)
 
 
-async def _bounded_django(scope: Scope, receive: Receive, send: Send) -> None:
+async def _bounded_django(scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:
     """Django, behind the bound on bodies, and with `X-Request-Id` on its response.
 
     Django itself takes a body of any size to disk before it asks who sends it.
@@ -56,7 +59,7 @@ async def _bounded_django(scope: Scope, receive: Receive, send: Send) -> None:
     exchange = Exchange(scope, receive, send, uuid.uuid4().hex)
     header = (b"x-request-id", exchange.id)
     try:
-        bodies = [bytes(await exchange.read_body(settings.PENSTOCK.max_body_bytes))]
+        bodies = [bytes(await exchange.read_body(max_bytes))]
     except GatewayError as error:
         await exchange.refuse(error)
         return

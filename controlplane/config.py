@@ -102,6 +102,11 @@ class Config(BaseSettings):
         5.0, ge=0.5, le=120, description="A worker silent for this long loses its requests to others."
     )
     max_body_bytes: int = Field(2 * 2**20, ge=1024, description="Largest request body.")
+    files: Path | None = Field(
+        None,
+        description="Folder of the files that tenants upload, shared by web and ops; empty: `files` under `PENSTOCK_VAR`.",
+    )
+    max_file_bytes: int = Field(32 * 2**20, ge=1024, description="Largest file that a tenant may upload.")
     history_days: int = Field(30, ge=1, le=3650, description="How long request and batch records are kept.")
     minutes_days: int = Field(30, ge=1, le=3650, description="How long history summed up by minutes is kept.")
     hours_days: int = Field(730, ge=1, le=36500, description="How long history summed up by hours is kept.")
@@ -128,6 +133,11 @@ class Config(BaseSettings):
     def num_gpu_processes(self) -> int:
         """GPU workers to start: at least one for each model."""
         return max(self.gpu_workers, len(self.models)) if self.gpu_workers else 0
+
+    @cached_property
+    def files_folder(self) -> Path:
+        """Where tenants' files lie."""
+        return self.files or self.var / "files"
 
     @cached_property
     def redis(self) -> str:

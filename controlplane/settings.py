@@ -169,7 +169,11 @@ CELERY_TASK_SERIALIZER = "json"
 CELERY_ACCEPT_CONTENT = ["json"]
 # A worker that names no queue is a gpu worker; it must never take a periodic task, least of all one for the database.
 CELERY_TASK_DEFAULT_QUEUE = "gpu"
-CELERY_TASK_ROUTES = {"inference.tasks.*": {"queue": "ops"}, "dashboard.tasks.*": {"queue": "ops"}}
+CELERY_TASK_ROUTES = {
+    "inference.tasks.*": {"queue": "ops"},
+    "dashboard.tasks.*": {"queue": "ops"},
+    "controlplane.tasks.*": {"queue": "ops"},
+}
 CELERY_TASK_CREATE_MISSING_QUEUES = True
 CELERY_TIMEZONE = "UTC"
 CELERY_WORKER_HIJACK_ROOT_LOGGER = False
@@ -190,6 +194,7 @@ CELERY_BEAT_SCHEDULE = {
     "adapt-policies": _every(2, "inference.tasks.adapt_policies"),
     "publish-deployments": _every(5, "inference.tasks.publish_deployments"),
     "record-replicas": _every(5, "inference.tasks.record_replicas"),
+    "run-offline-work": _every(1, "controlplane.tasks.run_offline_work"),
     "prune-history": _every(3600, "inference.tasks.prune_history"),
     "roll-up-history": _every(5, "dashboard.tasks.roll_up_history"),
     "watch-switches": _every(1, "dashboard.tasks.watch_switches"),

@@ -16,7 +16,7 @@ def settings_table() -> str:
 
 
 def _default(value: object) -> str:
-    if value in ("", []):
+    if value in ("", [], None):
         return ""
     if isinstance(value, Path):
         value = value.relative_to(ROOT)

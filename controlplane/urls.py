@@ -4,10 +4,17 @@ from django.contrib import admin
 from django.urls import include, path
 
 from controlplane.api.native import api, unknown_url
+from controlplane.api.openai import offline
 
 urlpatterns = [
     path("admin/", admin.site.urls),
     path("api/", api.urls),
     path("api/<path:rest>", unknown_url),
+    path("v1/files", offline.files),
+    path("v1/files/<str:file_id>", offline.one_file),
+    path("v1/files/<str:file_id>/content", offline.file_content),
+    path("v1/batches", offline.batches),
+    path("v1/batches/<str:batch_id>", offline.one_batch),
+    path("v1/batches/<str:batch_id>/cancel", offline.cancel),
     path("", include("dashboard.urls")),
 ]

@@ -144,6 +144,9 @@ def test_pods_have_probes_drain_and_no_secret_of_their_own() -> None:
         drain_s = float(environment.get("PENSTOCK_DRAIN_S") or 5)
         assert pod["terminationGracePeriodSeconds"] >= drain_s + DRAIN_RESERVE_S
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (name == "gpu")
+        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert ("/files" in mounts) == (name != "gpu")
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     (config,) = manifests("ConfigMap")
     Config(**{_field(name): _value(value) for name, value in config["data"].items()})
     assert not list(manifests("Secret"))
@@ -172,6 +175,7 @@ def test_the_compose_file_is_valid_and_its_services_drain() -> None:
         assert float(services[name]["stop_grace_period"].removesuffix("s")) >= drain_s + 2.5
     wanted = set(re.findall(r"\$\{(\w+):\?", path.read_text()))
     assert wanted <= set(re.findall(r"^(\w+)=$", (DEPLOY / "env.example").read_text(), re.MULTILINE))
+    assert services["web"]["volumes"] == services["ops"]["volumes"] == ["files:/files"]
     redis_command = services["redis"]["command"]
     assert {"--appendonly", "noeviction"} <= set(redis_command)
 

@@ -1,0 +1,67 @@
+"""Tenants' files: rows in the database, contents in a folder, both bounded."""
+
+import os
+import uuid
+from pathlib import Path
+
+from django.conf import settings
+from django.db.models import Sum
+
+from controlplane.models import Batch, StoredFile
+from inference.gateway.errors import InvalidRequest, NotFound
+
+MAX_FILES = 1000
+"""Of one tenant."""
+MAX_TOTAL = 16
+"""Times the largest file: what a tenant may keep in all."""
+ACTIVE = (Batch.Status.VALIDATING, Batch.Status.IN_PROGRESS, Batch.Status.FINALIZING, Batch.Status.CANCELLING)
+
+
+def content_path(file_id: str) -> Path:
+    """Where a file's content lies. Ids are ours, never a client's."""
+    folder: Path = settings.PENSTOCK.files_folder
+    return folder / file_id
+
+
+def store_file(*, tenant: str, filename: str, purpose: str, content: bytes, bounded: bool = True) -> StoredFile:
+    """Write a file whole, then its row. Raises InvalidRequest beyond the bounds."""
+    if bounded:
+        _check_bounds(tenant, len(content))
+    file = StoredFile(
+        id=f"file-{uuid.uuid4().hex}", tenant=tenant, filename=filename[:255], purpose=purpose, num_bytes=len(content)
+    )
+    path = content_path(file.id)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+        out.write(content)
+    draft.rename(path)
+    file.save(force_insert=True)
+    return file
+
+
+def _check_bounds(tenant: str, num_bytes: int) -> None:
+    limit: int = settings.PENSTOCK.max_file_bytes
+    if num_bytes > limit:
+        raise InvalidRequest(f"A file has at most {limit} bytes.", param="file", code="file_too_large")
+    mine = StoredFile.objects.filter(tenant=tenant)
+    total = mine.aggregate(total=Sum("num_bytes"))["total"] or 0
+    if mine.count() >= MAX_FILES or total + num_bytes > MAX_TOTAL * limit:
+        raise InvalidRequest("This tenant's files have used up their room; delete some.", code="files_full")
+
+
+def find_file(tenant: str, file_id: str) -> StoredFile:
+    """Raises NotFound, for another tenant's file too."""
+    file = StoredFile.objects.filter(tenant=tenant, id=file_id).first()
+    if file is None:
+        raise NotFound(f"There is no file {file_id[:100]}.", code="file_not_found")
+    return file
+
+
+def delete_file(file: StoredFile) -> None:
+    """Remove row and content. Raises InvalidRequest while a batch reads it."""
+    if Batch.objects.filter(input_file_id=file.id, status__in=ACTIVE).exists():
+        raise InvalidRequest("A batch still uses this file.", code="file_in_use")
+    path = content_path(file.id)
+    file.delete()
+    path.unlink(missing_ok=True)
