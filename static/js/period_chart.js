@@ -39,6 +39,8 @@ export class PeriodChart extends Chart {
     ctx.strokeStyle = resolveColour("var(--warn)");
     ctx.fillStyle = ctx.strokeStyle;
     ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
+    ctx.textAlign = "left";
+    ctx.textBaseline = "alphabetic";
     ctx.lineWidth = devicePixelRatio;
     ctx.setLineDash([4 * devicePixelRatio, 3 * devicePixelRatio]);
     for (const [at, label] of this.marks) {
