@@ -241,8 +241,7 @@ def pack_entry(entry: QueueEntry, reply_to: str, keep_s: int) -> tuple[Any, ...]
     """An entry as scripts store it; a script appends the arrival number. No nil: a Lua list ends at its first hole."""
     deadline = False if entry.deadline_s is None else entry.deadline_s
     head = (entry.id, entry.tenant, entry.priority, entry.arrival_s, entry.prompt_tokens, entry.max_tokens)
-    expires = entry.drop_expired and entry.deadline_s is not None
-    return (*head, deadline, entry.share, reply_to, keep_s, expires)
+    return (*head, deadline, entry.share, reply_to, keep_s, entry.drop_expired)
 
 
 def unpack_entry(packed: bytes) -> tuple[QueueEntry, int]:

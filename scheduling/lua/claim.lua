@@ -77,7 +77,7 @@ local function serve(flow, vt, head, system_vt)
   if queue.rules[PROMOTE] then call('ZREM', ARRIVALS, id) else arrivals[#arrivals + 1] = id end
   if attempt == 1 then
     rights[#rights + 1] = id
-    if entry[EXPIRES] then call('ZREM', DEADLINES, id) end
+    if entry[EXPIRES] and entry[DEADLINE] then call('ZREM', DEADLINES, id) end
   end
   if string.sub(r[6], 1, #queue.epoch + 1) ~= queue.epoch .. ':' then call('HDEL', queue.at .. ':at', id) end
   call('HSET', record, 'state', 'running', 'attempt', attempt, 'owner', owner)

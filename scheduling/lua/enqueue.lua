@@ -54,7 +54,7 @@ call('HSET', record, 'body', body, 'state', 'queued', 'attempt', 0, 'entry', cms
   'at', queue.epoch .. ':' .. digits .. placement[1])
 call('ZADD', ARRIVALS, entry[ARRIVAL], id)
 call('ZADD', RIGHT, entry[PRIORITY] * PRIORITY_STEP + entry[ARRIVAL], id)
-if entry[EXPIRES] then call('ZADD', DEADLINES, entry[DEADLINE], id) end
+if entry[EXPIRES] and entry[DEADLINE] then call('ZADD', DEADLINES, entry[DEADLINE], id) end
 call('ZADD', queue.at .. ':f:' .. placement[1], placement[3], digits .. ':' .. id)
 set_backlogged(queue, placement[1], placement[2])
 if entry[REPLY_TO] ~= '' then call('SADD', Q .. ':web:' .. entry[REPLY_TO], id) end

@@ -192,7 +192,7 @@ end
 local function leave_orders(entry)
   call('ZREM', ARRIVALS, entry[ID])
   call('ZREM', RIGHT, entry[ID])
-  if entry[EXPIRES] then call('ZREM', DEADLINES, entry[ID]) end
+  if entry[EXPIRES] and entry[DEADLINE] then call('ZREM', DEADLINES, entry[ID]) end
 end
 
 local function count_waiting(queue, entry, by)
