@@ -16,7 +16,7 @@ from inference.gateway.errors import InvalidKey, Unavailable
 from inference.models import ModelDeployment
 from scheduling import services
 from scheduling.keys import Keys
-from scheduling.models import ApiKey, Tenant
+from scheduling.models import ApiKey, ServiceLevel, Tenant
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("installation")]
 
@@ -47,6 +47,18 @@ def test_quota_weight_and_suspension_stand_in_the_directory(tenant: Tenant) -> N
     services.suspend_tenant(tenant=tenant, reason="unpaid")
     config = load_directory().tenants["acme"]
     assert (config.weight, config.suspended, config.rpm, config.tpm, config.concurrency) == (2.5, True, 60, None, 4)
+
+
+def test_a_tenants_own_target_for_a_priority_goes_before_everybodys(tenant: Tenant) -> None:
+    services.update_tenant(tenant=tenant, drop_expired=True)
+    ServiceLevel.objects.create(priority=3, e2e_ms=8000)
+    ServiceLevel.objects.create(priority=5, e2e_ms=60_000)
+    ServiceLevel.objects.create(tenant=tenant, priority=3, e2e_ms=2000)
+    ServiceLevel.objects.create(tenant=tenant, priority=2, ttft_ms=100)
+    services.create_tenant(name="other")
+    tenants = load_directory().tenants
+    assert (tenants["acme"].deadlines_s, tenants["acme"].drop_expired) == ({3: 2.0, 5: 60.0}, True)
+    assert (tenants["other"].deadlines_s, tenants["other"].drop_expired) == ({3: 8.0, 5: 60.0}, False)
 
 
 def test_a_rotated_key_is_replaced_at_once(tenant: Tenant) -> None:
