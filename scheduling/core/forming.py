@@ -9,8 +9,11 @@ from scheduling.core.triggers import AnyOf, BatchView, Fired, OldestWait, SizeTh
 Mode = Literal["serial", "static", "dynamic", "continuous"]
 DYNAMIC_WAIT_S = 0.05
 """How long `dynamic` lets the oldest request wait for its batch to fill, unless triggers are given."""
-SUSPECT_SHARE = 4
-"""Sequences over which an engine process has ended once run with others of that kind, a quarter of a batch."""
+SUSPECT_SHARE = 2
+"""Sequences over which an engine process has ended once run with others of that kind, half a batch at a time.
+
+Most ends are nobody's fault, and then this is what they cost.
+"""
 
 
 class BatchFormer:
