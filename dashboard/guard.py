@@ -48,7 +48,7 @@ METRICS: Mapping[str, GuardMetric] = {
     "e2e_p99_s": GuardMetric(title="End to end, p99", unit="s", falls=False, default=30.0),
     "queue_p99_s": GuardMetric(title="Queue time, p99", unit="s", falls=False, default=5.0),
     "failed": GuardMetric(title="Failed", unit="%", falls=False, default=5.0),
-    "oldest_wait_s": GuardMetric(title="Oldest waiting request", unit="s", falls=False, default=60.0),
+    "oldest_wait_s": GuardMetric(title="Longest wait since the change", unit="s", falls=False, default=60.0),
 }
 
 
@@ -101,9 +101,12 @@ def check_guards(*, announce: Announce | None = None, clock: Callable[[], dateti
 
 
 def read_figures(model: str, since: datetime, until: datetime) -> dict[str, float | int | None]:
-    """The metrics over requests that ended in between, the latest MAX_ROWS of them."""
+    """The metrics over requests that came and ended in between, the latest MAX_ROWS of them.
+
+    Those that came before waited under another policy: they tell nothing of this one.
+    """
     rows = list(
-        RequestRecord.objects.filter(model=model, finished_at__gte=since, finished_at__lt=until)
+        RequestRecord.objects.filter(model=model, finished_at__gte=since, finished_at__lt=until, arrived_at__gte=since)
         .exclude(state="cancelled")
         .order_by("-finished_at")[:MAX_ROWS]
     )
@@ -124,7 +127,7 @@ def _look(guard: GuardedSwitch, newest: PolicyRevision | None, now: datetime, an
     if newest is None or newest.revision != guard.revision:
         _end(guard, State.SUPERSEDED, "Another revision came before the watch was over.")
         return False
-    figures = {**read_figures(guard.model, guard.started_at, now), "oldest_wait_s": _oldest_wait_s(guard.model)}
+    figures = {**read_figures(guard.model, guard.started_at, now), "oldest_wait_s": _oldest_wait_s(guard)}
     guard.after = figures
     if sentence := find_breach(guard, figures):
         return _roll_back(guard, newest, sentence, announce)
@@ -173,14 +176,17 @@ def _end(guard: GuardedSwitch, state: State, verdict: str) -> None:
     guard.save(update_fields=["state", "verdict", "after", "rolled_back_to"])
 
 
-def _oldest_wait_s(model: str) -> float | None:
+def _oldest_wait_s(guard: GuardedSwitch) -> float | None:
+    """How long the oldest waiting request has waited since the switch."""
     try:
-        snapshot, now_s = execute_many(live_redis(), [FleetQueue(live_keys(), model).snapshot(), TIME])
+        snapshot, now_s = execute_many(live_redis(), [FleetQueue(live_keys(), guard.model).snapshot(), TIME])
     except (RedisError, OSError) as error:
-        logger.warning("The queue of %s cannot be asked: %s", model, error)
+        logger.warning("The queue of %s cannot be asked: %s", guard.model, error)
         return None
-    oldest = snapshot.oldest_arrival_s
-    return 0.0 if oldest is None else round(max(0.0, now_s - oldest), 3)
+    if snapshot.oldest_arrival_s is None:
+        return 0.0
+    waited_s: float = now_s - max(snapshot.oldest_arrival_s, guard.started_at.timestamp())
+    return round(max(0.0, waited_s), 3)
 
 
 def _share(values: Sequence[bool]) -> float | None:

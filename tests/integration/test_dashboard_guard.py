@@ -53,10 +53,10 @@ def served(num: int, *, late_s: float = 0.0) -> None:
     RequestRecord.objects.bulk_create(rows)
 
 
-def since_the_switch() -> None:
-    """As if the switch had been a second ago, so that what ended since is told from what ended before."""
+def let_pass(seconds: float) -> None:
+    """As if the switch had been so long ago."""
     for watched in GuardedSwitch.objects.all():
-        watched.started_at -= timedelta(seconds=1)
+        watched.started_at -= timedelta(seconds=seconds)
         watched.save()
 
 
@@ -65,7 +65,7 @@ def test_a_bad_policy_under_load_is_turned_back_by_itself_and_nothing_is_lost(fl
     ids = {fleet.enqueue(f"tenant-{i % 4}", i % 6) for i in range(150)}
     claimed = {request.id for request in fleet.claim(20)}
     assert switch_guarded(signed_in("operator")).status_code == 200
-    since_the_switch()
+    let_pass(200)
     assert check_guards() == 0
     served(40, late_s=90)
     assert check_guards() == 1
@@ -89,7 +89,7 @@ def test_a_bad_policy_under_load_is_turned_back_by_itself_and_nothing_is_lost(fl
 def test_a_good_policy_is_kept_and_what_is_superseded_is_left_alone(fleet: FleetWriter) -> None:
     operator = signed_in("operator")
     switch_guarded(operator)
-    since_the_switch()
+    let_pass(200)
     served(10, late_s=90)
     assert check_guards() == 0, "ten requests are too few to judge"
     assert GuardedSwitch.objects.get().after["requests"] == 10
@@ -106,12 +106,23 @@ def test_a_good_policy_is_kept_and_what_is_superseded_is_left_alone(fleet: Fleet
     assert execute(fleet.client, fleet.queue.active_policy()).revision == 3
 
 
+def test_who_waited_under_the_former_policy_is_not_held_against_the_new_one(fleet: FleetWriter) -> None:
+    fleet.enqueue("chat", age_s=300)
+    switch_guarded(signed_in("operator"))
+    switch_guarded(signed_in("operator"), policy="fair", **{"guard.metric": "oldest_wait_s"})
+    let_pass(1)
+    served(40, late_s=90)
+    assert check_guards() == 0
+    assert GuardedSwitch.objects.get(revision=2).after["requests"] == 0
+    assert GuardedSwitch.objects.get(revision=2).after["oldest_wait_s"] < 30
+
+
 def test_an_operators_switch_in_the_moment_of_a_breach_stands(
     fleet: FleetWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operator = signed_in("operator")
     switch_guarded(operator)
-    since_the_switch()
+    let_pass(200)
     served(40, late_s=90)
     look = guard.find_breach
 
@@ -136,7 +147,7 @@ def test_a_guard_watches_the_figure_that_was_chosen(
         ServiceLevel.objects.create(priority=priority, ttft_ms=1)
     fleet.enqueue("chat", age_s=300)
     switch_guarded(signed_in("operator"), **{"guard.metric": metric, "guard.threshold": threshold})
-    since_the_switch()
+    let_pass(200)
     served(30)
     assert check_guards() == turned_back
 
