@@ -226,3 +226,21 @@ def test_bad_parameters_are_named(name: str, params: dict[str, float], message: 
 def test_an_unknown_strategy_is_answered_with_the_known_ones() -> None:
     with pytest.raises(UnknownSizing, match="adaptive, balanced, fixed, latency_first"):
         build_sizing("best")
+
+
+def test_adaptive_judges_a_size_only_once_the_batch_has_it() -> None:
+    controller = build_sizing("adaptive", {"initial": 16, "dwell": 1}, random=Random(1))
+    controller.observe(replace(BUSY, num_running=64, good_tokens=5000))
+    assert controller.size == 16
+    assert all(arm.weight == 0 for arm in controller._arms), "the tokens are those of a larger batch"  # type: ignore[attr-defined]
+    controller.observe(replace(BUSY, num_running=16, good_tokens=100))
+    (tried,) = (arm for arm in controller._arms if arm.weight)  # type: ignore[attr-defined]
+    assert (tried.size, tried.total) == (16, 100.0)
+
+
+def test_adaptive_expects_of_untried_sizes_what_the_step_cost_promises() -> None:
+    controller = build_sizing("adaptive", {"dwell": 1}, random=Random(1))
+    controller.observe(replace(BUSY, num_running=16, good_tokens=100, cost=DEFAULT_COST))
+    promises = [arm.promise for arm in controller._arms]  # type: ignore[attr-defined]
+    assert promises == sorted(promises)
+    assert promises[0] < 0.2 < 1 < promises[-1]

@@ -9,8 +9,7 @@ from typing import Any
 
 from scheduling.core.policy import Parameter
 from scheduling.core.sizing.controller import Controller, Observation
-from scheduling.core.sizing.cost_model import StepFeatures
-from scheduling.core.sizing.thompson import Adaptive
+from scheduling.core.sizing.thompson import Adaptive, decode_rate
 
 SHRINK_ABOVE = 1.2
 """Latency above this share of its target: too slow."""
@@ -81,15 +80,8 @@ def _is_idle(observation: Observation) -> bool:
 
 def _throughput_gain(observation: Observation, size: int, larger: int) -> float | None:
     """How many more tokens a second a larger batch decodes, as a share; None where the cost is unknown."""
-    cost = observation.cost
-    if cost is None:
-        return None
-
-    def tokens_per_s(batch_size: int) -> float:
-        context = round(batch_size * observation.mean_context_tokens)
-        return batch_size / cost.price(StepFeatures(1, 0, batch_size, context, 0))
-
-    return tokens_per_s(larger) / tokens_per_s(size) - 1
+    cost, context = observation.cost, observation.mean_context_tokens
+    return None if cost is None else decode_rate(cost, larger, context) / decode_rate(cost, size, context) - 1
 
 
 class LatencyFirst(Controller):
