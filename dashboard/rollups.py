@@ -175,7 +175,9 @@ def _save(kind: type[Grain], key_fields: Sequence[str], sums: Sums) -> None:
     rows: Any = kind.objects  # type: ignore[attr-defined]
     there = {
         tuple(getattr(row, name) for name in key_fields): row
-        for row in rows.filter(resolution__in=Resolution.values, start__in={key[1] for key in sums})
+        for row in rows.filter(
+            resolution__in=Resolution.values, start__in={key[1] for key in sums}, model__in={key[2] for key in sums}
+        )
     }
     changed, made = [], []
     for key, values in sums.items():
