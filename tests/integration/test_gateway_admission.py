@@ -11,11 +11,11 @@ import msgspec
 import pytest
 import redis.asyncio
 
-from inference.gateway.errors import DeadlineExceeded, NoReplica
-from inference.messages import ReplicaStatus
+from inference.gateway.errors import DeadlineExceeded, NoReplica, Overloaded
+from inference.messages import ReplicaStatus, SharedLevel
 from inference.shedding import end_dropped
 from scheduling.core.answers import Shed
-from scheduling.core.backpressure import Level
+from scheduling.core.backpressure import BackpressureLimits, Level
 from scheduling.keys import Keys
 from scheduling.store import aexecute, connect
 from tests.integration.gateway_support import TENANT, draft, open_gateway
@@ -90,6 +90,21 @@ async def test_a_level_rises_with_the_request_that_calls_for_it_and_everywhere_s
         for reply in replies:
             reply.abandon()
         await until(lambda: one.status(MODEL).assessment.level == other.status(MODEL).assessment.level == Level.NONE)
+
+
+async def test_what_another_process_measured_refuses_here_too_for_as_long_as_it_holds(
+    redis_url: str, astore: redis.asyncio.Redis, keys: Keys, tmp_path: Path
+) -> None:
+    async with open_gateway(redis_url, keys, tmp_path) as gateway:
+        now = time.time()
+        theirs = SharedLevel(int(Level.HIGH), "estimated wait 200 s", now, now)
+        await astore.hset(keys.backpressure, MODEL, msgspec.msgpack.encode(theirs))
+        await until(lambda: gateway.status(MODEL).assessment.level == Level.HIGH)
+        with pytest.raises(Overloaded, match="estimated wait 200 s"):
+            await gateway.submit(draft(gateway, 1, 3))
+        await until(lambda: gateway.status(MODEL).assessment.level == Level.NONE)
+        assert time.time() - now >= BackpressureLimits().hold_s
+        await gateway.submit(draft(gateway, 2, 3))
 
 
 async def test_the_client_of_a_dropped_request_hears_that_its_deadline_passed(

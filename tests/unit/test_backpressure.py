@@ -198,6 +198,11 @@ def test_a_level_rises_at_once_and_falls_only_after_it_was_not_called_for_a_whil
         called_s |= {called: now_s for called in Level if called <= max(rises, min(stays, level))}
 
 
+def test_a_reading_within_the_band_holds_the_level_for_as_long_again() -> None:
+    history = follow([(0.0, 1000, 0.0), (0.6, 900, 0.0), (1.2, 0, 0.0), (1.7, 0, 0.0)])
+    assert [standing.assessment.level for standing in history] == [4, 4, 4, 0]
+
+
 def test_without_load_every_level_ends() -> None:
     history = follow([(0.0, 1000, 1.0), (0.5, 0, 0.0), (0.9, 0, 0.0), (1.1, 0, 0.0)])
     assert [standing.assessment.level for standing in history] == [4, 4, 4, 0]
