@@ -186,6 +186,7 @@ class InstantEngine:
             max_tokens=request.max_tokens,
             attempts=running.attempt,
             replica="instant",
+            traceparent=request.traceparent,
         )
         return [
             self._limits.settle(request.tenant, request.id, refund_tokens=max(0, request.charged_tokens - used)),
