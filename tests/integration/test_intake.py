@@ -10,9 +10,10 @@ import pytest
 import redis
 
 from inference.messages import InferenceRequest, RequestEvent
+from inference.worker import intake as intake_module
 from inference.worker.active import ActiveRequest, open_request
 from inference.worker.inbox import Inbox
-from inference.worker.intake import BELL_WAIT_S, Intake
+from inference.worker.intake import Intake
 from inference.worker.lease import Lease
 from scheduling.core.answers import ClaimedRequest
 from scheduling.core.policies import build_policy
@@ -99,20 +100,26 @@ def test_an_idle_intake_claims_what_no_room_will_fit_so_that_it_can_be_refused(
     assert take(intake, 1) == ["next"]
 
 
+@pytest.fixture
+def no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An intake that waits after a claim, waits for longer than a test does."""
+    monkeypatch.setattr(intake_module, "BELL_WAIT_S", 30.0)
+
+
+@pytest.mark.usefixtures("no_second_look")
 def test_requests_past_their_deadline_are_ended_at_a_claim_and_never_given(intake: Intake, fleet: FleetClient) -> None:
     for i in range(2 * MAX_EXPIRED + 7):
         fleet.submit(f"late{i}", [1], 5, deadline_s=time.time() - 1)
     fleet.submit("r", [1], 5, deadline_s=time.time() + 600)
-    started = time.monotonic()
-    intake.offer(Room(4, 100), is_idle=False)
-    assert take(intake, 1) == ["r"]
-    assert time.monotonic() - started < BELL_WAIT_S, "a claim that was cut short is repeated at once"
+    intake.offer(Room(1, 100), is_idle=False)
+    assert take(intake, 1) == ["r"], "a claim that was cut short is repeated at once"
     late = [answer for name, answer in fleet.answers.items() if name != "r"]
     fleet.until(lambda: all(answer.finish for answer in late))
     assert {answer.finish.error_code for answer in late if answer.finish} == {"deadline_exceeded"}
     assert len(fleet.events(RequestEvent)) == len(late), "each is ended once"
 
 
+@pytest.mark.usefixtures("no_second_look")
 def test_a_claim_that_only_moved_late_requests_is_repeated_at_once(intake: Intake, fleet: FleetClient) -> None:
     policy = build_policy("edf")
     assert execute(fleet.client, fleet.queue.init_policy("edf", {}, 1))
@@ -138,10 +145,8 @@ def test_a_claim_that_only_moved_late_requests_is_repeated_at_once(intake: Intak
                 for entry in entries
             ],
         )
-    started = time.monotonic()
     intake.offer(Room(1, 100), is_idle=False)
     assert take(intake, 1) == ["early"]
-    assert time.monotonic() - started < BELL_WAIT_S
 
 
 def test_a_full_intake_looks_how_many_wait_and_claims_one_that_may_take_a_place(
