@@ -19,7 +19,9 @@ def depth(page: Page) -> int:
     return int(figure.inner_text())
 
 
-def test_signing_in_leads_to_the_live_page_without_an_error_in_the_console(visitor: BrowserContext) -> None:
+def test_signing_in_leads_to_the_live_page_without_an_error_in_the_console(
+    visitor: BrowserContext, fleet: FleetWriter
+) -> None:
     page = visitor.new_page()
     problems: list[str] = []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -30,7 +32,8 @@ def test_signing_in_leads_to_the_live_page_without_an_error_in_the_console(visit
     expect(page.get_by_role("alert")).to_contain_text("correct username and password")
     sign_in(page)
     expect(page.locator("#connection")).to_have_text("Live")
-    expect(page.locator("#policy-name")).to_have_text("fifo")
+    in_force = execute(fleet.client, fleet.queue.active_policy())
+    expect(page.locator("#policy-name")).to_have_text(in_force.name)
     expect(page.locator(".slot:not(.free)")).to_have_count(5)
     expect(page.locator(".worker .state")).to_contain_text("ready")
     expect(page.locator(".worker")).to_contain_text("host: CPU")
