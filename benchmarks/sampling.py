@@ -1,7 +1,7 @@
 """What choosing tokens costs beside the forward pass, and what guessing them ahead brings; ratios of one process.
 
 Run as `python -m benchmarks.sampling [--size demo|100m] [--json FILE]`. Texts that repeat are made by a bias of their
-logits: with one likely token every guess is right, with three equally likely ones about a third are.
+logits: with one likely token every guess is right, with three equally likely ones about a third of the first guesses.
 """
 
 import argparse
