@@ -19,6 +19,7 @@ from django.db.migrations.executor import MigrationExecutor
 from kombu.exceptions import OperationalError
 
 from controlplane.config import ROOT, Config
+from controlplane.offline import is_web
 from controlplane.preflight import MIN_REDIS
 from inference.checkpoint import CheckpointError, inspect_checkpoint
 from inference.messages import ReplicaStatus
@@ -223,15 +224,16 @@ def check_clocks(config: Config, client: redis.Redis) -> Iterator[Finding]:
 def check_workers(config: Config, client: redis.Redis) -> Iterator[Finding]:
     """Each kind of process is there, and each model has one that serves it."""
     keys = Keys(config.key_prefix)
-    num_webs = int(client.zcount(keys.webs, time.time(), "+inf"))
+    names: list[bytes] = client.zrangebyscore(keys.webs, time.time(), "+inf")  # type: ignore[assignment]
+    num_webs = sum(map(is_web, names))
     if num_webs:
         yield _ok("web", f"{num_webs} live.")
     else:
         yield _fail("web", "No web process lives.", "Start one: `manage.py up --only web`, or `make up`.")
     yield from _check_ops(client, keys)
     replicas = read_replicas(client, keys)
-    names: list[bytes] = client.hkeys(keys.deployments)  # type: ignore[assignment]
-    for model in sorted(name.decode() for name in names):
+    models: list[bytes] = client.hkeys(keys.deployments)  # type: ignore[assignment]
+    for model in sorted(name.decode() for name in models):
         yield from _check_model(model, [replica for replica in replicas if replica.model == model])
     for replica in replicas:
         telemetry = replica.telemetry

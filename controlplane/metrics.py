@@ -8,6 +8,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from controlplane.api.openai.exchange import Exchange, Receive, Scope, Send
 from controlplane.metric_families import FleetReading, render_metrics
+from controlplane.offline import is_web
 from inference.directory import DirectoryWatch
 from inference.gateway.errors import RedisUnavailable
 from inference.gateway.gateway import Gateway
@@ -30,8 +31,8 @@ async def read_fleet(gateway: Gateway, tenants: Sequence[str]) -> FleetReading:
         await gateway.monitor.tick(models)
         refusals = await gateway.pipeline.send(Command(("HGETALL", gateway.keys.refusals), _read_refusals))
         now_s = await gateway.pipeline.send(TIME)
-        count = Command(("ZCOUNT", gateway.keys.webs, now_s, "+inf"), int)
-        web_processes = await gateway.pipeline.send(count)
+        webs = Command(("ZRANGE", gateway.keys.webs, now_s, "+inf", "BYSCORE"), lambda names: sum(map(is_web, names)))
+        web_processes = await gateway.pipeline.send(webs)
         history = await gateway.pipeline.send(Command(("XLEN", gateway.keys.history), int))
     except RedisUnavailable:
         return FleetReading(redis_up=False, models={}, refusals={})

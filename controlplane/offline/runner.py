@@ -22,6 +22,7 @@ from controlplane.api.openai.body import ChatBody, CompletionBody, read_body
 from controlplane.api.sampling import refuse_what_polling_lacks
 from controlplane.config import Config
 from controlplane.models import Batch, BatchLine
+from controlplane.offline import GATEWAY_PREFIX
 from controlplane.offline.batches import end_batch, reach, read_lines
 from controlplane.offline.files import ACTIVE
 from inference.directory import DirectoryWatch, KeyConfig
@@ -242,7 +243,7 @@ class RunnerThread:
             config.redis,
             keys,
             directory,
-            name=f"offline-{time.time_ns()}",
+            name=f"{GATEWAY_PREFIX}{time.time_ns()}",
             queue_limit=config.queue_limit,
             queue_tokens=config.queue_tokens or None,
         )

@@ -80,6 +80,7 @@ def test_clocks_that_differ_and_workers_that_lack_are_named(store: redis.Redis, 
     fleet = FleetWriter(store, keys)
     fleet.deploy()
     assert levels(doctor.check_clocks(config, store)) == {"clocks": "ok"}
+    store.zadd(keys.webs, {"offline-1": 2e10})  # the ops process's gateway, which is no web process
     assert levels(doctor.check_workers(config, store)) == {"web": "fail", "ops": "fail", fleet.model: "warn"}
     status = fleet.status()
     fleet.publish(status)

@@ -17,7 +17,15 @@ COUNTS = list(range(len(LATENCY_BUCKETS_S) + 1))
 
 
 def make_replica(**fields: Any) -> ReplicaStatus:
-    known: dict[str, Any] = {"replica": "gpu-0", "model": "m", "host": "h", "pid": 1, "state": "ready", "time_s": 1.0, "started_s": 0.0}
+    known: dict[str, Any] = {
+        "replica": "gpu-0",
+        "model": "m",
+        "host": "h",
+        "pid": 1,
+        "state": "ready",
+        "time_s": 1.0,
+        "started_s": 0.0,
+    }
     return ReplicaStatus(**(known | fields))
 
 
@@ -37,7 +45,13 @@ def scrape(replica: ReplicaStatus | None = None, **fields: Any) -> Samples:
     snapshot = QueueSnapshot(depth=4, by_priority={3: 4}, by_tenant=tenants, oldest_arrival_s=90.0, shed_total=6)
     status = FleetStatus(time_s=1.0, snapshot=snapshot, replicas=[replica])
     refusals = {("m", "acme", "queue_full"): 2, ("m", "tail", "queue_full"): 3, ("m", "beta", "queue_full"): 4}
-    known: dict[str, Any] = {"redis_up": True, "models": {"m": status}, "refusals": refusals, "web_processes": 3, "time_s": 100.0}
+    known: dict[str, Any] = {
+        "redis_up": True,
+        "models": {"m": status},
+        "refusals": refusals,
+        "web_processes": 3,
+        "time_s": 100.0,
+    }
     text = render_metrics(FleetReading(**(known | {"tenants": ["acme"]} | fields))).decode()
     return {
         (sample.name.removeprefix("penstock_"), tuple(sorted(sample.labels.items()))): sample.value
