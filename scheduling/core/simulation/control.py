@@ -46,7 +46,7 @@ class SizingWatch:
         wanted = min(decision.batch_size, planner.step_tokens)
         if planner.mode == "serial" or wanted == planner.max_batch_size:
             return None
-        planner.set_batch_size(wanted)
+        self.replica.set_batch_size(wanted)
         return SizeChange(now_s, index, wanted, decision.reason)
 
     def _observe(self, now_s: float, seconds: float, num_waiting: int, oldest_wait_s: float) -> Observation:

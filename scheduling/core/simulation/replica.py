@@ -131,6 +131,11 @@ class SimulatedReplica:
         self._room = None
         self.planner.add(sequence)
 
+    def set_batch_size(self, max_batch_size: int) -> None:
+        """For claims from now on, and the steps that are planned from now on."""
+        self._room = None
+        self.planner.set_batch_size(max_batch_size)
+
     def plan(self, now_s: float) -> bool:
         """Plan a step; False where there is nothing to run."""
         self._parts, self._room = self.planner.plan(now_s), None

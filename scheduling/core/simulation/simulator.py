@@ -61,6 +61,7 @@ class Simulator:
         """The virtual time, and when something last began or ended."""
         self._outcomes = [Outcome(request) for request in trace]
         self._num_arrived = self._num_ended = 0
+        self._has_levels = len({request.priority for request in trace}) > 1
         self._next_of = [0] * (max(Priority) + 1)
         """Priority -> no request before this number that has yet to come is of it or higher."""
         self._events: list[tuple[float, int, int]] = []
@@ -134,6 +135,10 @@ class Simulator:
             return math.inf
         return self._outcomes[self._num_arrived].request.arrival_s
 
+    def _may_preempt(self) -> bool:
+        """Whether anybody could ever take another's slot: by the policy, and since there are levels to tell apart."""
+        return self._has_levels and self._queue.policy.policy.rules.preempts
+
     def _next_arrival_of(self, max_priority: int) -> float:
         """When the next request of this priority number or lower arrives."""
         outcomes, number = self._outcomes, max(self._num_arrived, self._next_of[max_priority])
@@ -203,7 +208,7 @@ class Simulator:
     def _horizon_s(self, replica: SimulatedReplica) -> float:
         """Until when nothing can reach this replica: a claim needs room, and something to claim that fits it."""
         horizon_s = min(self._next_control_s(), replica.ready_s)
-        if self._queue.policy.policy.rules.preempts and (urgent := replica.urgent_room):
+        if self._may_preempt() and (urgent := replica.urgent_room):
             if self._queue.has_urgent(urgent):
                 return self._now
             horizon_s = min(horizon_s, self._next_arrival_of(urgent.max_priority))
@@ -228,7 +233,7 @@ class Simulator:
         if (room := replica.room).requests > 0:
             is_idle = not replica.planner.num_running and not replica.planner.num_waiting and not replica.on_its_way
             sequences = self._queue.claim(str(index), room, is_idle=is_idle)
-        if not sequences and self._queue.policy.policy.rules.preempts and (urgent := replica.urgent_room):
+        if not sequences and self._may_preempt() and (urgent := replica.urgent_room):
             sequences = self._queue.claim_urgent(str(index), urgent)
         ready_s = self._now + self._settings.claim_s
         for sequence in sequences:
