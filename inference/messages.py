@@ -361,4 +361,4 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     targets: list[LatencyTarget] = []
     """SLAs, for sizing strategies."""
     quantization: Literal["none", "int8"] = "none"
-    """Whether weights are kept in int8; rounding changes what a model says, the replica's description tells how much."""
+    """Whether weights are kept in int8; rounding changes what a model says (the replica's description: by how much)."""

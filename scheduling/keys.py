@@ -34,7 +34,7 @@ class Keys:
         return f"{self.queue(model)}:bell"
 
     def tenant(self, tenant: str) -> str:
-        """Start of the keys of a tenant's limits (and of its idempotency keys, `:key:DIGEST`); scripts append `:name`."""
+        """Start of the keys of a tenant's limits (its idempotency keys too: `:key:DIGEST`); scripts append `:name`."""
         return f"{{{self.prefix}:t:{tenant}}}"
 
     def replies(self, web: str) -> str:

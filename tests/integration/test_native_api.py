@@ -204,8 +204,9 @@ def test_a_command_to_a_replica_is_for_operators_and_whole_or_refused_by_name(st
             response = operator.post(path, json=body | sizing | fields)
             assert (response.status_code, code_of(response)) == (400, "invalid_sizing"), fields
             assert response.json()["error"]["param"] == param
-        for fields in ({}, sizing, sizing | {"params": {"initial": 4}}):
-            response = operator.post(path, json=body | fields)
+        changes: list[dict[str, object]] = [{}, {**sizing}, {**sizing, "params": {"initial": 4}}]
+        for change in changes:
+            response = operator.post(path, json=body | change)
             assert (response.status_code, code_of(response)) == (404, "replica_not_found")
         del operator.headers["X-CSRFToken"]
         response = operator.post(path, json=body)
