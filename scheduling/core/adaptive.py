@@ -20,7 +20,7 @@ class Conditions:
 
     depth: int
     imbalance: float = 1.0
-    """Tokens waiting for the tenant with the most (by its weight), over the mean of the tenants; 1 is even."""
+    """Tokens waiting for the tenant with the most (by its weight), over the mean of the others; 1 is even."""
     misses: float = 0.0
     """The part of what waits whose deadline has passed."""
     mixture: float = 0.0
@@ -58,11 +58,13 @@ def observe(
     by_tenant: dict[str, float] = defaultdict(float)
     for entry in sample:
         by_tenant[entry.tenant] += entry.cost_tokens / max(entry.share, 0.001)
+    most, others = max(by_tenant.values()), len(by_tenant) - 1
     lengths = sorted(entry.cost_tokens for entry in sample)
     commonest = Counter(entry.priority for entry in sample).most_common(1)[0][1]
     return Conditions(
         depth=depth,
-        imbalance=max(by_tenant.values()) * len(by_tenant) / sum(by_tenant.values()),
+        # Over the mean of all, two tenants would never be more than 2 apart.
+        imbalance=most * others / (sum(by_tenant.values()) - most) if others else 1.0,
         misses=sum(deadline(entry) < now for entry in sample) / len(sample),
         mixture=1 - commonest / len(sample),
         spread=lengths[(9 * len(lengths)) // 10] / lengths[len(lengths) // 2],
@@ -112,7 +114,7 @@ def _explain(shown: frozenset[str], conditions: Conditions) -> str:
 
 
 _SIGNS = {
-    "imbalance": "one tenant has {:.1f} times the mean of the tenants' waiting tokens",
+    "imbalance": "one tenant has {:.1f} times the mean of the others' waiting tokens",
     "misses": "{:.0%} of what waits is past its deadline",
     "mixture": "{:.0%} of what waits is of other priorities than the commonest",
     "spread": "long requests are {:.1f} times the median",

@@ -277,7 +277,10 @@ _KINDS = (
                 default=8.0, minimum=1.0, maximum=1e6, description="While fewer requests wait, nothing is judged."
             ),
             "imbalance": Parameter(
-                default=2.0, minimum=1.0, maximum=1e6, description="Largest over mean of the tenants' waiting tokens."
+                default=2.0,
+                minimum=1.0,
+                maximum=1e6,
+                description="Most waiting tokens of a tenant over the mean of the others.",
             ),
             "misses": Parameter(
                 default=0.1, minimum=0.001, maximum=1.0, description="Part of what waits that is past its deadline."

@@ -78,7 +78,7 @@ def test_a_tenant_that_crowds_out_others_brings_fair_into_force_with_its_reason(
     assert (active.revision, active.name, active.params["current"]) == (2, "adaptive", "fair")
     row = PolicyRevision.objects.get(revision=2)
     assert (row.actor, row.actor_name, row.state, row.num_moved) == (None, ACTOR, "applied", 40)
-    assert "one tenant has 2.4 times the mean" in row.reason
+    assert "one tenant has 8.0 times the mean of the others" in row.reason
     assert OperatorAction.objects.get(reason=row.reason).actor_name == ACTOR
     claimed = execute(store, queue.claim("gpu", max_requests=9, max_tokens=10**6, lease_s=60))
     assert sum(request.id[-1] in "01" for request in claimed.requests) == 6, "now served by tenant"

@@ -122,7 +122,7 @@ def test_conditions_are_read_from_what_waits() -> None:
         entry_of(9, tenant="bob", prompt=1000, output=800, arrival_s=0.0, priority=0, share=9.0),
     ]
     seen = observe(sample, 40, 100.0, deadline_of)
-    assert (seen.depth, seen.imbalance, seen.misses, seen.spread) == (40, 1.8, 0.1, 9.0)
+    assert (seen.depth, seen.imbalance, seen.misses, seen.spread) == (40, 9.0, 0.1, 9.0)
     assert seen.mixture == pytest.approx(0.1)
     assert observe([], 0, 100.0, deadline_of) == Conditions(depth=0)
 
