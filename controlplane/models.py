@@ -130,6 +130,8 @@ class BatchLine(models.Model):
     custom_id = models.CharField(max_length=256)
     body = models.TextField()
     state = models.CharField(max_length=16, choices=State.choices, default=State.PENDING)
+    num_shed = models.PositiveSmallIntegerField(default=0)
+    """How often it had to leave the queue for others."""
     status_code = models.PositiveSmallIntegerField(default=0)
     answer = models.TextField(blank=True)
 
@@ -146,5 +148,6 @@ class BatchLine(models.Model):
 
     @property
     def request_id(self) -> str:
-        """The same at each try, so that a request is in the queue once whatever is repeated."""
-        return f"{self.batch_id}-{self.number}"
+        """The same whatever is repeated, so that a request is in the queue once; another after it was shed."""
+        first = f"{self.batch_id}-{self.number}"
+        return f"{first}-{self.num_shed}" if self.num_shed else first

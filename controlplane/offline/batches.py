@@ -1,6 +1,7 @@
 """Batches of a tenant: made, read line by line, cancelled, and ended with their output files."""
 
 import json
+import re
 import time
 import uuid
 from datetime import timedelta
@@ -20,6 +21,8 @@ MAX_ACTIVE = 20
 """Batches of one tenant that have not ended."""
 MAX_ERRORS = 20
 FIELDS = {"custom_id", "method", "url", "body"}
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+"""Characters that JSON can name and a database cannot hold: NUL, and halves of surrogate pairs."""
 
 
 def create_batch(*, tenant: str, input_file_id: str, endpoint: str, window: str, metadata: dict[str, str]) -> Batch:
@@ -44,7 +47,7 @@ def create_batch(*, tenant: str, input_file_id: str, endpoint: str, window: str,
 
 def find_batch(tenant: str, batch_id: str) -> Batch:
     """Raises NotFound, for another tenant's batch too."""
-    batch = Batch.objects.filter(tenant=tenant, id=batch_id).first()
+    batch = None if "\0" in batch_id else Batch.objects.filter(tenant=tenant, id=batch_id).first()
     if batch is None:
         raise NotFound(f"There is no batch {batch_id[:100]}.", code="batch_not_found")
     return batch
@@ -99,7 +102,7 @@ def _parse(batch: Batch, content: bytes) -> tuple[list[BatchLine], list[dict[str
             break
         try:
             fields = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter: nested too deep
             fields = None
         problem = _problem(fields, batch.endpoint, seen)
         if problem:
@@ -115,7 +118,7 @@ def _problem(fields: Any, endpoint: str, seen: set[str]) -> str:
     if not isinstance(fields, dict) or set(fields) != FIELDS:
         return f"A line is a JSON object of {', '.join(sorted(FIELDS))}."
     custom_id = fields["custom_id"]
-    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= 256 or "\0" in custom_id:
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= 256 or UNSTORABLE.search(custom_id):
         return "custom_id is a text of 1 to 256 characters."
     if custom_id in seen:
         return f"custom_id {custom_id[:50]} occurs twice."

@@ -13,21 +13,24 @@ from typing import Any
 import msgspec
 import redis.asyncio
 from channels.db import database_sync_to_async
+from django.db import Error as DatabaseError
 from django.utils import timezone
+from redis.exceptions import RedisError
 
 from controlplane.api.caller import Caller
 from controlplane.api.drafting import draft_chat, draft_completion
 from controlplane.api.errors import error_body, status_of
-from controlplane.api.openai.body import ChatBody, CompletionBody, read_body
+from controlplane.api.openai.body import NOT_JSON, ChatBody, CompletionBody, read_body
 from controlplane.api.sampling import refuse_what_polling_lacks
 from controlplane.config import Config
 from controlplane.models import Batch, BatchLine
 from controlplane.offline import GATEWAY_PREFIX
 from controlplane.offline.batches import end_batch, reach, read_lines
 from controlplane.offline.files import ACTIVE
+from controlplane.offline.turns import in_turn
 from inference.directory import DirectoryWatch, KeyConfig
 from inference.gateway.admission import Draft
-from inference.gateway.errors import GatewayError, InvalidRequest, RequestEnded
+from inference.gateway.errors import GatewayError, InvalidRequest, RedisUnavailable, RequestEnded, Shed
 from inference.gateway.gateway import Gateway
 from inference.gateway.served import ServedModel
 from inference.messages import Finish, InferenceRequest
@@ -44,6 +47,8 @@ TRICKLE = 1
 STEP_S = 0.8
 ROUND_S = 0.1
 """How often answers are collected and room is filled again."""
+REST_S = 30.0
+"""How long a batch is left alone that nothing can be done with, for a reason that nobody thought of."""
 KEEP_S = 86_400
 """How long an answer waits to be collected."""
 PASSING = (429, 500, 502, 503)
@@ -55,6 +60,9 @@ class OfflineRunner:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._turn = 0
+        self._resting: dict[str, float] = {}
+        """Batches that are left alone, and until when (monotonic)."""
 
     async def step(self) -> None:
         """Move every batch on, round after round, until the next step is due."""
@@ -64,13 +72,27 @@ class OfflineRunner:
             await asyncio.sleep(ROUND_S)
 
     async def _round(self, batches: list[Batch]) -> None:
-        for batch in batches:
-            if batch.status == Batch.Status.VALIDATING:
-                await database_sync_to_async(read_lines)(batch)
-            elif batch.status == Batch.Status.FINALIZING:
-                await database_sync_to_async(end_batch)(batch, Batch.Status.COMPLETED)
-            else:
-                await self._advance(batch)
+        self._turn += 1
+        now_s = time.monotonic()
+        self._resting = {name: until_s for name, until_s in self._resting.items() if until_s > now_s}
+        for batch in in_turn(batches, self._turn):
+            if batch.id in self._resting:
+                continue
+            try:
+                await self._move(batch)
+            except (RedisUnavailable, RedisError, DatabaseError, OSError):  # an outage, which passes and is everybody's
+                raise
+            except Exception:
+                log.exception("Batch %s cannot go on; the others do.", batch.id)
+                self._resting[batch.id] = now_s + REST_S
+
+    async def _move(self, batch: Batch) -> None:
+        if batch.status == Batch.Status.VALIDATING:
+            await database_sync_to_async(read_lines)(batch)
+        elif batch.status == Batch.Status.FINALIZING:
+            await database_sync_to_async(end_batch)(batch, Batch.Status.COMPLETED)
+        else:
+            await self._advance(batch)
 
     async def _load(self) -> list[Batch]:
         rows = Batch.objects.filter(status__in=ACTIVE).order_by("created_at")
@@ -103,7 +125,7 @@ class OfflineRunner:
 
     def _room(self, line: BatchLine) -> int:
         """Requests that may be under way at once: few where live ones of the model wait."""
-        snapshot = self._gateway.status(str(json.loads(line.body).get("model"))).snapshot
+        snapshot = self._gateway.status(_model_of(line)).snapshot
         waiting = snapshot.by_priority if snapshot is not None else {}
         return (
             TRICKLE
@@ -123,7 +145,7 @@ class OfflineRunner:
             return 0  # its end is collected at the next step
         except GatewayError as error:
             if status_of(error) not in PASSING:
-                await self._save(line, BatchLine.State.FAILED, status_of(error), error_body(error).decode())
+                await self._fail(line, error)
             return 0
         await self._save(line, BatchLine.State.SUBMITTED)
         return 1
@@ -153,22 +175,30 @@ class OfflineRunner:
             return
         record = found[1]
         if record.finish is None:
+            if record.state == "cancelled":  # by somebody else, while it waited
+                await self._fail(line, GatewayError("The request was cancelled.", code="cancelled"))
             return
         finish = msgspec.msgpack.decode(record.finish, type=Finish)
+        if finish.error_code == Shed.code:
+            rows = BatchLine.objects.filter(pk=line.pk)
+            await database_sync_to_async(rows.update)(state=BatchLine.State.PENDING, num_shed=line.num_shed + 1)
+            return
         if finish.reason in ("stop", "length"):
             await self._save(line, BatchLine.State.COMPLETED, 200, json.dumps(_body(batch, line, record, finish)))
             return
         message = finish.error_message or f"The request was {finish.reason}."
-        error = GatewayError(message, code=finish.error_code or finish.reason)
-        await self._save(line, BatchLine.State.FAILED, status_of(error), error_body(error).decode())
+        await self._fail(line, GatewayError(message, code=finish.error_code or finish.reason))
 
     async def _find(self, line: BatchLine) -> tuple[ServedModel, RequestRecordView] | None:
         try:
-            model = self._gateway.find_model(str(json.loads(line.body).get("model")))
+            model = self._gateway.find_model(_model_of(line))
         except GatewayError:
             return None
         record = await self._gateway.pipeline.send(model.queue.record(line.request_id))
         return None if record is None else (model, record)
+
+    async def _fail(self, line: BatchLine, error: GatewayError) -> None:
+        await self._save(line, BatchLine.State.FAILED, status_of(error), error_body(error).decode())
 
     async def _save(self, line: BatchLine, state: BatchLine.State, status_code: int = 0, answer: str = "") -> None:
         rows = BatchLine.objects.filter(pk=line.pk)
@@ -180,6 +210,17 @@ class OfflineRunner:
 
     async def _count(self, state: BatchLine.State) -> int:
         return await database_sync_to_async(BatchLine.objects.filter(state=state).count)()  # type: ignore[no-any-return]
+
+
+class _Asked(msgspec.Struct):
+    model: str = ""
+
+
+def _model_of(line: BatchLine) -> str:
+    try:
+        return msgspec.json.decode(line.body, type=_Asked).model
+    except NOT_JSON:
+        return ""
 
 
 def _body(batch: Batch, line: BatchLine, record: RequestRecordView, finish: Finish) -> dict[str, Any]:

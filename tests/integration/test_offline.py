@@ -12,10 +12,15 @@ from typing import Any
 
 import openai
 import pytest
+import redis
 from openai.types import Batch
 
 from benchmarks.stack import MODEL, ROOT, Stack, ended, running_stack
-from tests.integration.gateway_support import Api
+from inference.shedding import end_dropped
+from scheduling.core.policies import build_policy
+from scheduling.core.request import QueueEntry
+from scheduling.store import execute
+from tests.integration.gateway_support import QUEUE, Api
 
 PATIENCE_S = 40.0
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -188,6 +193,43 @@ def test_a_file_that_cannot_be_used_fails_the_batch_with_its_lines(
     assert twice.errors is not None
     assert [error.line for error in twice.errors.data or []] == [2, 3, 4]
     assert "occurs twice" in str(twice.errors.data)
+
+
+def test_a_line_that_was_cancelled_fails_alone_and_one_that_was_shed_is_sent_again(
+    stack: Stack, worker: OpsWorker, client: openai.OpenAI
+) -> None:
+    api = Api(stack)
+    batch = start(client, [line(i) for i in range(3)])
+    until(lambda: api.snapshot().by_priority == {5: 3})
+    was = api.call("DELETE", f"/api/v1/requests/{batch.id}-1").json()["was"]
+    assert was == "queued"
+    urgent = QueueEntry(id="urgent", tenant="beta", priority=0, arrival_s=time.time(), prompt_tokens=1, max_tokens=1)
+    with redis.Redis.from_url(stack.redis.url) as store:
+        active = execute(store, QUEUE.active_policy())
+        place = build_policy(active.name, active.params).place(urgent)
+        answer = execute(
+            store, QUEUE.enqueue(urgent, place, revision=active.revision, body=b"", depth_limit=2, shed=True)
+        )
+        assert [shed.id for shed in answer.shed] == [f"{batch.id}-3"]
+        end_dropped(store, QUEUE, answer.shed)
+        execute(store, QUEUE.cancel(urgent.id))
+    with ended(stack.start_engine()):
+        done = until_ended(client, batch)
+    failed = {row["custom_id"]: row["response"]["status_code"] for row in rows(client, done.error_file_id)}
+    assert failed == {"row-0": 499}
+    ids = {row["custom_id"]: row["response"]["request_id"] for row in rows(client, done.output_file_id)}
+    assert ids == {"row-1": f"{batch.id}-2", "row-2": f"{batch.id}-3-1"}
+
+
+def test_a_line_that_no_parser_or_database_takes_fails_its_own_batch_alone(
+    stack: Stack, worker: OpsWorker, client: openai.OpenAI
+) -> None:
+    deep = '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": ' + "[" * 5000
+    half = json.dumps(line(1) | {"custom_id": "\ud800"})
+    broken = [start(client, [row]) for row in (deep, half)]
+    with ended(stack.start_engine()):
+        assert until_ended(client, start(client, [line(1)])).status == "completed"
+    assert {until_ended(client, batch).status for batch in broken} == {"failed"}
 
 
 def test_files_are_bounded_listed_and_deleted(client: openai.OpenAI) -> None:
