@@ -73,10 +73,18 @@ class Guard:
             raise GuardError(f"watch_s must be a whole number from {MIN_WATCH_S} to {MAX_WATCH_S:,}.")
 
 
-def watch(revision: PolicyRevision, guard: Guard) -> GuardedSwitch:
-    """Watch over a revision that was just made, from its application on."""
-    started = revision.applied_at or revision.created_at
-    span = timedelta(seconds=guard.watch_s)
+def switch_under_guard(guard: Guard, **order: Any) -> tuple[PolicyRevision, GuardedSwitch]:
+    """`switch_policy` under a guard, which is written with the revision: no switch goes unwatched. Raises as that."""
+    watches: list[GuardedSwitch] = []
+    revision = switch_policy(**order, on_written=lambda revision: watches.append(_watch(revision, guard)))
+    (watched,) = watches
+    if revision.applied_at is not None:
+        _begin(watched, revision.applied_at)
+    return revision, watched
+
+
+def _watch(revision: PolicyRevision, guard: Guard) -> GuardedSwitch:
+    started, span = revision.created_at, timedelta(seconds=guard.watch_s)
     return GuardedSwitch.objects.create(
         model=revision.model,
         revision=revision.revision,
@@ -86,6 +94,14 @@ def watch(revision: PolicyRevision, guard: Guard) -> GuardedSwitch:
         started_at=started,
         ends_at=started + span,
         before=dict(read_figures(revision.model, started - span, started)),
+    )
+
+
+def _begin(guard: GuardedSwitch, when: datetime) -> None:
+    """Watch from then on, for the whole time."""
+    guard.started_at, guard.ends_at = when, when + timedelta(seconds=guard.watch_s)
+    GuardedSwitch.objects.filter(pk=guard.pk, state=State.WATCHING).update(
+        started_at=guard.started_at, ends_at=guard.ends_at
     )
 
 
@@ -115,6 +131,7 @@ def read_figures(model: str, since: datetime, until: datetime) -> dict[str, floa
     waits = [(row.claimed_at - row.arrived_at).total_seconds() for row in rows if row.claimed_at]
     return {
         "requests": len(rows),
+        "judged": len(judged),
         "attainment": _share(judged),
         "ttft_p99_s": _p99([row.ttft_s for row in rows if row.ttft_s is not None]),
         "e2e_p99_s": _p99([row.e2e_s for row in rows if row.state == "finished"]),
@@ -127,12 +144,15 @@ def _look(guard: GuardedSwitch, newest: PolicyRevision | None, now: datetime, an
     if newest is None or newest.revision != guard.revision:
         _end(guard, State.SUPERSEDED, "Another revision came before the watch was over.")
         return False
+    if newest.applied_at is None:  # Redis was away, or the switch is under way
+        _begin(guard, now)
+        return False
     figures = {**read_figures(guard.model, guard.started_at, now), "oldest_wait_s": _oldest_wait_s(guard)}
     guard.after = figures
     if sentence := find_breach(guard, figures):
         return _roll_back(guard, newest, sentence, announce)
     if now >= guard.ends_at:
-        _end(guard, State.KEPT, f"{METRICS[guard.metric].title} held for {guard.watch_s} s.")
+        _end(guard, State.KEPT, _say_kept(guard, figures))
     else:
         GuardedSwitch.objects.filter(pk=guard.pk, state=State.WATCHING).update(after=figures)
     return False
@@ -141,13 +161,27 @@ def _look(guard: GuardedSwitch, newest: PolicyRevision | None, now: datetime, an
 def find_breach(guard: GuardedSwitch, figures: Figures) -> str:
     """Why the guarded figure is worse than allowed, as a sentence; "" where it is not, or too little is known."""
     metric, value = METRICS[guard.metric], figures.get(guard.metric)
-    enough = guard.metric == "oldest_wait_s" or (figures.get("requests") or 0) >= MIN_REQUESTS
-    if value is None or not enough:
+    if value is None or not _is_known(guard, figures):
         return ""
     if (value < guard.threshold) if metric.falls else (value > guard.threshold):
         sign = "below" if metric.falls else "above"
         return f"{metric.title} was {value:.4g} {metric.unit}, {sign} the guard's {guard.threshold:g} {metric.unit}."
     return ""
+
+
+def _is_known(guard: GuardedSwitch, figures: Figures) -> bool:
+    """Whether the guarded figure stands on enough requests."""
+    if guard.metric == "oldest_wait_s":
+        return figures.get("oldest_wait_s") is not None
+    num = figures.get("judged" if guard.metric == "attainment" else "requests")
+    return (num or 0) >= MIN_REQUESTS
+
+
+def _say_kept(guard: GuardedSwitch, figures: Figures) -> str:
+    title = METRICS[guard.metric].title
+    if _is_known(guard, figures):
+        return f"{title} held for {guard.watch_s} s."
+    return f"{title} was not judged: too few requests tell of it in {guard.watch_s} s."
 
 
 def _roll_back(guard: GuardedSwitch, revision: PolicyRevision, sentence: str, announce: Announce | None) -> bool:

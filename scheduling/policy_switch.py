@@ -45,6 +45,7 @@ def switch_policy(
     reason: str = "",
     announce: Announce | None = None,
     after: int | None = None,
+    on_written: Callable[[PolicyRevision], object] | None = None,
     client: redis.Redis | None = None,
     keys: Keys | None = None,
 ) -> PolicyRevision:
@@ -52,16 +53,20 @@ def switch_policy(
 
     The revision's row is committed before Redis is touched. Where Redis fails in between, the row comes back `pending`
     and the reconciler applies it later; where a later revision overtook it, `superseded`. `actor_name` is kept where no
-    user acts. Raises PolicyError for an unknown policy or parameter, StaleRevision where `after` is given and is not
-    the newest revision (any more).
+    user acts. `on_written` is called in the transaction of the row, for what must be written with it or not at all.
+    Raises PolicyError for an unknown policy or parameter, StaleRevision where `after` is given and is not the newest
+    revision (any more).
     """
     policy = build_policy(name, params)
     client, keys = client or live_redis(), keys or live_keys()
     queue = FleetQueue(keys, model)
     active = _ask_active(client, queue)
-    revision = _write_revision(
-        model=model, policy=policy, active=active, actor=actor, actor_name=actor_name, reason=reason, after=after
-    )
+    with transaction.atomic():
+        revision = _write_revision(
+            model=model, policy=policy, active=active, actor=actor, actor_name=actor_name, reason=reason, after=after
+        )
+        if on_written is not None:
+            on_written(revision)
     return apply_revision(revision=revision, announce=announce, client=client, keys=keys)
 
 

@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from controlplane.api.access import OperatorAuth, ViewerAuth
 from controlplane.api.request_log import aware, without_nul
-from dashboard.guard import METRICS, Guard, GuardError, watch
+from dashboard.guard import METRICS, Guard, GuardError, switch_under_guard
 from dashboard.models import GuardedSwitch, WhatIfRun
 from dashboard.page import list_models
 from dashboard.tasks import run_what_if
@@ -20,7 +20,6 @@ from inference.control import send_control
 from inference.gateway.errors import InvalidRequest, NotFound, RedisUnavailable
 from inference.services import announce_policy
 from scheduling.models import PolicyRevision
-from scheduling.policy_switch import switch_policy
 
 router = Router(tags=["operator"], auth=ViewerAuth())
 MAX_LISTED = 50
@@ -140,7 +139,8 @@ def switch_guarded(request: HttpRequest, body: GuardedBody) -> GuardView:
     except GuardError as error:
         raise InvalidRequest(str(error), param="guard") from error
     _known(body.model)
-    revision = switch_policy(
+    _, watched = switch_under_guard(
+        guard,
         model=body.model,
         name=body.name,
         params=body.params,
@@ -148,7 +148,7 @@ def switch_guarded(request: HttpRequest, body: GuardedBody) -> GuardView:
         reason=body.reason,
         announce=_announce,
     )
-    return _guard(watch(revision, guard))
+    return _guard(watched)
 
 
 @router.get("/operator/guards", response=list[GuardView], summary="Watches over revisions, latest first")

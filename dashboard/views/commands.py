@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from dashboard.access import CANCEL_REQUEST, CONTROL_REPLICA, SWITCH_POLICY
 from dashboard.cancelling import cancel_request
 from dashboard.filters import Filters
-from dashboard.guard import read_guard, watch
+from dashboard.guard import read_guard, switch_under_guard
 from dashboard.history_form import SPANS
 from dashboard.page import list_models
 from dashboard.policy_form import read_params
@@ -79,24 +79,21 @@ def operators_only(permission: str, *, with_reason: bool = True) -> Callable[[Vi
 def switch(request: HttpRequest, *, model: str) -> JsonResponse:
     """Order a model's queue by another policy."""
     name = request.POST.get("policy", "")
-    try:
-        if not live_redis().hexists(live_keys().deployments, model):
-            return refuse(404, f"There is no model {model}; it may have been taken away. Load the page again.")
-    except (RedisError, OSError):
-        log.warning("Redis is away: the switch of %s will wait for it", model)
+    if model not in list_models():
+        return refuse(404, f"There is no model {model}; it may have been taken away. Load the page again.")
     try:
         params, problems = read_params(name, request.POST)
         guard, guard_problems = read_guard(request.POST)
         problems |= guard_problems
         if problems:
             return refuse(400, next(iter(problems.values())), fields=problems)
-        revision = switch_policy(
-            model=model, name=name, params=params, actor=_actor(request), reason=_reason(request), announce=_announce
-        )
+        order: dict[str, Any] = {
+            "model": model, "name": name, "params": params,
+            "actor": _actor(request), "reason": _reason(request), "announce": _announce,
+        }  # fmt: skip
+        revision = switch_policy(**order) if guard is None else switch_under_guard(guard, **order)[0]
     except PolicyError as error:
         return refuse(400, str(error))
-    if guard is not None:
-        watch(revision, guard)
     return JsonResponse(
         {
             "model": model,

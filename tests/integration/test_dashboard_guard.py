@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import redis
 from django.core.management import call_command
+from django.db import DatabaseError
 from django.test import Client
 from django.utils import timezone
 
@@ -150,6 +151,44 @@ def test_a_guard_watches_the_figure_that_was_chosen(
     let_pass(200)
     served(30)
     assert check_guards() == turned_back
+
+
+def test_a_watch_begins_when_the_policy_comes_into_force(fleet: FleetWriter) -> None:
+    switch_guarded(signed_in("operator"))
+    PolicyRevision.objects.update(state="pending", applied_at=None)
+    let_pass(200)
+    later = timezone.now() + timedelta(seconds=500)
+    assert check_guards(clock=lambda: later) == 0
+    watched = GuardedSwitch.objects.get()
+    assert (watched.state, watched.started_at, watched.ends_at) == ("watching", later, later + timedelta(seconds=120))
+
+
+def test_a_switch_whose_guard_cannot_be_written_is_not_made(
+    fleet: FleetWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise DatabaseError
+
+    monkeypatch.setattr(guard, "read_figures", fail)
+    assert switch_guarded(signed_in("operator")).status_code == 503
+    assert not PolicyRevision.objects.exists()
+    assert execute(fleet.client, fleet.queue.active_policy()).revision == 0
+
+
+def test_a_share_of_few_judged_requests_turns_nothing_back_and_the_verdict_says_so(fleet: FleetWriter) -> None:
+    ServiceLevel.objects.create(priority=5, ttft_ms=1)
+    switch_guarded(signed_in("operator"), **{"guard.metric": "attainment", "guard.threshold": "99"})
+    let_pass(200)
+    served(30)
+    rows = list(RequestRecord.objects.values_list("pk", flat=True))
+    RequestRecord.objects.update(priority=0)
+    RequestRecord.objects.filter(pk=rows[0]).update(priority=5)
+    later = timezone.now() + timedelta(seconds=121)
+    assert check_guards(clock=lambda: later) == 0
+    watched = GuardedSwitch.objects.get()
+    assert (watched.after["judged"], watched.after["attainment"]) == (1, 0)
+    assert watched.state == "kept"
+    assert "was not judged" in watched.verdict
 
 
 @pytest.mark.parametrize(
