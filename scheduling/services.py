@@ -107,12 +107,13 @@ def weight_changed(tenant: Tenant) -> None:
 
 
 def _set_weights(tenant: str, weight: float) -> None:
-    """In queues under `fair`, where a tenant is a flow. What is enqueued later brings its weight along."""
+    """In queues where a tenant is a flow. What is enqueued later brings its weight along."""
     client, keys = live_redis(), live_keys()
     try:
         for name in client.hkeys(keys.deployments):
             queue = FleetQueue(keys, name.decode() if isinstance(name, bytes) else str(name))
-            if execute(client, queue.active_policy()).name == "fair":
+            active = execute(client, queue.active_policy())
+            if active.params.get("current", active.name) in ("fair", "hierarchical"):
                 execute(client, queue.set_weight(tenant, weight))
     except (RedisError, OSError) as error:
         logger.warning("Redis does not answer (%s); the weight of %s counts for its next requests.", error, tenant)

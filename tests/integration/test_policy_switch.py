@@ -158,11 +158,18 @@ def test_operators_who_switch_at_once_follow_each_other(
     assert execute(store, queue.snapshot()).depth == 200
 
 
-def test_a_changed_weight_reaches_what_waits(store: redis.Redis, keys: Keys, queue: FleetQueue) -> None:
+@pytest.mark.parametrize(
+    ("policy", "params"),
+    [("fair", {}), ("hierarchical", {}), ("adaptive", {"current": "fair"})],
+    ids=lambda one: str(one),
+)
+def test_a_changed_weight_reaches_what_waits(
+    store: redis.Redis, keys: Keys, queue: FleetQueue, policy: str, params: dict[str, Any]
+) -> None:
     tenant = services.create_tenant(name="t3")
     store.hset(keys.deployments, "demo", "{}")
     fill(store, queue, 8)
-    services.switch_policy(model="demo", name="fair")
+    services.switch_policy(model="demo", name=policy, params=params)
     services.update_tenant(tenant=tenant, weight=7.5, reason="bought more")
     claimed = execute(store, queue.claim("gpu-0:1", max_requests=5, max_tokens=10**6, lease_s=5))
     assert {"r3", "r7"} <= {request.id for request in claimed.requests}, "twice in five, though last among equals"
