@@ -1,5 +1,6 @@
 """Ending requests that were dropped while they waited: clients are told at once, tenants get back what was charged."""
 
+import logging
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +13,8 @@ from scheduling.core.answers import DropReason
 from scheduling.fleet import FleetQueue, Shed
 from scheduling.limits import TenantLimits
 from scheduling.store import Command, execute, execute_many
+
+logger = logging.getLogger(__name__)
 
 MESSAGES: dict[DropReason, str] = {
     "shed": "The queue is full, and requests of higher priority came; send the request again later.",
@@ -49,9 +52,18 @@ def tell_end(queue: FleetQueue, request: InferenceRequest, reason: DropReason) -
 
 
 def end_dropped(client: redis.Redis, queue: FleetQueue, dropped: Iterable[Shed]) -> None:
-    """All of it, for what a claim dropped. Raises RedisError; what is not ended then, the sweeper ends."""
+    """All of it, for what a claim dropped. Raises RedisError; what is not ended then, the sweeper ends.
+
+    One that another version wrote so that it cannot be read ends in its record alone; its slot is freed as a lost one.
+    """
     for drop in dropped:
-        request = msgspec.msgpack.decode(drop.body, type=InferenceRequest)
+        try:
+            request = msgspec.msgpack.decode(drop.body, type=InferenceRequest)
+        except msgspec.MsgspecError as error:
+            logger.error("Request %s was dropped (%s), and cannot be read: %s", drop.id, drop.reason, error)
+            end = Finish("error", 0, 0, error_code=drop.reason, error_message=MESSAGES[drop.reason])
+            execute(client, queue.end_shed(drop.id, _encode(end)))
+            continue
         if execute(client, write_end(queue, request, drop.reason)):
             execute_many(client, tell_end(queue, request, drop.reason))
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import redis
 
-from inference.messages import InferenceRequest, RequestEvent, SequenceUpdate
+from inference.messages import Finish, InferenceRequest, RequestEvent, SequenceUpdate
 from inference.sweeper import SECOND_LOOK_S, SLOT_GRACE_S, Sweeper
 from scheduling.core.policies import build_policy
 from scheduling.core.request import QueueEntry
@@ -157,3 +157,19 @@ def test_a_deadline_that_no_claim_looks_at_is_found_by_the_sweeper(store: redis.
     fleet.until(lambda: fleet.answers["late"].finish)
     assert [(event.id, event.error_code) for event in history(store, keys)] == [("late", "deadline_exceeded")]
     assert execute(store, fleet.queue.snapshot()).depth == 1
+
+
+def test_a_dropped_request_that_cannot_be_read_keeps_nobody_from_ending_the_others(
+    store: redis.Redis, keys: Keys
+) -> None:
+    fleet = FleetClient(store, keys, "m")
+    store.sadd(keys.models, "m")
+    fleet.submit("strange", [1, 2, 3], 5, deadline_s=time.time() - 2, body=b"of another version")
+    fleet.submit("late", [1, 2, 3], 5, deadline_s=time.time() - 1)
+    Sweeper(store, keys).run_once()
+    fleet.until(lambda: fleet.answers["late"].finish)
+    record = execute(store, fleet.queue.record("strange"))
+    assert record is not None
+    assert record.finish is not None, "whose client looks there hears of it"
+    assert msgspec.msgpack.decode(record.finish, type=Finish).error_code == "deadline_exceeded"
+    assert execute(store, fleet.queue.shed_before(time.time() + 9)) == []
