@@ -179,6 +179,21 @@ def test_a_request_left_unplaced_is_placed_by_the_next_switch_or_can_be_cancelle
     assert drain(store, queue) == ["r000000", "r000002"]
 
 
+def test_an_unplaced_request_that_lost_its_record_keeps_no_other_from_its_place(
+    store: redis.Redis, queue: FleetQueue
+) -> None:
+    enqueue(store, queue, range(3))
+    execute(store, queue.claim("gpu", max_requests=3, max_tokens=10**6, lease_s=5))
+    fair = build_policy("fair")
+    switch_policy(store, queue, fair, 1)
+    execute(store, queue.release("gpu"))
+    _, entries = execute(store, queue.unplaced())
+    store.delete(queue.keys.request(queue.model, "r000001"))
+    assert execute(store, queue.place([(e.id, fair.place(e)) for e in entries], revision=1)) == 2
+    assert execute(store, queue.unplaced())[1] == []
+    assert drain(store, queue) == ["r000000", "r000002"]
+
+
 def test_two_switches_at_once_are_refused_and_one_that_died_blocks_nobody(
     store: redis.Redis, queue: FleetQueue
 ) -> None:
