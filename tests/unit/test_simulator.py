@@ -255,6 +255,18 @@ def test_the_adaptive_policy_switches_when_one_tenant_floods_and_says_why() -> N
     assert all(outcome.state == "finished" for outcome in result.outcomes)
 
 
+def test_adaptive_goes_by_the_targets_it_was_given_where_a_tenant_has_none() -> None:
+    trace = [request(0.05 * i, output=30) for i in range(600)]
+
+    def switches(**targets: float) -> list[str]:
+        adaptive = build_policy("adaptive", {"dwell_s": 5, **targets})
+        result = simulate(trace, fleet(policy=adaptive, targets=ServiceTargets(), batch_size=1), DEFAULT_COST)
+        return [change.policy for change in result.policy_changes]
+
+    assert switches()[0] == "edf", "30 s are not met"
+    assert switches(normal_s=86_400.0) == []
+
+
 def test_dynamic_mode_waits_for_its_batch() -> None:
     alone = simulate([request(1.0)], fleet(mode="dynamic"), DEFAULT_COST).outcomes[0]
     assert alone.wait_s == 0.0

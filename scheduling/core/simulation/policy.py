@@ -58,8 +58,8 @@ class SimulatedPolicy:
             self.changes.append(PolicyChange(now_s, choice.policy, choice.reason))
 
     def _deadline(self, entry: QueueEntry) -> float:
-        """A request's own deadline, or its arrival plus its end-to-end target, or the target that `edf` assumes."""
+        """A request's own deadline, or its arrival plus its end-to-end target, or the policy's own target."""
         e2e_s = self._targets.of(entry).e2e_s
         if entry.deadline_s is not None or e2e_s is None:
-            return deadline_of(entry)
+            return deadline_of(entry, self.policy.params)
         return entry.arrival_s + e2e_s
