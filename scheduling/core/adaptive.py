@@ -19,8 +19,11 @@ class Conditions:
     """What is seen of a queue at one moment."""
 
     depth: int
-    imbalance: float = 1.0
-    """Tokens waiting for the tenant with the most (by its weight), over the mean of the others; 1 is even."""
+    imbalance: float | None = 1.0
+    """Tokens waiting for the tenant with the most (by its weight), over the mean of the others; 1 is even.
+
+    None where one tenant alone waits. That says nothing: under `fair` the others may be served as they come.
+    """
     misses: float = 0.0
     """The part of what waits whose deadline has passed."""
     mixture: float = 0.0
@@ -64,7 +67,7 @@ def observe(
     return Conditions(
         depth=depth,
         # Over the mean of all, two tenants would never be more than 2 apart.
-        imbalance=most * others / (sum(by_tenant.values()) - most) if others else 1.0,
+        imbalance=most * others / (sum(by_tenant.values()) - most) if others else None,
         misses=sum(deadline(entry) < now for entry in sample) / len(sample),
         mixture=1 - commonest / len(sample),
         spread=lengths[(9 * len(lengths)) // 10] / lengths[len(lengths) // 2],
@@ -95,8 +98,8 @@ def choose(
 
 def _is_shown(name: str, conditions: Conditions, params: Mapping[str, Any], was: bool) -> bool:
     threshold: float = params[name]
-    value: float = getattr(conditions, name)
-    return value >= threshold * (RELEASE if was else 1.0)
+    value: float | None = getattr(conditions, name)
+    return was if value is None else value >= threshold * (RELEASE if was else 1.0)
 
 
 def _fitting(shown: frozenset[str]) -> str:
@@ -109,7 +112,8 @@ def _fitting(shown: frozenset[str]) -> str:
 
 
 def _explain(shown: frozenset[str], conditions: Conditions) -> str:
-    texts = [_SIGNS[name].format(getattr(conditions, name)) for name in _SIGNS if name in shown]
+    values = {name: getattr(conditions, name) for name in _SIGNS if name in shown}
+    texts = [_LONE if value is None else _SIGNS[name].format(value) for name, value in values.items()]
     return ", ".join(texts) or "tenants, deadlines, priorities and lengths are even"
 
 
@@ -119,3 +123,4 @@ _SIGNS = {
     "mixture": "{:.0%} of what waits is of other priorities than the commonest",
     "spread": "long requests are {:.1f} times the median",
 }
+_LONE = "one tenant alone waits, after it had more waiting than the others"

@@ -16,7 +16,7 @@ PARAMS = build_policy("adaptive").params
 CONDITIONS = st.builds(
     Conditions,
     depth=st.integers(0, 100),
-    imbalance=st.floats(1, 10),
+    imbalance=st.none() | st.floats(1, 10),
     misses=st.floats(0, 1),
     mixture=st.floats(0, 1),
     spread=st.floats(1, 20),
@@ -109,6 +109,26 @@ def test_it_chooses_what_fits_says_why_and_goes_back_when_it_is_over(
     assert [choice.policy for _, choice in chooser.switches] == [policy, "fifo"]
 
 
+def test_a_tenant_that_waits_alone_since_others_are_served_fairly_does_not_end_that() -> None:
+    chooser = Chooser()
+    lone = Conditions(depth=50, imbalance=None)
+    for second in range(100):
+        chooser.look(lone, float(second))
+    assert chooser.current == "fifo"
+    for second in range(100, 120):
+        chooser.look(Conditions(depth=50, imbalance=9.0), float(second))
+    for second in range(120, 400):
+        chooser.look(lone, float(second))
+    assert chooser.current == "fair"
+    for second in range(400, 420):
+        chooser.look(Conditions(depth=50, imbalance=None, misses=0.5), float(second))
+    assert [choice.policy for _, choice in chooser.switches] == ["fair", "hierarchical"]
+    assert "one tenant alone waits" in chooser.switches[-1][1].reason
+    for second in range(480, 500):
+        chooser.look(Conditions(depth=50, imbalance=1.0), float(second))
+    assert chooser.current == "fifo"
+
+
 def test_while_few_wait_nothing_is_judged() -> None:
     chooser = Chooser()
     for second in range(200):
@@ -124,6 +144,7 @@ def test_conditions_are_read_from_what_waits() -> None:
     seen = observe(sample, 40, 100.0, deadline_of)
     assert (seen.depth, seen.imbalance, seen.misses, seen.spread) == (40, 9.0, 0.1, 9.0)
     assert seen.mixture == pytest.approx(0.1)
+    assert observe(sample[:9], 9, 100.0, deadline_of).imbalance is None
     assert observe([], 0, 100.0, deadline_of) == Conditions(depth=0)
 
 
