@@ -26,7 +26,10 @@ class EngineProcess:
     """One engine process, from its start to its end. A child of this process by spawn; it ends when this one does."""
 
     def __init__(self, command: Sequence[str], spec: EngineSpec) -> None:
-        """`command` reads an EngineSpec from stdin; in a session of its own, so that Ctrl-C does not reach it."""
+        """`command` reads an EngineSpec from stdin; in a session of its own, so that Ctrl-C does not reach it.
+
+        Raises OSError where the process cannot be started.
+        """
         self._process = subprocess.Popen(
             list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
@@ -41,7 +44,8 @@ class EngineProcess:
         """When it last said anything; its loop does once a second. Before it is ready, when it was started."""
         self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), name="engine", daemon=True)
         self._reader.start()
-        self._write(spec)
+        with contextlib.suppress(EngineGoneError):  # it ended at once, which the reader notices
+            self._write(spec)
 
     @property
     def pid(self) -> int:

@@ -88,7 +88,12 @@ class EngineSupervisor(threading.Thread):
             started_s = time.monotonic()
             self._replaced_by_s = None
             spec = self._spec(deployment)
-            process = self._process = EngineProcess(self._options.command, spec)
+            try:
+                process = self._process = EngineProcess(self._options.command, spec)
+            except OSError as error:  # no memory for it, no more processes
+                num_failures, pause_s = self._count_failure(num_failures)
+                self._rest(spec, pause_s, f"The engine process cannot be started: {error}. Next try in {pause_s:g} s.")
+                continue
             hung = self._attend(process, spec)
             if self._closing.is_set():
                 return
@@ -96,13 +101,17 @@ class EngineSupervisor(threading.Thread):
                 continue
             if process.ready.is_set() and time.monotonic() - started_s > STABLE_S:
                 num_failures = 0
-            pause_s = BACKOFF_S[min(num_failures, len(BACKOFF_S) - 1)]
-            num_failures += 1
+            num_failures, pause_s = self._count_failure(num_failures)
             status = process.wait(0)
             reason = "hung" if hung else "lost" if status == LOST_STATUS else "failed"
             self._restarts[reason] = self._restarts.get(reason, 0) + 1
             what = hung or f"The engine process {process.pid} ended with status {status}."
             self._rest(spec, pause_s, f"{what} It is started again in {pause_s:g} s.")
+
+    @staticmethod
+    def _count_failure(num_failures: int) -> tuple[int, float]:
+        """The number with one more, and the pause before the next start."""
+        return num_failures + 1, BACKOFF_S[min(num_failures, len(BACKOFF_S) - 1)]
 
     def _rest(self, spec: EngineSpec, pause_s: float, sentence: str) -> None:
         """Say why nothing runs, and wait before the next start."""

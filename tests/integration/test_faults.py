@@ -1,6 +1,7 @@
 """A worker whose engine process hangs, or whose GPU is lost: what runs goes on, and the status says what happened."""
 
 import os
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,26 @@ def detail(fleet: FleetClient) -> str:
 def restarts(fleet: FleetClient) -> dict[str, int]:
     status = fleet.status("gpu-0")
     return status.restarts if status is not None and status.state == "ready" else {}
+
+
+def test_an_engine_that_cannot_be_started_is_tried_again_until_it_can(
+    redis_url: str, keys: Keys, fleet: FleetClient, tmp_path: Path
+) -> None:
+    command = tmp_path / "engine"
+    options = SupervisorOptions(
+        command=[str(command)], replica="gpu-0", redis_url=redis_url, key_prefix=keys.prefix, device="cpu"
+    )
+    supervisor = EngineSupervisor(options)
+    supervisor.start()
+    fleet.until(lambda: "cannot be started" in detail(fleet))
+    aside = tmp_path / "aside"
+    aside.write_text(f"#!/bin/sh\nexec {shlex.join(COMMAND)}\n")
+    aside.chmod(0o700)
+    aside.rename(command)
+    fleet.until_state("gpu-0", "ready")
+    supervisor.close(0)
+    supervisor.join(20)
+    assert not supervisor.is_alive()
 
 
 def test_a_hung_engine_is_killed_and_started_again_and_its_requests_go_on(
