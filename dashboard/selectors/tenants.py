@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -99,12 +99,13 @@ def read_tenants(models: Sequence[str], now: datetime) -> TenantsView:
     tenants = list(Tenant.objects.select_related("quota").order_by("name")[: MAX_TENANTS + 1])
     shown = tenants[:MAX_TENANTS]
     attained = {name: _attainment(now - span, span) for name, span in WINDOWS.items()}
-    service = _service(shown, now - WINDOWS["1h"])
     try:
         uses, refusals = _read_live(shown, models)
     except (RedisError, OSError) as error:
         log.warning("Redis does not answer (%s); tenants are shown without what they use now.", error)
         uses, refusals = {}, {}
+    asking = {name for name, use in uses.items() if use.waiting or use.running}
+    service = _service(shown, asking, now - WINDOWS["1h"])
     rows = [
         TenantRow(
             name=tenant.name,
@@ -141,13 +142,17 @@ def _attainment(since: datetime, span: timedelta) -> dict[str, Attainment]:
     }
 
 
-def _service(tenants: Sequence[Tenant], since: datetime) -> dict[str, Service]:
+def _service(tenants: Sequence[Tenant], asking: Set[str], since: datetime) -> dict[str, Service]:
+    """Of tenants that had an end since then, and of those that are `asking` now: who starves is served nothing."""
     rows = RequestRollup.objects.filter(resolution=Resolution.MINUTE, start__gte=since).values("tenant")
     sums = rows.annotate(
         tokens=Sum("prompt_tokens") + Sum("completion_tokens"), done=Sum("finished"), lost=Sum("failed")
     )
     weights = {tenant.name: tenant.weight for tenant in tenants}
-    found = {row["tenant"]: row for row in sums if row["tenant"] in weights}
+    found: dict[str, Mapping[str, Any]] = {
+        name: {"tokens": 0, "done": 0, "lost": 0} for name in weights if name in asking
+    }
+    found |= {row["tenant"]: row for row in sums if row["tenant"] in weights}
     total, weight = sum(row["tokens"] for row in found.values()), sum(weights[name] for name in found)
     return {
         name: Service(

@@ -55,7 +55,7 @@ def percent(share: float | None) -> str:
     if share is None:
         return NONE
     digits = 0 if share < 0.9 or share == 1 else 1 if share < 0.999 else 2
-    return f"{share * 100:.{digits}f} %"
+    return f"{min(share * 100, 99.99) if share < 1 else share * 100:.{digits}f} %"
 
 
 @register.filter

@@ -406,6 +406,13 @@ def test_a_tenant_sees_its_use_its_budget_and_its_share(fleet: FleetWriter) -> N
     assert answer["jain"] == pytest.approx(
         (tokens[0] / 3 + tokens[1]) ** 2 / (2 * ((tokens[0] / 3) ** 2 + tokens[1] ** 2))
     )
+    fleet.enqueue("starving")
+    Tenant.objects.create(name="starving")
+    answer = get_json(signed_in(), "operator/tenants")
+    assert answer["jain"] == pytest.approx(
+        (tokens[0] / 3 + tokens[1]) ** 2 / (3 * ((tokens[0] / 3) ** 2 + tokens[1] ** 2))
+    ), "who waits and is served nothing counts"
+    assert answer["tenants"][1]["service"]["entitled"] == pytest.approx(0.2)
     assert "spent 10×" in signed_in().get("/tenants/").content.decode()  # noqa: RUF001
 
 

@@ -9,6 +9,7 @@ from django.template.loader import render_to_string
 from django.test import Client
 
 from controlplane.config import Config
+from dashboard.templatetags.dashboard import percent
 from scheduling.core.policies import POLICIES, build_policy
 from scheduling.keys import Keys
 from scheduling.models import OperatorAction, PolicyRevision
@@ -145,3 +146,11 @@ def test_error_pages_need_nothing_but_themselves(template: str) -> None:
     page = render_to_string(template)
     assert "To the dashboard" in page
     assert "Traceback" not in page
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.5, "50 %"), (0.95, "95.0 %"), (0.99999, "99.99 %"), (1, "100 %"), (1.2, "120.00 %"), (None, "\N{EN DASH}")],
+)
+def test_a_share_that_is_not_the_whole_never_reads_as_it(share: float | None, text: str) -> None:
+    assert percent(share) == text
