@@ -81,6 +81,8 @@ def test_one_address_cannot_try_many_accounts_and_its_neighbours_of_ipv6_are_it(
     waits = [limit.begin(f"user-{i}", f"2001:db8::{i:x}") for i in range(PER_ADDRESS + 5)]
     assert sum(wait > 0 for wait in waits) == 5
     assert not limit.begin("user-1", "2001:db8:0:1::1")
+    mapped = [limit.begin(f"other-{i}", f"::ffff:10.0.{i}.1") for i in range(PER_ADDRESS + 5)]
+    assert not any(mapped), "addresses of IPv4 are not neighbours"
     counters = list(store.scan_iter(f"{keys.prefix}:sign_in:*"))
     assert counters
     assert all(0 < store.ttl(key) <= WINDOW_S for key in counters)
