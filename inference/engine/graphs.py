@@ -68,7 +68,8 @@ class GraphedForward:
     def __call__(self, batch: StepBatch) -> torch.Tensor:
         """Logits [N, vocab] of the batch's sample rows."""
         num_parts = len(batch.context_lens)
-        if len(batch.token_ids) > num_parts or num_parts > SIZES[-1]:
+        # Nobody waits for a step that samples nothing: the next would overwrite its inputs before they are read.
+        if len(batch.token_ids) > num_parts or num_parts > SIZES[-1] or not len(batch.sample_rows):
             return self._modules(batch)
         size = next(size for size in SIZES if size >= num_parts)
         if size not in self._steps:

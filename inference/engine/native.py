@@ -224,7 +224,7 @@ def _find_library(compiler: str | None, folders: list[Path]) -> Path | None:
     name = f"kernels-{_fingerprint()}.so"
     trusted = [folder for folder in folders if not folder.exists() or _is_ours(folder)]
     for folder in trusted:
-        if (folder / name).is_file():
+        if (folder / name).is_file() and _is_ours(folder):  # it may have been made only now
             return folder / name
     if compiler is None:
         logger.warning("The CPU kernels cannot be compiled, there is no C compiler; plain torch is used")

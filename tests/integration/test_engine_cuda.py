@@ -89,6 +89,8 @@ def check_padded_decodes(folder: Path, tokens: list[list[int]]) -> None:
         sequence.block_table = list(range(i * 8, i * 8 + 8))
         sequences.append(sequence)
     with torch.inference_mode():
+        forward(build_batch([StepPart(s, 1, samples=False) for s in sequences], BLOCK_SIZE))
+        assert not forward._steps, "what samples nothing is not captured"
         for _ in range(3):
             parts = [StepPart(s, len(s.tokens) - s.num_computed, samples=True) for s in sequences]
             logits = forward(build_batch(parts, BLOCK_SIZE))
