@@ -18,6 +18,7 @@ _django: Any = get_asgi_application()
 from django.conf import settings  # noqa: E402
 
 import controlplane.celery  # noqa: E402, F401  # makes it the current app, by which commands reach gpu workers
+from controlplane.api.caller import find_caller  # noqa: E402
 from controlplane.api.openai.app import OpenAIApp  # noqa: E402
 from controlplane.api.openai.exchange import Exchange, Receive, Scope, Send  # noqa: E402
 from controlplane.health import answer_healthz, answer_readyz  # noqa: E402
@@ -41,14 +42,27 @@ async def _route(scope: Scope, receive: Receive, send: Send) -> None:
         await _lifespan(scope, receive, send)
     elif kind == "websocket":
         await _sockets(scope, receive, send)
-    elif scope["path"].startswith(OFFLINE):
-        await _bounded_django(scope, receive, send, settings.PENSTOCK.max_file_bytes + settings.PENSTOCK.max_body_bytes)
+    elif "/".join(scope["path"].split("/")[:3]) in OFFLINE:
+        await _offline(scope, receive, send)
     elif scope["path"].startswith("/v1/") or scope["path"] == "/v1":
         await _openai(scope, receive, send)
     elif (probe := _probes.get(scope["path"])) is not None:
         await probe(scope, receive, send)
     else:
         await _bounded_django(scope, receive, send, settings.PENSTOCK.max_body_bytes)
+
+
+async def _offline(scope: Scope, receive: Receive, send: Send) -> None:
+    """Django too. Files are large and lie in memory until they are whole, so those of strangers are not read."""
+    exchange = Exchange(scope, receive, send, uuid.uuid4().hex)
+    try:
+        find_caller(exchange.authorization, scope["state"]["gateway"].directory)
+    except GatewayError as error:
+        await exchange.refuse(error)
+        return
+    uploads = scope["path"] == "/v1/files"
+    room = settings.PENSTOCK.max_file_bytes if uploads else 0
+    await _bounded_django(scope, receive, send, room + settings.PENSTOCK.max_body_bytes)
 
 
 async def _bounded_django(scope: Scope, receive: Receive, send: Send, max_bytes: int) -> None:

@@ -7,6 +7,8 @@ from controlplane.api.openai.exchange import Receive, Scope, Send
 from inference.traces import begin_span, end_span, open_tracer
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+NAMED = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/files", "/v1/batches", "/api/v1", "/admin")
+"""Beginnings of addresses by which spans are called. The rest of an address may hold ids, or anything."""
 UNTRACED = ("/healthz", "/readyz", "/metrics", "/static/")
 
 
@@ -30,12 +32,16 @@ def trace_requests(application: Application, target: str) -> Application:
 
         parent = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), "")
         about = {"http.request.method": scope["method"], "url.path": scope["path"][:200]}
-        # The name has few values: a path may hold ids.
-        start = "/".join(scope["path"].split("/")[:4])[:80] if scope["path"].startswith("/v1/") else "dashboard"
-        span = begin_span(tracer, f"{scope['method']} {start}", parent, about)
+        span = begin_span(tracer, f"{scope['method']} {name_of(scope['path'])}", parent, about)
         try:
             await application(scope, receive, send_noted)
         finally:
             end_span(span, status)
 
     return traced
+
+
+def name_of(path: str) -> str:
+    """What spans of an address are called: one of a few names, whatever clients ask for."""
+    unknown = "/v1" if path.startswith("/v1/") else "dashboard"
+    return next((start for start in NAMED if path.startswith(start)), unknown)

@@ -16,5 +16,6 @@ urlpatterns = [
     path("v1/batches", offline.batches),
     path("v1/batches/<str:batch_id>", offline.one_batch),
     path("v1/batches/<str:batch_id>/cancel", offline.cancel),
+    path("v1/<path:rest>", offline.unknown_url),
     path("", include("dashboard.urls")),
 ]

@@ -40,13 +40,8 @@ def read_sampling(body: Sampling, *, vocab_size: int, max_tokens: int) -> Sampli
 
 def split_choices(draft: Draft, body: Sampling) -> list[Draft]:
     """A draft for each of the `n` answers, each with its own seed. Raises InvalidRequest for a `best_of` beside `n`."""
+    _check_best_of(body)
     num = body.n or 1
-    if body.best_of not in (None, num):
-        raise InvalidRequest(
-            "The option best_of is not supported; n answers are all returned.",
-            param="best_of",
-            code="unsupported_parameter",
-        )
     others = [
         replace(draft, id=f"{draft.id}-{i}", sampling=replace(draft.sampling, seed=(draft.sampling.seed + i) % 2**63))
         for i in range(1, num)
@@ -56,11 +51,21 @@ def split_choices(draft: Draft, body: Sampling) -> list[Draft]:
 
 def refuse_what_polling_lacks(body: Sampling) -> None:
     """Raise InvalidRequest for options whose answer a submitted request cannot show."""
+    _check_best_of(body)
     for name, asked in (("n", (body.n or 1) > 1), ("logprobs", _count_logprobs(body) is not None)):
         if asked:
             raise InvalidRequest(
                 f"A submitted request has no {name}; use /v1.", param=name, code="unsupported_parameter"
             )
+
+
+def _check_best_of(body: Sampling) -> None:
+    if body.best_of not in (None, body.n or 1):
+        raise InvalidRequest(
+            "The option best_of is not supported; n answers are all returned.",
+            param="best_of",
+            code="unsupported_parameter",
+        )
 
 
 def _given(value: float | None, default: float) -> float:

@@ -13,13 +13,18 @@ from inference.gateway.reply import Reply
 async def submit_choices(gateway: Gateway, drafts: Sequence[Draft], key: IdempotencyKey | None) -> list[Reply]:
     """Let each answer's draft in; where one is refused all are cancelled. Raises GatewayError, of the first refused.
 
-    Each is a request of its own for queue, engine and limits. An idempotency key stands for all of them.
+    Each is a request of its own for queue, engine and limits. An idempotency key stands for all of them; the first one
+    says alone whether it was used before, so that no other comes in under a key of another body.
     """
     if len(drafts) == 1:
         return [await gateway.submit(drafts[0], key)]
-    keys = [key and replace(key, digest=f"{key.digest}-{i}") for i in range(len(drafts))]
-    tasks = [asyncio.create_task(gateway.submit(draft, key)) for draft, key in zip(drafts, keys, strict=True)]
+    keys = [replace(key, digest=f"{key.digest}-{i}") if key and i else key for i in range(len(drafts))]
+    tasks: list[asyncio.Task[Reply]] = []
     try:
+        for draft, key_of in zip(drafts, keys, strict=True):
+            tasks.append(asyncio.create_task(gateway.submit(draft, key_of)))
+            if key is not None and len(tasks) == 1:
+                await tasks[0]
         return list(await asyncio.gather(*tasks))
     except BaseException:
         for task in tasks:

@@ -253,10 +253,17 @@ class Gateway:
     async def cancel(self, model: ServedModel, request: InferenceRequest) -> str:
         """Cancel one request wherever it is: "queued", "running" or "gone". Raises RedisUnavailable."""
         answer = await self.pipeline.send(model.queue.cancel(request.id))
-        if answer.status != "running":
-            # For one that is gone this changes nothing, unless it never came into the queue.
+        if answer.status == "queued" or (answer.status == "gone" and await self._is_ours_to_settle(model, request)):
             await self._settle(request, with_history=answer.status == "queued")
         return str(answer.status)
+
+    async def _is_ours_to_settle(self, model: ServedModel, request: InferenceRequest) -> bool:
+        """Of one that is gone: whether it never came into the queue, or left it by a cancel whose answer was lost.
+
+        What a worker ended, it settles by what was really used; that may be still to come.
+        """
+        record = await self.pipeline.send(model.queue.record(request.id))
+        return record is None or (record.state == "cancelled" and record.finish is None)
 
     async def _cancel(self, model: ServedModel, request: InferenceRequest) -> None:
         """`cancel` that keeps trying while Redis is away."""

@@ -176,6 +176,11 @@ def test_the_compose_file_is_valid_and_its_services_drain() -> None:
     wanted = set(re.findall(r"\$\{(\w+):\?", path.read_text()))
     assert wanted <= set(re.findall(r"^(\w+)=$", (DEPLOY / "env.example").read_text(), re.MULTILINE))
     assert services["web"]["volumes"] == services["ops"]["volumes"] == ["files:/files"]
+    assert "PENSTOCK_PROXIES" in services["web"]["environment"]
+    refusal = services["grafana"]["entrypoint"][-1].replace("$$", "$").replace("exec /run.sh", "true")
+    for password, code in (("", 1), ("x", 0)):
+        run = subprocess.run(["sh", "-c", refusal], env={"GF_SECURITY_ADMIN_PASSWORD": password}, check=False)
+        assert run.returncode == code
     redis_command = services["redis"]["command"]
     assert {"--appendonly", "noeviction"} <= set(redis_command)
 

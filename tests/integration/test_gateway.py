@@ -159,6 +159,23 @@ async def test_a_tenants_day_is_over_when_its_tokens_are_spent(gateway: Gateway)
         await gateway.submit(replace(draft(gateway, 3), tenant=frugal, max_tokens=19))
 
 
+async def test_who_cancels_what_a_worker_has_just_ended_is_not_given_back_what_it_used(
+    gateway: Gateway, astore: redis.asyncio.Redis
+) -> None:
+    frugal = TenantConfig(name="frugal", max_priority=0, tpd=7)
+    reply = await gateway.submit(replace(draft(gateway, 0), tenant=frugal))
+    queue = reply.model.queue
+    (claimed,) = (await aexecute(astore, queue.claim("gpu", max_requests=1, max_tokens=99, lease_s=5))).requests
+    assert await aexecute(
+        astore,
+        queue.finish("gpu", claimed.id, claimed.attempt, state="done", used_tokens=7, finish=b"\x01", output="ba"),
+    )
+    assert await gateway.cancel(reply.model, reply.request) == "gone"
+    await aexecute(astore, gateway.desk.limits.settle("frugal", reply.request.id, refund_tokens=0))  # as its worker
+    with pytest.raises(RateLimited, match="today's 7 tokens"):
+        await gateway.submit(replace(draft(gateway, 1), tenant=frugal))
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_client_of_a_shed_request_is_asked_to_come_again(
     gateway: Gateway, astore: redis.asyncio.Redis, stream: bool

@@ -96,9 +96,12 @@ def test_another_body_or_address_is_a_conflict_and_another_tenant_is_not(api: Ap
     key = new_key()
     with ended(stack.start_engine()):
         first = text_and_id(keyed(api, key, max_tokens=5))
-        for other in (keyed(api, key, max_tokens=6), keyed(api, key, max_tokens=5, prompt="bu")):
+        num_enqueued = api.snapshot().enqueued_total
+        others = ({"max_tokens": 6}, {"max_tokens": 5, "prompt": "bu"}, {"max_tokens": 5, "n": 2})
+        for other in (keyed(api, key, **fields) for fields in others):
             assert (other.status_code, code_of(other)) == (409, "idempotency_key_reused")
             assert other.json()["error"]["param"] == "Idempotency-Key"
+        assert api.snapshot().enqueued_total == num_enqueued
         native = api.call(
             "POST",
             "/api/v1/requests",

@@ -49,6 +49,12 @@ def signed_in(stack: Stack, name: str) -> Iterator[httpx.Client]:
         yield session
 
 
+def test_an_option_that_a_submitted_request_lacks_is_refused_by_name(api: Api) -> None:
+    for name, value in (("n", 2), ("best_of", 3), ("logprobs", 1), ("stream", True)):
+        answer = submit(api, "alpha", **{name: value})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+
+
 def test_a_request_is_submitted_polled_and_answered(api: Api, stack: Stack) -> None:
     submitted = submit(api, max_tokens=7, priority="high")
     assert submitted.status_code == 202

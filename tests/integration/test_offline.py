@@ -2,13 +2,16 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from io import BytesIO
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 import pytest
@@ -20,7 +23,7 @@ from inference.shedding import end_dropped
 from scheduling.core.policies import build_policy
 from scheduling.core.request import QueueEntry
 from scheduling.store import execute
-from tests.integration.gateway_support import QUEUE, Api
+from tests.integration.gateway_support import QUEUE, Api, code_of
 
 PATIENCE_S = 40.0
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -251,7 +254,12 @@ def test_files_are_bounded_listed_and_deleted(client: openai.OpenAI) -> None:
 def test_a_batch_is_refused_for_another_endpoint_window_or_file(client: openai.OpenAI) -> None:
     file = client.files.create(file=("a.jsonl", b"{}"), purpose="batch")
     given: dict[str, Any] = {"input_file_id": file.id, "endpoint": "/v1/completions", "completion_window": "24h"}
-    for wrong in ({"endpoint": "/v1/embeddings"}, {"completion_window": "1h"}, {"metadata": {"x": "y" * 600}}):
+    for wrong in (
+        {"endpoint": "/v1/embeddings"},
+        {"completion_window": "1h"},
+        {"metadata": {"x": "y" * 600}},
+        {"metadata": {"x": "a\0"}},
+    ):
         with pytest.raises(openai.BadRequestError):
             client.batches.create(**(given | wrong))
     with pytest.raises(openai.NotFoundError):
@@ -264,4 +272,15 @@ def test_a_form_that_cannot_be_read_is_the_client_s_error(stack: Stack) -> None:
         answer = Api(stack).call("POST", "/v1/files", content=content, headers=headers)
         assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
     assert Api(stack).call("PUT", "/v1/files").status_code == 405
+    for path in ("/v1/files/", "/v1/files/a/b", "/v1/filesystem", "/v1/batches/a/b"):
+        answer = Api(stack).call("GET", path)
+        assert (answer.status_code, code_of(answer)) == (404, "unknown_url")
     assert Api(stack).call("POST", "/v1/batches", content=b"[]").status_code == 400
+
+
+def test_a_stranger_s_file_is_refused_before_it_is_read(stack: Stack) -> None:
+    address = urlsplit(stack.url)
+    head = f"POST /v1/files HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: 20000\r\n\r\n"
+    with closing(socket.create_connection((address.hostname, address.port), timeout=5)) as stranger:
+        stranger.sendall(head.encode() + b"the rest never comes")
+        assert stranger.recv(4096).startswith(b"HTTP/1.1 401")

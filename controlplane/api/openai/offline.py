@@ -1,10 +1,12 @@
 """`/v1/files` and `/v1/batches`: OpenAI's offline work; answered by Django, since they read forms and the database."""
 
+import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from django.core.exceptions import SuspiciousOperation
+from django.db import Error as DatabaseError
 from django.db.models import Model, QuerySet
 from django.http import FileResponse, HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
 from django.http.multipartparser import MultiPartParserError
@@ -17,8 +19,9 @@ from controlplane.api.openai.body import read_fields
 from controlplane.models import Batch, StoredFile
 from controlplane.offline.batches import cancel_batch, create_batch, find_batch
 from controlplane.offline.files import content_path, delete_file, find_file, store_file
-from inference.gateway.errors import GatewayError, InvalidRequest, NotFound
+from inference.gateway.errors import GatewayError, InvalidRequest, NotFound, Unavailable
 
+log = logging.getLogger(__name__)
 View = Callable[..., HttpResponseBase]
 MAX_PAGE = 100
 MAX_METADATA = 16
@@ -46,6 +49,12 @@ def _for_tenants(*methods: str) -> Callable[[View], View]:
                 return _refuse(error)
             except (MultiPartParserError, SuspiciousOperation) as error:
                 return _refuse(InvalidRequest(f"The form cannot be read: {error}"))
+            except (DatabaseError, OSError) as error:
+                log.warning("Offline work cannot be reached: %s", error)
+                return _refuse(Unavailable("Files and batches cannot be reached at the moment."))
+            except Exception:
+                log.exception("%s %s failed", request.method, request.path)
+                return _refuse(GatewayError("The server failed on this request."))
 
         return answer
 
@@ -57,12 +66,18 @@ def _refuse(error: GatewayError) -> HttpResponse:
     return HttpResponse(error_body(error), status=status_of(error), content_type="application/json", headers=headers)
 
 
+@_for_tenants("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
+def unknown_url(request: HttpRequest, tenant: str, *, rest: str) -> HttpResponseBase:
+    """Every other address below these."""
+    raise NotFound(f"There is no /v1/{rest[:200]}.", code="unknown_url")
+
+
 @_for_tenants("GET", "POST")
 def files(request: HttpRequest, tenant: str) -> HttpResponseBase:
     """List files, or take one."""
     if request.method == "GET":
         found = StoredFile.objects.filter(tenant=tenant)
-        purpose = request.GET.get("purpose")
+        purpose = request.GET.get("purpose", "").replace("\0", "")
         return _page(request, found.filter(purpose=purpose[:32]) if purpose else found, show_file)
     upload = request.FILES.get("file")
     if upload is None or not upload.name:
@@ -128,10 +143,14 @@ def cancel(request: HttpRequest, tenant: str, *, batch_id: str) -> HttpResponseB
 def _metadata(given: Any) -> dict[str, str]:
     if given is None:
         return {}
-    texts = isinstance(given, dict) and all(isinstance(value, str) and len(value) <= 512 for value in given.values())
-    if not texts or len(given) > MAX_METADATA or any(len(name) > 64 for name in given):
+    texts = isinstance(given, dict) and all(_is_text(n, 64) and _is_text(v, 512) for n, v in given.items())
+    if not texts or len(given) > MAX_METADATA:
         raise InvalidRequest(f"metadata has at most {MAX_METADATA} short texts.", param="metadata")
     return dict(given)
+
+
+def _is_text(value: Any, length: int) -> bool:
+    return isinstance(value, str) and len(value) <= length and "\0" not in value
 
 
 def _page(request: HttpRequest, rows: QuerySet[Any], show: Callable[[Any], dict[str, Any]]) -> HttpResponse:
@@ -140,7 +159,7 @@ def _page(request: HttpRequest, rows: QuerySet[Any], show: Callable[[Any], dict[
     if not limit.isdecimal() or not 1 <= int(limit[:6]) <= 10_000:
         raise InvalidRequest("limit must be a number from 1.", param="limit")
     count = min(MAX_PAGE, int(limit[:6]))
-    if after := request.GET.get("after"):
+    if after := request.GET.get("after", "").replace("\0", ""):
         last: Model | None = rows.filter(pk=after[:64]).first()
         if last is None:
             raise InvalidRequest("after names nothing that is here.", param="after")
