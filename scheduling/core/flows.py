@@ -80,7 +80,7 @@ class Flows:
         flow = self._flows.get(name)
         if flow is None:
             flow = self._flows[name] = Flow(name, weight, max(self.vt, self._idle.pop(name, 0.0)), self.at)
-            heappush(self._order, (flow.vt, name))
+            self._move(flow, flow.vt)
         flow.weight = weight
         flow.push(rank, number, entry, body)
 

@@ -103,3 +103,12 @@ def test_flows_conserve_requests_and_virtual_time_never_goes_back(steps: list[tu
     while (served := take(1)) is not None:
         waiting.remove(served)
     assert not waiting
+
+
+def test_a_flow_that_comes_and_goes_unserved_leaves_nothing_behind() -> None:
+    flows = Flows()
+    flows.place(entry_of(0), b"", 0, Placement("first", 1.0, 0.0))
+    for number in range(1, 1000):
+        flows.place(entry_of(number), b"", number, Placement("fleeting", 1.0, 0.0))
+        assert flows.remove(f"r{number}")
+    assert len(flows._order) < 100
