@@ -26,18 +26,22 @@ def cancel_request(*, request_id: str, models: Sequence[str], actor: User, reaso
     """
     client = live_redis()
     for queue in (FleetQueue(live_keys(), model) for model in models):
-        answer = execute(client, queue.cancel(request_id))
-        if answer.status == "gone":
+        was, record = execute_many(client, [queue.cancel(request_id), queue.record(request_id)])
+        if record is None:
             continue
-        tenant = ""
-        if answer.status == "queued" and answer.body is not None:
-            request = msgspec.msgpack.decode(answer.body, type=InferenceRequest)
-            tenant = request.tenant
-            record = execute(client, queue.record(request_id))
-            execute_many(client, _end(queue, request, attempt=record.attempt if record else 0))
-        after = {"was": answer.status, "model": queue.model, **({"tenant": tenant} if tenant else {})}
+        request = msgspec.msgpack.decode(record.body, type=InferenceRequest)
+        status: str = was.status
+        if status == "gone":
+            # Its end is still owed where a call before this one took it out of the queue, and broke off.
+            owed = record.state == "cancelled" and record.finish is None
+            if not owed or not execute(client, TenantLimits(queue.keys).holds(request.tenant, request_id)):
+                continue
+            status = "queued"
+        if status == "queued":
+            execute_many(client, _end(queue, request, attempt=record.attempt))
+        after = {"was": status, "model": queue.model, "tenant": request.tenant}
         record_action(actor=actor, action="request.cancel", target=request_id, after=after, reason=reason)
-        return str(answer.status)
+        return status
     return "gone"
 
 

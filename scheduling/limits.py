@@ -83,6 +83,10 @@ class TenantLimits:
         """What is in use and left now."""
         return self._script("usage", _read_usage, tenant, now)
 
+    def holds(self, tenant: str, request_id: str) -> Command[bool]:
+        """Whether a request has its slot still: nobody has settled it."""
+        return Command(("ZSCORE", f"{self.keys.tenant(tenant)}:running", request_id), lambda reply: reply is not None)
+
     def slots(self, tenant: str, before_s: float) -> Command[list[str]]:
         """Ids of requests that took their slot before a unix time, for reconciling with the queues."""
         args = ("ZRANGEBYSCORE", f"{self.keys.tenant(tenant)}:running", "-inf", repr(before_s))
