@@ -1,7 +1,7 @@
 """Several answers to one request: let in together or not at all, and read as they come."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 
 from inference.gateway.admission import Draft
@@ -67,8 +67,18 @@ async def _read(reply: Reply) -> tuple[str, bool]:
     return text, reply.finish is not None
 
 
-async def read_whole(replies: Sequence[Reply]) -> list[str]:
-    """The whole texts of all answers. Raises GatewayError, as soon as one ended without `finish`."""
+async def read_whole(replies: Sequence[Reply], check: Callable[[Reply], object]) -> list[str]:
+    """The whole texts of all answers.
+
+    Raises GatewayError as soon as one ended without `finish`, or what `check` raises of one that has ended: the others
+    are not waited for then.
+    """
+
+    async def read(reply: Reply) -> str:
+        text = await reply.read_all()
+        check(reply)
+        return text
+
     if len(replies) == 1:
-        return [await replies[0].read_all()]
-    return list(await asyncio.gather(*(reply.read_all() for reply in replies)))
+        return [await read(replies[0])]
+    return list(await asyncio.gather(*map(read, replies)))

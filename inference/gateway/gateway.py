@@ -44,6 +44,8 @@ STALLED_S = 3.0
 """A request silent for this long is looked up, in case its end was lost on the way."""
 STALLED_UNHEARD_S = 10.0
 """The same before its first token: it probably waits in the queue."""
+REPLIES_KEEP_S = 60
+"""How long the reply stream of a process that stopped is there for workers who have not heard of it."""
 PATIENCE_S = 600.0
 """How long a cancellation is tried while Redis is away."""
 
@@ -151,7 +153,8 @@ class Gateway:
         await asyncio.gather(*self._loops, *self._tasks, return_exceptions=True)
         with contextlib.suppress(RedisUnavailable):
             await self.pipeline.send(Command(("ZREM", self.keys.webs, self.name), int))
-            await self.pipeline.send(Command(("DEL", self.keys.replies(self.name)), int))
+            # Workers may still write there, and would make it anew without an end.
+            await self.pipeline.send(Command(("EXPIRE", self.keys.replies(self.name), REPLIES_KEEP_S), int))
         await self._client.aclose()
         await self._reader_client.aclose()
 

@@ -16,6 +16,7 @@ from inference.directory import TenantConfig
 from inference.gateway import gateway as module
 from inference.gateway.errors import InvalidRequest, Overloaded, QueueFull, RateLimited
 from inference.gateway.gateway import Gateway
+from inference.messages import Finish, SequenceUpdate
 from scheduling.core.policies import build_policy
 from scheduling.keys import Keys
 from scheduling.store import Command, aexecute, connect
@@ -197,6 +198,27 @@ async def test_the_client_of_a_shed_request_is_asked_to_come_again(
     assert b"requests of higher priority came" in b"".join(connection.sent)
     assert connection.status == (200 if stream else 503)
     assert stream or int(connection.headers[b"retry-after"]) >= 1
+
+
+async def test_where_one_of_several_answers_fails_the_others_are_not_waited_for(
+    gateway: Gateway, astore: redis.asyncio.Redis
+) -> None:
+    connection = Connection(gateway, {"model": "tiny", "prompt": "ba", "n": 3})
+    task = asyncio.create_task(connection.run())
+    queue = draft(gateway, 0).model.queue
+
+    async def depth() -> int:
+        return (await aexecute(astore, queue.snapshot())).depth
+
+    await until(depth, 3)
+    (claimed,) = (await aexecute(astore, queue.claim("gpu", max_requests=1, max_tokens=99, lease_s=5))).requests
+    end = SequenceUpdate(claimed.id, claimed.attempt, 0, [], [], Finish("cancelled", 2, 0))
+    await astore.xadd(gateway.keys.replies(gateway.name), {"m": msgspec.msgpack.encode([end])})
+    await connection.wait_for(b'"code":"cancelled"')
+    assert connection.status == 499
+    await until(depth, 0)
+    connection.gone.set()
+    await asyncio.wait_for(task, 5)
 
 
 async def test_concurrent_commands_share_round_trips(gateway: Gateway, astore: redis.asyncio.Redis) -> None:

@@ -222,6 +222,7 @@ def test_a_web_process_that_stops_tells_its_clients_and_cleans_up(
         long.begun.wait(10)
         short.begun.wait(10)
         began = time.monotonic()
+        stream = reply_stream(live)
         stack.web.terminate()
         last = frames_of(long.answer.result(30))[-1]
         assert last["error"]["code"] == "server_shutting_down"
@@ -230,3 +231,4 @@ def test_a_web_process_that_stops_tells_its_clients_and_cleans_up(
         assert time.monotonic() - began < 8
         assert live.zcard(KEYS.webs) == 0
         wait_until(lambda: api.snapshot().running == 0)
+        assert live.ttl(stream) != -1, "a stream that nobody reads must end"

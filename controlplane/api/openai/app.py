@@ -185,7 +185,7 @@ async def _abandon_when_gone(exchange: Exchange, replies: list[Reply]) -> None:
 
 
 async def _whole(exchange: Exchange, answer: Answer) -> None:
-    texts = await read_whole(answer.replies)
+    texts = await read_whole(answer.replies, _ended_well)
     await exchange.respond(200, answer.whole(texts), _limits(answer.replies))
 
 
