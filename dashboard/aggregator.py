@@ -98,6 +98,8 @@ class Aggregator:
     def start(self) -> None:
         """Begin to read, unless that goes on already. Needs a running loop."""
         if not self._tasks or any(task.done() for task in self._tasks):
+            for task in self._tasks:
+                task.cancel()
             self._tasks = [asyncio.create_task(self._read_fleet()), asyncio.create_task(self._follow_activity())]
 
     async def stop(self) -> None:

@@ -13,6 +13,7 @@ from dashboard.models import WhatIfRun
 from inference.recorded import HistoryError, read_window
 from inference.what_if import Candidate, run_what_if
 from scheduling.core.policies import PolicyError, build_policy
+from scheduling.models import ConfigVersion
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def ask_what_if(
         raise WhatIfError(
             f"A window is at most {MAX_WINDOW.total_seconds() / 3600:.0f} hours long, and ends after it begins."
         )
+    ConfigVersion.objects.get_or_create(id=1)
+    ConfigVersion.objects.select_for_update().get(id=1)  # else two who ask at once are both the only one
     end_lost_runs()
     if WhatIfRun.objects.filter(state__in=OPEN).exists():
         raise WhatIfError("Another replay is under way; wait until it has ended.")

@@ -20,7 +20,7 @@ from dashboard.consumers import CLOSE_SIGNED_OUT, LiveConsumer
 from dashboard.document import DocumentBuilder
 from dashboard.readings import FleetReader
 from dashboard.routing import build_sockets
-from dashboard.selectors.activity import read_activity
+from dashboard.selectors.activity import Activity, read_activity
 from dashboard.state import apply
 from scheduling.keys import Keys
 from scheduling.models import PolicyRevision, Tenant
@@ -163,6 +163,28 @@ async def test_an_update_is_serialised_once_for_all_sockets(aggregator: Aggregat
     assert await one.next() is await other.next()
     await aggregator.tick()
     assert await one.next() is await other.next()
+
+
+async def test_a_feed_whose_one_half_ended_begins_anew_without_a_second_other_half(
+    astore: redis.asyncio.Redis, keys: Keys
+) -> None:
+    async def broken() -> Activity:
+        raise LookupError
+
+    aggregator = Aggregator(
+        reader=FleetReader(astore, keys), builder=DocumentBuilder(queue_limit=20), read_activity=broken
+    )
+    aggregator.start()
+    reading, following = aggregator._tasks
+    with pytest.raises(LookupError):
+        await following
+    aggregator.start()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(reading, 5)
+    with pytest.raises(LookupError):
+        await aggregator._tasks[1]
+    aggregator._tasks.pop()
+    await aggregator.stop()
 
 
 async def test_a_redis_that_is_away_is_a_fault_on_the_page_and_not_the_end_of_the_feed(keys: Keys) -> None:
