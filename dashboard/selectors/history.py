@@ -1,5 +1,6 @@
 """What a model did over minutes, hours and days, as series on an even grid; from seconds or from sums, as fits."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -130,18 +131,19 @@ def choose_period(start: datetime, end: datetime) -> Period:
 
 
 def read_series(
-    model: str, period: Period, names: Iterable[str], *, replica: str = ""
+    model: str, period: Period, names: Iterable[str], *, replica: str = "", clock: Callable[[], float] = time.time
 ) -> dict[str, list[float | None]]:
     """A value per grain for each metric; None where nothing was recorded.
 
-    What comes from requests has no seconds: its minutes are repeated. `replica` narrows what replicas recorded.
+    What comes from requests has no seconds: its minutes are repeated. `replica` narrows what replicas recorded. Rates
+    of the grain that goes on are by the time since its beginning.
     """
     series: dict[str, list[float | None]] = {}
     wanted = {name: METRICS[name] for name in names}
     for source in ("batch", "requests", "latency"):
         metrics = {name: metric for name, metric in wanted.items() if metric.source == source}
         if metrics:
-            series |= _read_source(source, metrics, model, period, replica)
+            series |= _read_source(source, metrics, model, period, replica, clock())
     return {name: series[name] for name in wanted}
 
 
@@ -152,7 +154,7 @@ def read_changes(model: str, period: Period) -> list[PolicyRevision]:
 
 
 def _read_source(
-    source: Source, metrics: Mapping[str, Metric], model: str, period: Period, replica: str
+    source: Source, metrics: Mapping[str, Metric], model: str, period: Period, replica: str, now_s: float
 ) -> dict[str, list[float | None]]:
     grain_s = period.resolution if source == "batch" else max(60, period.resolution)
     if source == "batch":
@@ -163,8 +165,12 @@ def _read_source(
     found = {row["start"].timestamp(): row for row in rows}
     first_s = period.start.timestamp()
     at = [(first_s + i * period.resolution) // grain_s * grain_s for i in range(period.num_grains)]
+    spans = [min(grain_s, max(1, int(now_s - when))) for when in at]
     return {
-        name: [None if (row := found.get(when)) is None else _rounded(metric.value(row, grain_s)) for when in at]
+        name: [
+            None if (row := found.get(when)) is None else _rounded(metric.value(row, span_s))
+            for when, span_s in zip(at, spans, strict=True)
+        ]
         for name, metric in metrics.items()
     }
 

@@ -12,9 +12,10 @@ from pytest_django.fixtures import Settings
 
 from controlplane.config import Config
 from dashboard.export import safe_cell
+from dashboard.models import RequestRollup
 from dashboard.page import PAGES
 from dashboard.rollups import roll_up
-from dashboard.selectors.history import METRICS
+from dashboard.selectors.history import METRICS, choose_period, read_series
 from inference.models import BatchRecord, RequestRecord
 from scheduling.audit import record_action
 from scheduling.keys import Keys
@@ -211,6 +212,17 @@ def test_days_are_read_from_hours_and_a_period_has_bounds(fleet: FleetWriter) ->
         assert client.get("/api/v1/operator/history", {"model": "demo", **query}).status_code == 400, query
     assert client.get("/history/", {"since": "1980-01-01T00:00"}).status_code == 200
     assert client.get("/history/export/", {"since": "1980-01-01T00:00"}).status_code == 400
+
+
+def test_the_rate_of_a_minute_that_goes_on_is_by_the_seconds_that_it_has_had(fleet: FleetWriter) -> None:
+    for minute in (0, 1):
+        RequestRollup.objects.create(
+            resolution=60, start=NOW + minute * timedelta(minutes=1), model="demo", tenant="a", priority=1, finished=30
+        )
+    period = choose_period(NOW, NOW + timedelta(minutes=20))
+    now_s = (NOW + timedelta(seconds=75)).timestamp()
+    series = read_series("demo", period, ["completions"], clock=lambda: now_s)["completions"]
+    assert series[:3] == [0.5, 2, None]
 
 
 def test_the_export_holds_every_metric_and_no_formula(fleet: FleetWriter) -> None:
