@@ -1,7 +1,7 @@
 """What an engine process decides while it serves: its batch size, whose slot is taken, what starts a batch."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from tests.integration.fleet import FleetClient
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama_long")
 
 
 @pytest.fixture
@@ -30,9 +30,23 @@ def engines(checkpoint: Path, redis_url: str, keys: Keys) -> Iterator[Engines]:
 
 
 def read_status(fleet: FleetClient) -> ReplicaStatus:
+    """What the engine last said of itself; a fast one has finished before it says anything."""
+    fleet.until(lambda: fleet.status("gpu-0"))
     status = fleet.status("gpu-0")
     assert status is not None
     return status
+
+
+def keep_busy(fleet: FleetClient, condition: Callable[[], object]) -> None:
+    """Have 40 requests unfinished until the condition holds, however fast the engine is."""
+
+    def is_met() -> bool:
+        unfinished = sum(not answer.finish for answer in fleet.answers.values())
+        for number in range(len(fleet.answers), len(fleet.answers) + 40 - unfinished):
+            fleet.submit(f"r{number}", [5 + number % 200, 6], 60)
+        return bool(condition())
+
+    fleet.until(is_met)
 
 
 def test_a_batch_shrinks_when_its_sla_is_missed_and_another_strategy_takes_over_while_it_serves(
@@ -40,9 +54,7 @@ def test_a_batch_shrinks_when_its_sla_is_missed_and_another_strategy_takes_over_
 ) -> None:
     impossible = [LatencyTarget("acme", 3, None, 0.002)]
     engine = engines.start(sizing="latency_first", targets=impossible)
-    for i in range(40):
-        fleet.submit(f"r{i}", [5 + i, 6], 60)
-    fleet.until(lambda: (s := fleet.status("gpu-0")) is not None and 1 <= s.max_batch_size < 6)
+    keep_busy(fleet, lambda: read_status(fleet).max_batch_size < 6)
     assert read_status(fleet).size_changes[0].reason.startswith("latency_first: p99 is ")
     for arguments, ok in (
         ({"name": "throughput_first", "params": {"initial": 7}}, True),
@@ -69,8 +81,8 @@ def test_a_higher_request_takes_a_slot_under_a_policy_by_priority_and_no_token_i
 ) -> None:
     fleet.use_policy("priority")
     engines.start(max_batch_size=2)
-    fleet.submit("low 1", [5, 6], 240, priority=5)
-    fleet.submit("low 2", [7, 8], 240, priority=4)
+    fleet.submit("low 1", [5, 6], 1000, priority=5)
+    fleet.submit("low 2", [7, 8], 1000, priority=4)
     fleet.until(lambda: all(len(answer.token_ids) > 20 for answer in fleet.answers.values()))
     fleet.submit("urgent", [9, 6], 10, priority=1)
     fleet.until(lambda: fleet.answers["urgent"].finish)
@@ -78,7 +90,7 @@ def test_a_higher_request_takes_a_slot_under_a_policy_by_priority_and_no_token_i
     fleet.until_finished()
     fleet.until(lambda: read_status(fleet).slot_preemptions == 1)
     for name, prompt in (("low 1", [5, 6]), ("low 2", [7, 8])):
-        fleet.submit(f"{name} alone", prompt, 240)
+        fleet.submit(f"{name} alone", prompt, 1000)
         fleet.until_finished()
         assert fleet.answers[name].token_ids == fleet.answers[f"{name} alone"].token_ids
         assert fleet.answers[name].attempts == {1}
@@ -89,7 +101,7 @@ def test_nobody_takes_a_slot_under_fifo_equal_prompts_share_blocks_and_triggers_
 ) -> None:
     engine = engines.start(max_batch_size=1)
     prompt = list(range(5, 75))
-    fleet.submit("first", prompt, 150, priority=5)
+    fleet.submit("first", prompt, 1000, priority=5)
     fleet.until(lambda: len(fleet.answers["first"].token_ids) > 5)
     fleet.submit("critical", prompt, 5, priority=0)
     fleet.until(lambda: fleet.answers["critical"].token_ids)
