@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from scheduling.core.backpressure import BackpressureLimits
 from scheduling.core.planner import Mode
 from scheduling.core.policies import POLICIES, build_policy
+from scheduling.core.rules import MAX_EXPIRED
 from scheduling.core.simulation.admission import AdmissionSettings
 from scheduling.core.simulation.limits import TenantLimit
 from scheduling.core.simulation.outcome import ServiceTarget, ServiceTargets, SimulationResult
 from scheduling.core.simulation.replica import SwapSettings
-from scheduling.core.simulation.simulator import SimulationSettings, simulate
+from scheduling.core.simulation.simulator import RETRY_S, SWEEP_S, SimulationSettings, simulate
 from scheduling.core.simulation.trace import TraceRequest
 from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost, SwapLink
 from scheduling.core.sizing.strategies import SIZINGS, build_sizing
@@ -358,3 +359,13 @@ def test_the_example_in_the_documentation_runs(capsys: pytest.CaptureFixture[str
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(compile(block, "docs/simulator.md", "exec"), {"__name__": "__main__"})
     assert "TTFT mean / p99 by tenant" in capsys.readouterr().out
+
+
+def test_a_claim_that_only_dropped_what_was_late_is_repeated_at_once() -> None:
+    late = [request(0.01, deadline_s=0.02, drop_expired=True) for _ in range(9 * MAX_EXPIRED)]
+    trace = [request(0.0, output=30), *late, request(0.03)]
+    first, *_, last = simulate(trace, fleet(batch_size=1), DEFAULT_COST).outcomes
+    assert first.finished_s is not None
+    assert last.claimed_s is not None
+    assert first.finished_s < SWEEP_S, "only claims drop so soon"
+    assert last.claimed_s < first.finished_s + RETRY_S / 2

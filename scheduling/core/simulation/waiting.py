@@ -66,25 +66,14 @@ class SimulatedQueue:
 
     def claim(self, owner: str, room: Room, *, is_idle: bool) -> list[SimulatedSequence]:
         """What an engine with this room gets; one with nothing at all also what no room will ever fit, to refuse it."""
-        claimed = self._queue.claim(owner, max_requests=room.requests, max_tokens=room.tokens, lease_s=math.inf)
-        dropped, requests = claimed.dropped, claimed.requests
-        if not requests and is_idle:
-            claimed = self._queue.claim(owner, max_requests=1, max_tokens=NO_LIMIT, lease_s=math.inf)
-            dropped, requests = dropped + claimed.dropped, claimed.requests
-        for one in dropped:
-            self._drop(one.id, one.reason)
-        return [SimulatedSequence(one.id, one.attempt, self._leave(one.id)) for one in requests]
+        sequences = self._serve(owner, room)
+        return self._serve(owner, Room(1, NO_LIMIT)) if is_idle and not sequences else sequences
 
     def claim_urgent(self, owner: str, room: UrgentRoom) -> list[SimulatedSequence]:
         """What a full engine gets to take the place of something lower: one at most, where the policy lets it."""
         if not self.has_urgent(room):
             return []
-        claimed = self._queue.claim(
-            owner, max_requests=1, max_tokens=room.tokens, lease_s=math.inf, max_priority=room.max_priority
-        )
-        for one in claimed.dropped:
-            self._drop(one.id, one.reason)
-        sequences = [SimulatedSequence(one.id, one.attempt, self._leave(one.id)) for one in claimed.requests]
+        sequences = self._serve(owner, Room(1, room.tokens), room.max_priority)
         for sequence in sequences:
             sequence.is_urgent = True
         return sequences
@@ -111,6 +100,17 @@ class SimulatedQueue:
     def assess(self, kv_usage: float) -> None:
         """Find the backpressure level."""
         self.admission.assess(self._clock(), self._queue.snapshot(), kv_usage)
+
+    def _serve(self, owner: str, room: Room, max_priority: int | None = None) -> list[SimulatedSequence]:
+        """What a claim gives, repeated at once where it only met the bound of what one claim drops or moves."""
+        while True:
+            claimed = self._queue.claim(
+                owner, max_requests=room.requests, max_tokens=room.tokens, lease_s=math.inf, max_priority=max_priority
+            )
+            for one in claimed.dropped:
+                self._drop(one.id, one.reason)
+            if claimed.requests or not claimed.more:
+                return [SimulatedSequence(one.id, one.attempt, self._leave(one.id)) for one in claimed.requests]
 
     def _enqueue(self, entry: QueueEntry) -> str:
         """Why a request was refused; "" where it waits now."""
