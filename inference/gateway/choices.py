@@ -11,7 +11,7 @@ from inference.gateway.reply import Reply
 
 
 async def submit_choices(gateway: Gateway, drafts: Sequence[Draft], key: IdempotencyKey | None) -> list[Reply]:
-    """Let each answer's draft in; where one is refused all are cancelled. Raises GatewayError, of the first refused.
+    """Let each answer's draft in; where one is refused all are withdrawn. Raises GatewayError, of the first refused.
 
     Each is a request of its own for queue, engine and limits. An idempotency key stands for all of them; the first one
     says alone whether it was used before, so that no other comes in under a key of another body.
@@ -31,7 +31,7 @@ async def submit_choices(gateway: Gateway, drafts: Sequence[Draft], key: Idempot
             task.cancel()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(outcome, Reply):
-                outcome.abandon()
+                outcome.withdraw()
         raise
 
 

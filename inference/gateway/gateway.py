@@ -188,7 +188,7 @@ class Gateway:
             self._forget(reply)
             if not isinstance(error, GatewayError) or isinstance(error, RedisUnavailable):
                 # It may have come into the queue although the answer was lost.
-                self._spawn(self._cancel(draft.model, reply.request))
+                self._spawn(self._cancel(draft.model, reply.request, withdrawn=True))
             raise
         reply.entered = True
         return reply
@@ -233,7 +233,7 @@ class Gateway:
         self._forget(reply)
         if not reply.is_shared:
             if reply.finish is None:
-                self._spawn(self._cancel(reply.model, reply.request))
+                self._spawn(self._cancel(reply.model, reply.request, withdrawn=reply.withdrawn))
         elif reply.finish is not None:
             request = reply.request
             for words in (
@@ -253,11 +253,14 @@ class Gateway:
     def _all_replies(self) -> list[Reply]:
         return [*self._replies.values(), *self._shared]
 
-    async def cancel(self, model: ServedModel, request: InferenceRequest) -> str:
-        """Cancel one request wherever it is: "queued", "running" or "gone". Raises RedisUnavailable."""
+    async def cancel(self, model: ServedModel, request: InferenceRequest, *, withdrawn: bool = False) -> str:
+        """Cancel one request wherever it is: "queued", "running" or "gone". Raises RedisUnavailable.
+
+        One that is `withdrawn` while it waits does not count against requests a minute either.
+        """
         answer = await self.pipeline.send(model.queue.cancel(request.id))
         if answer.status == "queued" or (answer.status == "gone" and await self._is_ours_to_settle(model, request)):
-            await self._settle(request, with_history=answer.status == "queued")
+            await self._settle(request, with_history=answer.status == "queued", withdrawn=withdrawn)
         return str(answer.status)
 
     async def _is_ours_to_settle(self, model: ServedModel, request: InferenceRequest) -> bool:
@@ -268,21 +271,24 @@ class Gateway:
         record = await self.pipeline.send(model.queue.record(request.id))
         return record is None or (record.state == "cancelled" and record.finish is None)
 
-    async def _cancel(self, model: ServedModel, request: InferenceRequest) -> None:
+    async def _cancel(self, model: ServedModel, request: InferenceRequest, *, withdrawn: bool = False) -> None:
         """`cancel` that keeps trying while Redis is away."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             try:
-                await self.cancel(model, request)
+                await self.cancel(model, request, withdrawn=withdrawn)
                 return
             except RedisUnavailable:
                 await asyncio.sleep(0.25)
         log.error("Request %s could not be cancelled: Redis stayed away", request.id)
 
-    async def _settle(self, request: InferenceRequest, *, with_history: bool) -> None:
+    async def _settle(self, request: InferenceRequest, *, with_history: bool, withdrawn: bool) -> None:
         """Give the tenant's tokens and slot back; once it left the queue nobody else does, nor writes its history."""
+        limits, tokens = self.desk.limits, request.charged_tokens
         commands: list[Command[Any]] = [
-            self.desk.limits.settle(request.tenant, request.id, refund_tokens=request.charged_tokens)
+            limits.cancel_charge(request.tenant, request.id, tokens=tokens)
+            if withdrawn
+            else limits.settle(request.tenant, request.id, refund_tokens=tokens)
         ]
         if with_history:
             end = unserved_event(request, state="cancelled", reason="cancelled", now_s=time.time())

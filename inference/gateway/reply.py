@@ -29,6 +29,8 @@ class Reply:
         self.entered = False
         """Whether the request is in the queue, or was."""
         self.abandoned = False
+        self.withdrawn = False
+        """Whether it was let in for nothing, so that its tenant gets all of the charge back."""
         self._close = close
         self._drain_time_s = drain_time_s
 
@@ -68,6 +70,11 @@ class Reply:
     def finish(self) -> Finish | None:
         """How it ended."""
         return self.mailbox.finish
+
+    def withdraw(self) -> None:
+        """`abandon`, since another answer to the same request was refused."""
+        self.withdrawn = True
+        self.abandon()
 
     def abandon(self) -> None:
         """Cancel unless it has ended, or others may wait for it. Returns at once."""
