@@ -11,6 +11,7 @@ from ninja import Field, Query, Router, Schema
 from redis.exceptions import RedisError
 
 from controlplane.api.access import ControlAuth, ViewerAuth
+from controlplane.api.schemas import STORABLE
 from dashboard.cancelling import cancel_request
 from dashboard.page import list_models
 from dashboard.selectors.life import find_life
@@ -128,7 +129,7 @@ class LifeView(Schema):
 class CancelBody(Schema, extra="forbid"):
     """Why a request is cancelled."""
 
-    reason: str = Field(min_length=1, max_length=500)
+    reason: str = Field(min_length=1, max_length=500, pattern=STORABLE)
 
 
 class Cancelled(Schema):

@@ -6,6 +6,9 @@ from ninja import Field, Schema
 
 from inference.messages import BatchMode
 
+STORABLE = r"^[^\x00]*$"
+"""Texts that PostgreSQL takes: without NUL."""
+
 
 class Usage(Schema):
     """Tokens of a request."""
@@ -139,7 +142,7 @@ class SwitchBody(Schema, extra="forbid"):
 
     name: str = Field(max_length=64)
     params: dict[str, float | str] = {}
-    reason: str = Field(min_length=1, max_length=500, description="Why; kept with the revision.")
+    reason: str = Field(min_length=1, max_length=500, pattern=STORABLE, description="Why; kept with the revision.")
 
 
 class RevisionView(Schema):
@@ -163,7 +166,7 @@ class ControlBody(Schema, extra="forbid"):
     max_batch_size: int | None = Field(default=None, ge=1, le=4096, strict=True, description="Requests in a batch.")
     sizing: str | None = Field(default=None, max_length=64, description="The strategy that sets the batch size.")
     params: dict[str, float] | None = Field(default=None, description="Those of the strategy that differ.")
-    reason: str = Field(min_length=1, max_length=500, description="Why; kept in the audit trail.")
+    reason: str = Field(min_length=1, max_length=500, pattern=STORABLE, description="Why; kept in the audit trail.")
 
 
 class AckView(Schema):

@@ -10,6 +10,7 @@ from ninja import Router, Schema, Status
 from pydantic import Field
 
 from controlplane.api.access import SessionAuth
+from controlplane.api.schemas import STORABLE
 from controlplane.models import OperatorToken
 from controlplane.tokens import create_token, revoke_token
 from inference.gateway.errors import InvalidRequest, NotFound
@@ -20,7 +21,7 @@ router = Router(tags=["tokens"], auth=SessionAuth())
 class TokenBody(Schema, extra="forbid"):
     """A token to make."""
 
-    name: str = Field(min_length=1, max_length=120, description="What it is for.")
+    name: str = Field(min_length=1, max_length=120, pattern=STORABLE, description="What it is for.")
     days: float | None = Field(
         default=None, gt=0, le=3650, description="How long it can be used; absent: until revoked."
     )

@@ -11,6 +11,7 @@ from redis.exceptions import RedisError
 
 from controlplane.api.access import OperatorAuth, ViewerAuth
 from controlplane.api.request_log import aware, without_nul
+from controlplane.api.schemas import STORABLE
 from dashboard.guard import METRICS, Guard, GuardError, switch_under_guard
 from dashboard.models import GuardedSwitch, WhatIfRun
 from dashboard.page import list_models
@@ -72,7 +73,7 @@ class GuardedBody(Schema, extra="forbid"):
     model: str = Field(max_length=128)
     name: str = Field(max_length=64)
     params: dict[str, float | str] = {}
-    reason: str = Field(min_length=1, max_length=500)
+    reason: str = Field(min_length=1, max_length=500, pattern=STORABLE)
     guard: GuardBody
 
 

@@ -136,8 +136,11 @@ def test_an_operator_cancels_what_waits_and_what_runs_and_nobody_else_does(fleet
     assert signed_in().post(f"/api/v1/operator/requests/{waiting}/cancel", {"reason": "x"}).status_code == 403
     operator = signed_in("operator")
     assert operator.post(f"/requests/{waiting}/cancel/", {}).status_code == 400
-    assert operator.post(f"/requests/{waiting}/cancel/", {"reason": "runaway"}).json()["was"] == "queued"
+    assert operator.post(f"/requests/{waiting}/cancel/", {"reason": "\0"}).status_code == 400
+    assert operator.post(f"/requests/{waiting}/cancel/", {"reason": "run\0away"}).json()["was"] == "queued"
     assert operator.post(f"/requests/{waiting}/cancel/", {"reason": "again"}).status_code == 404
+    path, bad = f"/api/v1/operator/requests/{running}/cancel", {"reason": "run\0away"}
+    assert operator.post(path, bad, content_type="application/json").status_code == 400
     body = {"reason": "runaway"}
     answer = operator.post(f"/api/v1/operator/requests/{running}/cancel", body, content_type="application/json")
     assert answer.json() == {"id": running, "was": "running"}

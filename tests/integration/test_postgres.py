@@ -20,6 +20,7 @@ DATABASE_TESTS = (
     "test_commands.py",
     "test_dashboard_guard.py",
     "test_dashboard_pages.py",
+    "test_dashboard_requests.py",
     "test_dashboard_rollups.py",
     "test_directory.py",
     "test_historian.py",
