@@ -156,14 +156,15 @@ class Intake(threading.Thread):
     def _claim(self, room: Room) -> Claimed:
         """Claim for the room; an idle engine also claims a head of the queue that no room will ever fit.
 
-        Where that gives nothing, claim one that may take the place of another. Without any room this still tells how
-        many wait, and by which policy. Requests that were dropped for their deadline are ended here.
+        Where that gives nothing, claim one that may take the place of another. Without any room (a paused engine has
+        none) this still tells how many wait, and by which policy. Requests that were dropped for their deadline are
+        ended here.
         """
         owner, urgent = self._lease.owner, self._left_urgent()
         claims: list[Claimed] = []
         if room.requests > 0 or urgent is None:
             claims.append(self._claim_as(owner, room))
-            if self._gave_nothing(claims) and self._is_idle and not self._claimed:
+            if room.requests > 0 and self._gave_nothing(claims) and self._is_idle and not self._claimed:
                 claims.append(self._claim_as(owner, Room(1, NO_LIMIT)))
         is_urgent = urgent is not None and self._gave_nothing(claims)
         if urgent is not None and is_urgent:

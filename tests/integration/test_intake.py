@@ -167,3 +167,15 @@ def test_a_full_intake_looks_how_many_wait_and_claims_one_that_may_take_a_place(
     fleet.until(lambda: execute(fleet.client, fleet.queue.snapshot()).running == 2)
     [taken] = intake.take()
     assert (taken.request.id, taken.sequence.is_urgent) == ("high", False)
+
+
+def test_an_intake_that_is_offered_no_room_at_all_claims_nothing_though_its_engine_is_idle(
+    intake: Intake, fleet: FleetClient
+) -> None:
+    intake.offer(NO_ROOM, is_idle=True)
+    fleet.submit("r", [1], 5)
+    fleet.until(lambda: intake.depth == 1)
+    looked_s = intake._looked_s
+    fleet.until(lambda: intake._looked_s > looked_s or intake._claimed)
+    assert intake.take() == []
+    assert execute(fleet.client, fleet.queue.snapshot()).running == 0
