@@ -14,6 +14,7 @@ from dashboard.models import GuardedSwitch
 from dashboard.rollups import judge
 from inference.models import RequestRecord
 from scheduling.connection import live_keys, live_redis
+from scheduling.core.policies import PolicyError
 from scheduling.fleet import FleetQueue
 from scheduling.models import PolicyRevision
 from scheduling.policy_switch import Announce, newest_revisions, switch_policy
@@ -197,6 +198,10 @@ def _roll_back(guard: GuardedSwitch, revision: PolicyRevision, sentence: str, an
         )
     except StaleRevision:
         _end(guard, State.SUPERSEDED, "Another revision came before the policy could be turned back.")
+        return False
+    except PolicyError as error:  # the former policy is one of another version: the other guards must go on
+        logger.error("%s cannot be turned back: %s", guard.model, error)
+        _end(guard, State.KEPT, f"{sentence} The former policy cannot be brought back: {error}")
         return False
     guard.rolled_back_to = former.revision
     _end(guard, State.ROLLED_BACK, sentence)

@@ -163,6 +163,16 @@ def test_a_watch_begins_when_the_policy_comes_into_force(fleet: FleetWriter) -> 
     assert (watched.state, watched.started_at, watched.ends_at) == ("watching", later, later + timedelta(seconds=120))
 
 
+def test_a_former_policy_that_is_no_more_is_said_and_stops_no_other_guard(fleet: FleetWriter) -> None:
+    switch_guarded(signed_in("operator"))
+    PolicyRevision.objects.update(previous_name="gone")
+    let_pass(200)
+    served(40, late_s=90)
+    assert check_guards() == 0
+    watched = GuardedSwitch.objects.get()
+    assert (watched.state, "cannot be brought back" in watched.verdict) == ("kept", True)
+
+
 def test_a_switch_whose_guard_cannot_be_written_is_not_made(
     fleet: FleetWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
