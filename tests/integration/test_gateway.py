@@ -18,6 +18,7 @@ from inference.gateway import gateway as module
 from inference.gateway.choices import submit_choices
 from inference.gateway.errors import InvalidRequest, Overloaded, QueueFull, RateLimited
 from inference.gateway.gateway import Gateway
+from inference.gateway.idempotency import ABANDONED_S, IdempotencyKey
 from inference.messages import Finish, SequenceUpdate
 from scheduling.core.policies import build_policy
 from scheduling.keys import Keys
@@ -190,6 +191,19 @@ async def test_several_answers_of_which_one_is_refused_cost_nothing(
         return (await aexecute(astore, gateway.desk.limits.usage("few"))).remaining_requests or 0
 
     await until(left, 3)
+
+
+async def test_answers_under_a_key_of_which_one_was_refused_are_let_in_at_the_next_try(
+    gateway: Gateway,
+) -> None:
+    few, key = TenantConfig(name="few", max_priority=0, rpm=3), IdempotencyKey("digest", "fingerprint")
+    drafts = [replace(draft(gateway, number), tenant=few) for number in range(5)]
+    with pytest.raises(RateLimited):
+        await submit_choices(gateway, drafts, key)
+    began_s = time.monotonic()
+    again = [replace(one, id=f"again-{one.id}", tenant=replace(few, rpm=None)) for one in drafts]
+    assert len(await submit_choices(gateway, again, key)) == 5
+    assert time.monotonic() - began_s < ABANDONED_S / 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
