@@ -106,6 +106,7 @@ class TelemetryReader(threading.Thread):
         self._source: Source | None = None
         self._latest: Telemetry | None = None
         self._num_misses = 0
+        self._is_failing = False
         self._answered = threading.Event()
         self._wake = threading.Event()
 
@@ -151,11 +152,16 @@ class TelemetryReader(threading.Thread):
             if self._source is None:
                 self._source = open_source(wanted.device, wanted.gpus)
             self._latest = self._source.read()
-            self._num_misses = 0
+            self._num_misses, self._is_failing = 0, False
         except GpuLostError as error:
             self._close()
             self._num_misses += 1
             self._lose(wanted, str(error))
+        except Exception:  # no figure is worth the requests that run: the last ones age, and the next look tries again
+            self._close()
+            if not self._is_failing:
+                logger.exception("Telemetry cannot be read")
+            self._is_failing = True
         if wanted is self._wanted:
             self._answered.set()
 

@@ -142,6 +142,31 @@ def test_a_lost_gpu_is_told_once_and_found_again_when_it_returns(gpu: StandIn, r
     assert "lost" in told[0]
 
 
+class _Defective:
+    """A source with a defect."""
+
+    def read(self) -> Telemetry:
+        raise LookupError
+
+    def close(self) -> None:
+        """There is nothing to let go."""
+
+
+def test_a_defect_of_a_source_ends_neither_the_reader_nor_the_process(caplog: pytest.LogCaptureFixture) -> None:
+    reader = TelemetryReader()
+    reader._look()
+    before = reader.read()
+    assert before is not None
+    for _ in range(3):
+        reader._source = _Defective()
+        reader._look()
+    assert caplog.text.count("Telemetry cannot be read") == 1
+    reader._look()
+    after = reader.read()
+    assert after is not None
+    assert after.time_s > before.time_s
+
+
 def test_history_keeps_the_new_figures_and_none_that_are_stale() -> None:
     telemetry = Telemetry(
         source="nvml", device="d", sm_clock_mhz=1410, ecc_uncorrected=1, process_memory_bytes=5000, power_limit_w=400.0
