@@ -55,7 +55,8 @@ class ModelRunner:
         self.num_blocks, self.block_size = assembly.cache.num_blocks, BLOCK_SIZE
         self.num_host_blocks, self.block_bytes = assembly.cache.num_host_blocks, assembly.cache.shape.block_bytes
         self.device_name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        self._sampler = Sampler(self.eos_token_ids)
+        # Configurations name ids, of a tokenizer's added tokens, that the model has no logit for.
+        self._sampler = Sampler(frozenset(i for i in self.eos_token_ids if i < self.vocab_size))
         self._cache, self._forward, self._description = assembly.cache, assembly.forward, assembly.description
         self.swap_bytes_per_s = self._measure_swap()
 

@@ -191,3 +191,7 @@ def check_request(active: ActiveRequest, *, vocab_size: int) -> None:
         )
     if min(active.sequence.tokens) < 0 or max(active.sequence.tokens) >= vocab_size:
         raise RequestRefusedError("bad_request", f"The prompt has a token id outside the vocabulary of {vocab_size}.")
+    # Was checked for the model of its time; on a GPU such an id would end the device's work for everybody.
+    named = [token_id for token_id, _ in request.sampling.logit_bias] + list(request.sampling.stop_token_ids)
+    if named and not 0 <= min(named) <= max(named) < vocab_size:
+        raise RequestRefusedError("bad_request", f"An option names a token id outside the vocabulary of {vocab_size}.")

@@ -171,6 +171,7 @@ def test_a_request_that_cannot_run_ends_alone(engines: Engines, fleet: FleetClie
     fleet.submit("too long", [5] * 250, 20)
     fleet.submit("no such token", [5, 10_000], 20)
     fleet.submit("empty", [], 20)
+    fleet.submit("no such bias", [5, 6], 20, sampling=SamplingParams(temperature=0.0, logit_bias=((10_000, 1.0),)))
     engines.start()
     fleet.until_finished()
     codes = {name: answer.finish.error_code for name, answer in fleet.answers.items() if answer.finish}
@@ -179,6 +180,7 @@ def test_a_request_that_cannot_run_ends_alone(engines: Engines, fleet: FleetClie
         "too long": "context_length_exceeded",
         "no such token": "bad_request",
         "empty": "bad_request",
+        "no such bias": "bad_request",
     }
     assert len(fleet.answers["good"].token_ids) == 20
 

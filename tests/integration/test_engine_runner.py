@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from inference.engine.errors import ModelLoadError, OutOfDeviceMemory
 from inference.engine.native import load_kernels
 from inference.engine.runner import ModelRunner
 from inference.messages import DeploymentSpec
-from scheduling.core.sequence import PartResult, Sequence, StepPart
+from scheduling.core.sequence import PartResult, SamplingParams, Sequence, StepPart
 from tests.checkpoints import SIZES, VOCAB, make_checkpoint
 from tests.integration.test_engine_parity import Traffic, generate_alone, make_prompts, make_sequence
 
@@ -49,6 +50,16 @@ def test_it_says_what_it_chose(runner: ModelRunner) -> None:
     assert "LlamaForCausalLM in float32 on cpu" in runner.describe()
     assert "20 blocks of 16 tokens" in runner.describe()
     assert (runner.max_model_len, runner.vocab_size, set(runner.eos_token_ids)) == (256, VOCAB, {2})
+
+
+def test_an_end_token_without_a_logit_is_no_reason_to_fail(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, VOCAB + 7]}))
+    runner = ModelRunner(DeploymentSpec(name="m", path=str(tmp_path / "m")), "cpu", num_blocks=20)
+    sequence = make_sequence("a", [5, 6, 7], 5, sampling=SamplingParams(temperature=0.0, min_tokens=3))
+    sequence.block_table = [0]
+    (result,) = runner.step([StepPart(sequence, 3, samples=True)])
+    assert result.error is None
 
 
 def test_the_cache_is_sized_for_the_batch_or_as_asked(folder: Path) -> None:
