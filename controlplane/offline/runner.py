@@ -30,7 +30,16 @@ from controlplane.offline.files import ACTIVE
 from controlplane.offline.turns import in_turn
 from inference.directory import DirectoryWatch, KeyConfig
 from inference.gateway.admission import Draft
-from inference.gateway.errors import GatewayError, InvalidRequest, RedisUnavailable, RequestEnded, Shed
+from inference.gateway.errors import (
+    GatewayError,
+    InvalidRequest,
+    Overloaded,
+    QueueFull,
+    RateLimited,
+    RedisUnavailable,
+    RequestEnded,
+    Shed,
+)
 from inference.gateway.gateway import Gateway
 from inference.gateway.served import ServedModel
 from inference.messages import Finish, InferenceRequest
@@ -63,6 +72,8 @@ class OfflineRunner:
         self._turn = 0
         self._resting: dict[str, float] = {}
         """Batches that are left alone, and until when (monotonic)."""
+        self._refused: dict[str, float] = {}
+        """Tenants who have to come again, and when: each refusal is counted, and asking at once changes nothing."""
 
     async def step(self) -> None:
         """Move every batch on, round after round, until the next step is due."""
@@ -74,7 +85,9 @@ class OfflineRunner:
     async def _round(self, batches: list[Batch]) -> None:
         self._turn += 1
         now_s = time.monotonic()
-        self._resting = {name: until_s for name, until_s in self._resting.items() if until_s > now_s}
+        for waits in (self._resting, self._refused):
+            for name in [name for name, until_s in waits.items() if until_s <= now_s]:
+                del waits[name]
         for batch in in_turn(batches, self._turn):
             if batch.id in self._resting:
                 continue
@@ -108,7 +121,7 @@ class OfflineRunner:
         num_running = await self._count(BatchLine.State.SUBMITTED)
         pending = await self._lines(batch, BatchLine.State.PENDING, CONCURRENCY)
         for line in pending:
-            if num_running >= self._room(line):
+            if num_running >= self._room(line) or self._refused.get(batch.tenant, 0.0) > time.monotonic():
                 break
             num_running += await self._submit(batch, line)
         if not pending and not await self._lines(batch, BatchLine.State.SUBMITTED, 1):
@@ -146,6 +159,8 @@ class OfflineRunner:
         except GatewayError as error:
             if status_of(error) not in PASSING:
                 await self._fail(line, error)
+            elif isinstance(error, RateLimited | Overloaded | QueueFull):
+                self._refused[batch.tenant] = time.monotonic() + min(REST_S, error.retry_after_s or 1.0)
             return 0
         await self._save(line, BatchLine.State.SUBMITTED)
         return 1

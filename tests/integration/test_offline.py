@@ -23,7 +23,7 @@ from inference.shedding import end_dropped
 from scheduling.core.policies import build_policy
 from scheduling.core.request import QueueEntry
 from scheduling.store import execute
-from tests.integration.gateway_support import QUEUE, Api, code_of
+from tests.integration.gateway_support import KEYS, QUEUE, Api, code_of
 
 PATIENCE_S = 40.0
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -222,6 +222,22 @@ def test_a_line_that_was_cancelled_fails_alone_and_one_that_was_shed_is_sent_aga
     assert failed == {"row-0": 499}
     ids = {row["custom_id"]: row["response"]["request_id"] for row in rows(client, done.output_file_id)}
     assert ids == {"row-1": f"{batch.id}-2", "row-2": f"{batch.id}-3-1"}
+
+
+def test_a_tenant_s_limit_is_asked_once_and_not_with_every_line(
+    stack: Stack, worker: OpsWorker, client: openai.OpenAI
+) -> None:
+    api = Api(stack)
+    with make_client(stack, "few") as few:
+        batch = start(few, [line(i) for i in range(20)])
+        until(lambda: api.snapshot().by_priority == {5: 2})
+        other = start(client, [line(1, model="nothing")])
+        assert until_ended(client, other).status == "completed", "the runner has made rounds since"
+        with redis.Redis.from_url(stack.redis.url) as store:
+            refusals = int(store.hget(KEYS.refusals, f"{MODEL}|few|requests_per_minute") or 0)
+        few.batches.cancel(batch.id)
+        until_ended(few, batch)
+    assert refusals == 1
 
 
 def test_a_line_that_no_parser_or_database_takes_fails_its_own_batch_alone(
