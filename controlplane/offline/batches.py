@@ -64,12 +64,14 @@ def cancel_batch(batch: Batch) -> Batch:
     return batch
 
 
-def reach(batch: Batch, status: Batch.Status, **changes: Any) -> None:
-    """Move a batch on, unless somebody else did since it was read."""
+def reach(batch: Batch, status: Batch.Status, **changes: Any) -> bool:
+    """Move a batch on, unless somebody else did since it was read; whether it was moved."""
     moments = {**batch.moments, status.value: int(time.time())}
     known = Batch.objects.filter(pk=batch.pk, status=batch.status)
-    if known.update(status=status, moments=moments, **changes):
+    moved = bool(known.update(status=status, moments=moments, **changes))
+    if moved:
         batch.refresh_from_db()
+    return moved
 
 
 def read_lines(batch: Batch) -> None:
@@ -153,7 +155,8 @@ def end_batch(batch: Batch, status: Batch.Status) -> None:
                 )  # fmt: skip
                 changes[field] = file.id
         batch.lines.all().delete()
-        reach(batch, status, **changes)
+        if not reach(batch, status, **changes):  # cancelled meanwhile: the lines are still needed
+            transaction.set_rollback(True)
 
 
 def _output(line: BatchLine) -> dict[str, Any]:
