@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import redis
@@ -80,6 +81,50 @@ def execute(client: redis.Redis, command: Command[T]) -> T:
         assert command.script is not None
         client.script_load(command.script.source)
         return command.read(client.execute_command(*command.words()))
+
+
+class Sent(Generic[T]):
+    """A command on its way: the server computes it while the caller does something else. Leave the context to give up.
+
+    Only for commands that may be repeated: where the reply is lost, `result` runs the command again.
+    """
+
+    def __init__(self, client: redis.Redis, command: Command[T]) -> None:
+        self._client = client
+        self._command = command
+        self._connection: redis.Connection | None = client.connection_pool.get_connection()
+        try:
+            self._connection.send_command(*command.words())
+        except redis.ConnectionError:
+            self._let_go()
+
+    def result(self) -> T:
+        """Wait for the reply. Raises what `execute` raises."""
+        if self._connection is not None:
+            try:
+                reply = self._connection.read_response()
+            except NoScriptError:
+                pass
+            except (redis.ConnectionError, redis.TimeoutError):
+                self._let_go()
+            else:
+                self._client.connection_pool.release(self._connection)
+                self._connection = None
+                return self._command.read(reply)
+        return execute(self._client, self._command)
+
+    def __enter__(self) -> "Sent[T]":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Close a connection that may have a reply nobody has read."""
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._client.connection_pool.release(self._connection)
+            self._connection = None
 
 
 async def aexecute(client: redis.asyncio.Redis, command: Command[T]) -> T:

@@ -10,15 +10,14 @@ import json
 import time
 import uuid
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 
 from scheduling.core.policies import Policy, build_policy
 from scheduling.fleet import FleetQueue, pack_rules, unpack_entry
-from scheduling.store import Command, execute
+from scheduling.store import Command, Sent, execute
 
 LOCK_MS = 5_000
 CHUNK = 500
@@ -81,6 +80,20 @@ def place_unplaced(client: redis.Redis, queue: FleetQueue) -> int:
         placed += execute(client, queue.place(rows, revision=active.revision))
 
 
+class _Read(NamedTuple):
+    """What a step read: rows (id, packed entry or b"" if gone), where to read on, and how many changes are listed."""
+
+    rows: list[tuple[bytes, bytes]]
+    position: int
+    changes: int
+
+
+def _read_step(reply: Any) -> _Read:
+    if reply[0] == 0:
+        raise SwitchLost(SwitchLost.__doc__)
+    return _Read(*reply[1:])
+
+
 class _Build:
     """An epoch while it is built."""
 
@@ -112,9 +125,8 @@ class _Build:
         """Place all that waits, in chunks: each is placed here while the server stores the last and reads the next."""
         placed = self._place(())
         rows, position, changes = self._step(placed, "scan", -1)
-        with ThreadPoolExecutor(1, thread_name_prefix="switch") as server:
-            while position:
-                step = server.submit(self._step, placed, "scan", position, known=changes)
+        while position:
+            with Sent(self.client, self._command(placed, "scan", position, known=changes)) as step:
                 placed = self._place(rows)
                 rows, position, changes = step.result()
         for last in (placed, self._place(rows)):
@@ -169,18 +181,18 @@ class _Build:
             words += (flow, repr(self.weights[flow][1]), len(members), *members)
         return words
 
-    def _step(
-        self, placed: Iterable[Any], source: str, position: int, *, limit: int = CHUNK, known: int = 0
-    ) -> tuple[list[tuple[bytes, bytes]], int, int]:
+    def _step(self, placed: Iterable[Any], source: str, position: int, *, limit: int = CHUNK, known: int = 0) -> _Read:
         """Put what was placed into the new epoch and take out what is gone; read the next rows.
 
-        Answers those, where to read on, and how many changes were listed; `known` of them at the last scan.
+        `known`: how many changes the last scan answered. Repeating a step does no harm.
         """
-        args = (LOCK_MS, self.epoch, source, position, limit, known, *placed)
-        reply = execute(self.client, self._script("switch_build", *args))
-        if reply[0] == 0:
-            raise SwitchLost(SwitchLost.__doc__)
-        return reply[1], reply[2], reply[3]
+        return execute(self.client, self._command(placed, source, position, limit=limit, known=known))
+
+    def _command(
+        self, placed: Iterable[Any], source: str, position: int, *, limit: int = CHUNK, known: int = 0
+    ) -> Command[_Read]:
+        args = (self.token, LOCK_MS, self.epoch, source, position, limit, known, *placed)
+        return self.queue.script("switch_build", _read_step, *args)
 
     def _script(self, name: str, *args: Any) -> Command[Any]:
         return self.queue.script(name, lambda reply: reply, self.token, *args)

@@ -16,7 +16,7 @@ from scheduling.core.request import QueueEntry
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
-from scheduling.store import execute
+from scheduling.store import Command, Sent, execute
 from scheduling.switch import switch_policy
 
 Restart = Callable[[], redis.Redis]
@@ -83,3 +83,24 @@ def test_a_killed_server_comes_back_with_queue_leases_journal_policy_and_limits(
     assert execute(store, queue.release("gpu")) == 2
     rest = execute(store, queue.claim("gpu", max_requests=9, max_tokens=100, lease_s=60, number=2))
     assert [request.id for request in rest.requests] == ["r0", "r1", "r2", "r3", "r4", "r5", "r6"]
+
+
+def test_a_command_on_its_way_when_the_server_is_killed_is_run_again(restart: Restart, keys: Keys) -> None:
+    queue = FleetQueue(keys, "demo")
+    store = restart()
+    assert enqueue(store, queue, 0) == "queued"
+    with Sent(store, queue.snapshot()) as sent:
+        restart()
+        assert sent.result().depth == 1
+    store.script_flush()
+    with Sent(store, queue.snapshot()) as sent:
+        assert sent.result().depth == 1
+
+
+def test_nobody_reads_the_reply_of_a_command_that_was_given_up(restart: Restart, keys: Keys) -> None:
+    store = restart()
+    store.set("answer", "given up")
+    with Sent(store, Command(("GET", "answer"), bytes)):
+        pass
+    assert store.ping() is True
+    assert store.get("answer") == b"given up"
