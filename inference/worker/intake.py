@@ -14,7 +14,7 @@ from inference.worker.inbox import Inbox
 from inference.worker.lease import Lease
 from scheduling import store
 from scheduling.core.answers import Claimed, ClaimedRequest
-from scheduling.core.room import NO_ROOM, Room, UrgentRoom
+from scheduling.core.room import NO_ROOM, URGENT_PERIOD_S, Room, UrgentRoom
 from scheduling.fleet import FleetQueue
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,6 @@ BELL_WAIT_S = 0.25
 """An idle engine process tries to claim this often though no bell rings; also the time that `close` may take."""
 EXPIRE_PERIOD_S = 1.0
 """How often an idle engine process looks for leases that ran out."""
-URGENT_PERIOD_S = 0.05
-"""How often a full engine looks for a request that may take the place of a lower one."""
 LOOK_PERIOD_S = 0.25
 """How often one that may claim nothing looks how many wait."""
 NO_LIMIT = 2**31 - 1

@@ -22,6 +22,8 @@ class UrgentRoom(NamedTuple):
 
 
 NO_ROOM = Room(0, 0)
+URGENT_PERIOD_S = 0.05
+"""How often a full engine looks for a request that may take the place of a lower one."""
 
 
 def is_ending(sequence: Sequence) -> bool:

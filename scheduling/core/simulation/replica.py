@@ -92,6 +92,8 @@ class SimulatedReplica:
         self.planner = planner
         self.on_its_way: deque[OnItsWay] = deque()
         self.busy_until_s: float | None = None
+        self.urgent_due_s = 0.0
+        """Not before this does the engine look for a request that may take the place of a lower one."""
         self.steps = 0
         self.busy_s = 0.0
         self.tokens = 0

@@ -11,6 +11,7 @@ from heapq import heappop, heappush
 from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import RequestTooLongError, StepPlanner
 from scheduling.core.request import Priority
+from scheduling.core.room import URGENT_PERIOD_S
 from scheduling.core.simulation.control import SizingWatch
 from scheduling.core.simulation.outcome import Outcome, SimulationResult, SizeChange
 from scheduling.core.simulation.replica import EOS, OnItsWay, SimulatedReplica, SimulatedSequence
@@ -209,9 +210,9 @@ class Simulator:
         """Until when nothing can reach this replica: a claim needs room, and something to claim that fits it."""
         horizon_s = min(self._next_control_s(), replica.ready_s)
         if self._may_preempt() and (urgent := replica.urgent_room):
-            if self._queue.has_urgent(urgent):
-                return self._now
-            horizon_s = min(horizon_s, self._next_arrival_of(urgent.max_priority))
+            is_here = self._queue.has_urgent(urgent)
+            claimable_s = self._now if is_here else self._next_arrival_of(urgent.max_priority)
+            horizon_s = min(horizon_s, max(claimable_s, replica.urgent_due_s))
         if not replica.room.requests:
             return horizon_s
         if self._queue and (self._queue.policy.is_timed or self._drops):
@@ -233,8 +234,8 @@ class Simulator:
         if (room := replica.room).requests > 0:
             is_idle = not replica.planner.num_running and not replica.planner.num_waiting and not replica.on_its_way
             sequences = self._queue.claim(str(index), room, is_idle=is_idle)
-        if not sequences and self._may_preempt() and (urgent := replica.urgent_room):
-            sequences = self._queue.claim_urgent(str(index), urgent)
+        if not sequences and self._may_preempt() and self._now >= replica.urgent_due_s:
+            sequences = self._claim_urgent(index)
         ready_s = self._now + self._settings.claim_s
         for sequence in sequences:
             outcome = sequence.outcome
@@ -243,6 +244,15 @@ class Simulator:
         if sequences:
             self._listening.remove(index)
             self._listening.append(index)
+
+    def _claim_urgent(self, index: int) -> list[SimulatedSequence]:
+        """What may take the place of a lower one; a full engine looks for it now and then."""
+        replica = self._replicas[index]
+        urgent = replica.urgent_room
+        if urgent is None or not self._queue.has_urgent(urgent):
+            return []
+        replica.urgent_due_s = self._now + URGENT_PERIOD_S
+        return self._queue.claim_urgent(str(index), urgent)
 
     def _take(self, index: int) -> None:
         """Give the planner what has arrived."""

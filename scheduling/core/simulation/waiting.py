@@ -71,8 +71,6 @@ class SimulatedQueue:
 
     def claim_urgent(self, owner: str, room: UrgentRoom) -> list[SimulatedSequence]:
         """What a full engine gets to take the place of something lower: one at most, where the policy lets it."""
-        if not self.has_urgent(room):
-            return []
         sequences = self._serve(owner, Room(1, room.tokens), room.max_priority)
         for sequence in sequences:
             sequence.is_urgent = True
