@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -163,6 +163,8 @@ class AdmissionDesk:
         admission = await self._pipeline.send_within(self._charge_command(draft), REDIS_WAIT_S)
         if not admission.ok:
             self.count_refusal(draft, admission.reason)
+            if admission.reason == "concurrency":
+                admission = replace(admission, retry_after_s=self._slot_time_s(draft, admission.retry_after_s))
             raise _limit_reached(admission, tokens, tenant.tpd)
         return admission
 
@@ -249,6 +251,15 @@ class AdmissionDesk:
         by_depth = status.rate.retry_after_s(depth, min(target, depth))
         by_wait = excess_wait_s(priority, status.estimated_wait_s, self._backpressure)
         return min(LONGEST_RETRY_S, max(by_depth, by_wait) + self._backpressure.hold_s)
+
+    def _slot_time_s(self, draft: Draft, least_s: float) -> float:
+        """Seconds until one of the tenant's requests has probably ended; `least_s` where that is not known."""
+        status = self._monitor.status(draft.model.name)
+        if status.snapshot is None:
+            return least_s
+        num_here = status.snapshot.depth + status.snapshot.running
+        slot_s = status.rate.slot_s(num_here, draft.tenant.concurrency or 1)
+        return least_s if slot_s is None else min(LONGEST_RETRY_S, max(least_s, slot_s))
 
     def count_refusal(self, draft: Draft, reason: str) -> None:
         """Count a refusal for the metrics; nobody waits for it."""

@@ -202,6 +202,14 @@ class DrainRate:
             return 0.0
         return waiting_tokens / self.tokens_per_s if self.tokens_per_s > 0 else None
 
+    def slot_s(self, num_here: int, num_own: int) -> float | None:
+        """Seconds until one of `num_own` requests, of `num_here` that wait or run in all, has probably ended.
+
+        What is here leaves at the rate at which the queue drains (Little's law), each as likely as another to be next.
+        None while nothing drains.
+        """
+        return num_here / (self.requests_per_s * max(1, num_own)) if self.requests_per_s > 0 else None
+
     def retry_after_s(self, depth: int, target_depth: int, *, unknown_s: int = 30, maximum_s: int = 600) -> int:
         """Whole seconds until the queue has drained from `depth` to below `target_depth`: for `Retry-After`."""
         if self.requests_per_s <= 0:

@@ -117,7 +117,7 @@ def test_a_call_that_hangs_makes_the_reading_stale_and_holds_up_nobody(gpu: Stan
     until(lambda: (reader.read() or first).stale_s > STALE_S)
     started = time.perf_counter()
     stale = reader.read()
-    assert time.perf_counter() - started < 0.05
+    assert time.perf_counter() - started < 0.5
     assert stale is not None
     assert stale.temperature_c == 64
     gpu.say(**WHOLE | {"temperature": 41})

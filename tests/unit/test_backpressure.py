@@ -213,3 +213,12 @@ def test_a_refused_priority_is_let_in_again_below_the_depth_that_refused_it(
     priority: Priority, queue_limit: int
 ) -> None:
     assert 1 <= release_depth(priority, queue_limit, LIMITS) <= depth_limit(priority, queue_limit, Level.NONE, LIMITS)
+
+
+def test_a_tenant_waits_for_a_slot_as_long_as_its_share_of_what_is_here_takes_to_end() -> None:
+    rate = DrainRate()
+    assert rate.slot_s(40, 4) is None
+    rate.update(0.0, 0, 0)
+    rate.update(10.0, 50, 500)
+    assert rate.slot_s(40, 4) == pytest.approx(40 / 5 / 4)
+    assert rate.slot_s(0, 4) == 0
