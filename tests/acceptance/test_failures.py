@@ -17,7 +17,8 @@ from tests.acceptance.whole_system import MODEL, WholeSystem, wait_until
 
 pytestmark = pytest.mark.acceptance
 NUM_STREAMS = 50
-MAX_TOKENS = 120
+MAX_TOKENS = 300
+"""More than the engine can have made when the kill comes, however late the clients hear of the first."""
 KILL_AFTER_CHUNKS = 300
 ENGINE, GPU_WORKER = r"-m inference\.worker", r"celery.*gpu\.gpu-0"
 
