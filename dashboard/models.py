@@ -95,6 +95,31 @@ class BatchRollup(Grain):
         indexes = [models.Index(fields=["resolution", "model", "start"], name="dashboard_batchrollup_model")]
 
 
+class RefusalRollup(Grain):
+    """Requests of a tenant that were refused within a grain, by reason."""
+
+    tenant = models.CharField(max_length=63)
+    reason = models.CharField(max_length=63)
+    num = models.PositiveIntegerField(default=0)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                fields=["resolution", "start", "model", "tenant", "reason"], name="dashboard_refusalrollup_grain"
+            )
+        ]
+
+
+class RefusalCount(models.Model):
+    """A counter of refusals as it was read last: the queue's store only counts up, and may lose its data."""
+
+    name = models.CharField(max_length=300, primary_key=True, help_text="model|tenant|reason")
+    num = models.PositiveBigIntegerField(default=0)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.num}"
+
+
 class RollupCheckpoint(models.Model):
     """How far a table of history has been summed up. It moves in the transaction that adds to the sums."""
 

@@ -221,6 +221,20 @@ class SharedLevel(msgspec.Struct, frozen=True, array_like=True):
     """When it was written; after a while without, nobody holds it up."""
 
 
+MarkKind = Literal["started", "preempted", "displaced", "resumed"]
+
+
+class Mark(msgspec.Struct, frozen=True, array_like=True):
+    """A turn in a request's life on its worker: `ms` after its arrival.
+
+    `preempted`: for lack of memory; `displaced`: a higher request took its slot. `tokens` is its output by then.
+    """
+
+    ms: int
+    kind: MarkKind
+    tokens: int
+
+
 class RequestEvent(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """A request's end, for the historian. Times are unix seconds; None where it never got there."""
 
@@ -247,6 +261,14 @@ class RequestEvent(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     user: str = ""
     traceparent: str = ""
     """W3C trace context of the web process's span; empty where nothing is traced."""
+    marks: list[Mark] = []
+    """In order, of the last attempt; MAX_MARKS at most."""
+    bursts: list[tuple[int, int]] = []
+    """(ms after the arrival, output tokens) of even spans of the answer that had any; MAX_BURSTS at most."""
+
+
+MAX_MARKS = 32
+MAX_BURSTS = 16
 
 
 def unserved_event(

@@ -223,6 +223,11 @@ class RequestRecord(models.Model):
     policy = models.CharField(max_length=63, blank=True)
     policy_revision = models.PositiveIntegerField(default=0)
     user = models.CharField(max_length=128, blank=True)
+    timeline = models.JSONField(
+        default=dict,
+        blank=True,
+        help_text="What its worker noted, in ms after the arrival: `marks` [ms, kind, number], `tokens` [ms, number].",
+    )
 
     class Meta:
         ordering = ["-finished_at", "-id"]
@@ -241,6 +246,13 @@ class RequestRecord(models.Model):
     def ttft_s(self) -> float | None:
         """Time to first token, from arrival; None where there was none."""
         return (self.first_token_at - self.arrived_at).total_seconds() if self.first_token_at else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first; None with fewer than two."""
+        if self.first_token_at is None or self.completion_tokens < 2:
+            return None
+        return (self.finished_at - self.first_token_at).total_seconds() / (self.completion_tokens - 1)
 
     @property
     def e2e_s(self) -> float:

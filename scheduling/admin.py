@@ -41,7 +41,7 @@ class ServiceLevelInline(TabularInline):
 
     model = ServiceLevel
     extra = 0
-    fields = ["priority", "ttft_ms", "e2e_ms"]
+    fields = ["priority", "ttft_ms", "tpot_ms", "e2e_ms", "objective_percent"]
     verbose_name = "latency target"
     verbose_name_plural = "latency targets (empty: the defaults for all tenants)"
 
@@ -202,7 +202,7 @@ class ApiKeyAdmin(AuditedAdmin):
 class ServiceLevelAdmin(AuditedAdmin):
     """Latency targets of all tenants, and the defaults."""
 
-    list_display = ["__str__", "tenant", "priority", "ttft_ms", "e2e_ms"]
+    list_display = ["__str__", "tenant", "priority", "ttft_ms", "tpot_ms", "e2e_ms", "objective_percent"]
     list_filter = ["priority", "tenant"]
     list_select_related = ["tenant"]
     autocomplete_fields = ["tenant"]

@@ -176,6 +176,7 @@ class ServiceLevel(models.Model):
     priority = models.PositiveSmallIntegerField(choices=PriorityLevel.choices, default=PriorityLevel.NORMAL)
     ttft_ms = models.PositiveIntegerField("time to first token (ms)", null=True, blank=True)
     e2e_ms = models.PositiveIntegerField("end to end (ms)", null=True, blank=True)
+    tpot_ms = models.PositiveIntegerField("time per output token (ms)", null=True, blank=True)
     objective_percent = models.FloatField(
         "objective (%)",
         default=99.0,
@@ -202,8 +203,10 @@ class ServiceLevel(models.Model):
             ),
             models.CheckConstraint(
                 # A comparison with NULL is not false, and a check passes unless it is.
-                condition=(Q(ttft_ms__isnull=False) & Q(ttft_ms__gte=1) & (Q(e2e_ms__isnull=True) | Q(e2e_ms__gte=1)))
-                | (Q(ttft_ms__isnull=True) & Q(e2e_ms__isnull=False) & Q(e2e_ms__gte=1)),
+                condition=(Q(ttft_ms__isnull=False) | Q(e2e_ms__isnull=False) | Q(tpot_ms__isnull=False))
+                & (Q(ttft_ms__isnull=True) | Q(ttft_ms__gte=1))
+                & (Q(e2e_ms__isnull=True) | Q(e2e_ms__gte=1))
+                & (Q(tpot_ms__isnull=True) | Q(tpot_ms__gte=1)),
                 name="scheduling_servicelevel_some_target",
                 violation_error_message="Give at least one target, in milliseconds, of 1 or more.",
             ),

@@ -103,6 +103,7 @@ def test_targets_are_added_and_taken_away(admin: Client, tenant: Tenant) -> None
         "service_levels-TOTAL_FORMS": 1,
         "service_levels-0-priority": 2,
         "service_levels-0-ttft_ms": 300,
+        "service_levels-0-objective_percent": 99,
     }
     post_tenant(admin, tenant, **forms, **{"service_levels-0-tenant": tenant.pk})
     level = ServiceLevel.objects.get()
