@@ -2,8 +2,9 @@
 
 import math
 from datetime import UTC, datetime
+from typing import Any
 
-from inference.messages import BatchEvent, HistoryEvent, RequestEvent, Telemetry
+from inference.messages import MAX_BURSTS, MAX_MARKS, BatchEvent, HistoryEvent, RequestEvent, Telemetry
 from inference.models import BatchRecord, RequestRecord
 
 MAX_COUNT = 2**31 - 1
@@ -49,7 +50,15 @@ def _request_row(event: RequestEvent) -> RequestRecord:
         policy=_text(event.policy, 63),
         policy_revision=_count(event.policy_revision),
         user=_text(event.user, 128),
+        timeline=_timeline(event),
     )
+
+
+def _timeline(event: RequestEvent) -> dict[str, Any]:
+    """What there is to tell; nothing for a request that no worker took up."""
+    marks = [[_count(mark.ms), mark.kind, _count(mark.tokens)] for mark in event.marks[:MAX_MARKS]]
+    bursts = [[_count(ms), _count(num)] for ms, num in event.bursts[:MAX_BURSTS]]
+    return {name: rows for name, rows in (("marks", marks), ("tokens", bursts)) if rows}
 
 
 def _batch_row(event: BatchEvent) -> BatchRecord:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from inference.messages import Finish, FinishReason, InferenceRequest, RequestEvent, Slot, State
+from inference.messages import Finish, FinishReason, InferenceRequest, MarkKind, RequestEvent, Slot, State
 from inference.tokenization import TextStream
+from inference.worker.timeline import Timeline
 from scheduling.core.answers import ClaimedRequest
 from scheduling.core.request import Priority
 from scheduling.core.sequence import SamplingParams, Sequence, TokenLogprob
@@ -44,6 +45,7 @@ class ActiveRequest:
         self.stream = stream
         self.claimed_s = now_s
         self.first_token_s: float | None = None
+        self.timeline = Timeline(request.arrival_s)
         self.texts: list[str] = []
         self.num_resumed = len(claimed.tokens)
         """Output tokens that an earlier attempt journalled."""
@@ -70,6 +72,7 @@ class ActiveRequest:
         """Note a new token, which the sequence has already; returns the text that may be sent with it."""
         if self.first_token_s is None:
             self.first_token_s = now_s
+        self.timeline.count_token(now_s)
         return self._push(token_id)
 
     def _push(self, token_id: int) -> str:
@@ -77,6 +80,10 @@ class ActiveRequest:
         self.texts.append(text)
         self.num_pushed += 1
         return text
+
+    def mark(self, kind: MarkKind, now_s: float) -> None:
+        """Note a turn of its life."""
+        self.timeline.mark(kind, now_s, self.sequence.num_output_tokens)
 
     def forget_unsent(self) -> None:
         """Drop the tokens after the one that ended the request, which a step with a draft may have brought."""
@@ -145,6 +152,8 @@ class ActiveRequest:
             deadline_s=request.deadline_s,
             user=request.user,
             traceparent=request.traceparent,
+            marks=self.timeline.marks,
+            bursts=self.timeline.bursts(),
         )
 
 

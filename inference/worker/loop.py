@@ -98,6 +98,9 @@ class EngineLoop:
         self._costs = costs
         self._sizer = sizer
         self._active: dict[str, ActiveRequest] = {}
+        self._stopped: set[str] = set()
+        """Of these, those that have not begun or were preempted."""
+        self._num_preempted = (0, 0)
         self._handover = Handover(lease.owner)
         self._urgent: UrgentRoom | None = None
         self._urgent_due_s = 0.0
@@ -112,6 +115,7 @@ class EngineLoop:
             self._drain()
             self._sizer.tick()
             parts = self._planner.plan(time.monotonic())
+            self._note_turns(parts)
             self._move_blocks()
             if parts:
                 self._collect(self._compute(parts))
@@ -204,6 +208,29 @@ class EngineLoop:
                 self._end(active, reason)
                 return
         self._planner.add(active.sequence)
+        self._stopped.add(active.request.id)
+
+    def _note_turns(self, parts: Sequence[StepPart]) -> None:
+        """Note in the requests' timelines who lost its place in this step, and who begins or goes on.
+
+        Costs nothing in steps in which nobody does.
+        """
+        num_preempted = (self._planner.num_preemptions, self._planner.num_slot_preemptions)
+        if num_preempted == self._num_preempted and not self._stopped:
+            return
+        now_s = time.time()
+        if num_preempted != self._num_preempted:
+            displaced = num_preempted[1] - self._num_preempted[1] == num_preempted[0] - self._num_preempted[0]
+            self._num_preempted = num_preempted
+            for sequence in self._planner.sequences[self._planner.num_running :]:
+                if sequence.id not in self._stopped:
+                    self._stopped.add(sequence.id)
+                    self._active[sequence.id].mark("displaced" if displaced else "preempted", now_s)
+        for part in parts:
+            if part.sequence.id in self._stopped:
+                self._stopped.discard(part.sequence.id)
+                active = self._active[part.sequence.id]
+                active.mark("resumed" if active.timeline.marks else "started", now_s)
 
     def _drain(self) -> None:
         """While draining, give back what has not begun, and when the time is up the rest."""
@@ -300,6 +327,7 @@ class EngineLoop:
     def _forget(self, active: ActiveRequest) -> None:
         self._planner.remove(active.sequence)
         self._active.pop(active.request.id, None)
+        self._stopped.discard(active.request.id)
 
     def _hand_over(self) -> None:
         """Give the step to the outbox. While that is full (Redis is slow or lost) wait, and obey commands meanwhile."""

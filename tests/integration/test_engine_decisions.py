@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from inference.messages import BatchEvent, LatencyTarget, ReplicaStatus
+from inference.messages import BatchEvent, LatencyTarget, ReplicaStatus, RequestEvent
 from scheduling.keys import Keys
 from tests.integration.engines import Engines, make_tiny_checkpoint
 from tests.integration.fleet import FleetClient
@@ -93,6 +93,11 @@ def test_a_higher_request_takes_a_slot_under_a_policy_by_priority_and_no_token_i
     assert not fleet.answers["low 1"].finish
     fleet.until_finished()
     fleet.until(lambda: read_status(fleet).slot_preemptions == 1)
+    fleet.until(lambda: len(fleet.events(RequestEvent)) == 3)
+    low = next(event for event in fleet.events(RequestEvent) if event.id == "low 1")
+    assert [mark.kind for mark in low.marks] == ["started", "displaced", "resumed"]
+    assert 20 < low.marks[1].tokens == low.marks[2].tokens < 1000
+    assert sum(num for _, num in low.bursts) == 1000
     for name, prompt in (("low 1", [5, 6]), ("low 2", [7, 8])):
         fleet.submit(f"{name} alone", prompt, 1000)
         fleet.until_finished()
