@@ -208,6 +208,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     draft_tokens: int = 0
     """Guessed tokens that were verified, and of these the ones that were right."""
     accepted_tokens: int = 0
+    settings: str = ""
+    """Digest of the deployment's settings that it has taken up (`inference.plan.settings_digest`)."""
 
 
 class SharedLevel(msgspec.Struct, frozen=True, array_like=True):

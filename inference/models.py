@@ -6,6 +6,7 @@ from django.db import models
 from django.db.models import Q
 
 from inference.messages import DeploymentSpec
+from inference.wanted import WantedReplica as WantedReplica
 from scheduling.core.sizing.strategies import SizingError, build_sizing
 from scheduling.core.triggers import TriggerError, parse_trigger
 from scheduling.models import PriorityLevel

@@ -69,6 +69,24 @@ class Keys:
         return f"{self.prefix}:deployments"
 
     @property
+    def plan(self) -> str:
+        """Hash: replica -> PlannedReplica (JSON), and `:revision` (`inference.plan`)."""
+        return f"{self.prefix}:plan"
+
+    def machine(self, machine: str) -> str:
+        """String with a time to live: Machine (`inference.plan`)."""
+        return f"{self.prefix}:machine:{machine}"
+
+    def machine_holder(self, machine: str) -> str:
+        """String with a time to live: which supervisor goes by this machine's name."""
+        return f"{self.prefix}:machine_holder:{machine}"
+
+    @property
+    def machines(self) -> str:
+        """Sorted set: machine -> unix time last heard."""
+        return f"{self.prefix}:machines"
+
+    @property
     def models(self) -> str:
         """Set: every model that was ever deployed; requests of one that was withdrawn must still come to an end."""
         return f"{self.prefix}:models"
