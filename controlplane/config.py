@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, IPvAnyNetwork, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,6 +123,19 @@ class Config(BaseSettings):
     metrics_tenants: int = Field(
         50, ge=0, le=1000, description="Tenants that `/metrics` names; the others are summed up as `other`."
     )
+
+    webhook_networks: list[IPvAnyNetwork] = Field(
+        [],
+        description="Networks beside the public ones that webhooks of alerts may connect to, such as `10.0.0.0/8` (JSON list).",
+    )
+    email_host: str = Field("", description="SMTP server for alerts by e-mail; empty: no e-mail.")
+    email_port: int = Field(587, ge=1, le=65535, description="Its port.")
+    email_user: str = Field("", description="User name there; empty: none is given.")
+    email_password: str = Field("", description="Password there.")
+    email_security: Literal["starttls", "tls", "none"] = Field(
+        "starttls", description="`starttls`, `tls` from the first byte (port 465), or `none`."
+    )
+    email_from: str = Field("penstock@localhost", description="Sender of e-mails.")
 
     @cached_property
     def models(self) -> list[str]:

@@ -156,6 +156,17 @@ CHANNEL_LAYERS = {
     }
 }
 
+# E-mail of alerts
+
+EMAIL_HOST = PENSTOCK.email_host
+EMAIL_PORT = PENSTOCK.email_port
+EMAIL_HOST_USER = PENSTOCK.email_user
+EMAIL_HOST_PASSWORD = PENSTOCK.email_password
+EMAIL_USE_TLS = PENSTOCK.email_security == "starttls"
+EMAIL_USE_SSL = PENSTOCK.email_security == "tls"
+EMAIL_TIMEOUT = 10
+DEFAULT_FROM_EMAIL = PENSTOCK.email_from
+
 # Celery: control of the gpu workers, and the periodic tasks of the ops worker. No request of a client travels by it.
 
 CELERY_BROKER_URL = _broker(PENSTOCK.redis)

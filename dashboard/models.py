@@ -2,6 +2,7 @@
 
 from django.db import models
 
+import dashboard.alerts.models  # noqa: F401  (Django finds an app's models here)
 from scheduling.models import PriorityLevel
 
 
