@@ -82,6 +82,30 @@ def inspect_checkpoint(path: Path, *, needs_tokenizer: bool = True) -> Checkpoin
     )
 
 
+def check_draft(draft: Path, target: Path) -> None:
+    """Whether the checkpoint `draft` can guess tokens for `target`: both name the same tokens by the same ids.
+
+    Raises CheckpointError with a sentence.
+    """
+    ours, theirs = inspect_checkpoint(draft), inspect_checkpoint(target)
+    if ours.vocab_size != theirs.vocab_size:
+        raise CheckpointError(
+            f"The draft model {draft} has a vocabulary of {ours.vocab_size} tokens, {target} one of "
+            f"{theirs.vocab_size}. Give a smaller model of the same family."
+        )
+    if _read_vocabulary(draft) != _read_vocabulary(target):
+        raise CheckpointError(
+            f"The draft model {draft} and {target} name different tokens by the same ids. Give a smaller model of the "
+            "same family."
+        )
+
+
+def _read_vocabulary(path: Path) -> tuple[Any, dict[int, str]]:
+    tokenizer = _optional_json(path / "tokenizer.json")
+    added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or []}
+    return (tokenizer.get("model") or {}).get("vocab"), added
+
+
 def read_eos_token_ids(path: Path) -> frozenset[int]:
     """Ids that end an answer: those of generation_config.json (or config.json), and the tokenizer's own end token."""
     found: set[int] = set()

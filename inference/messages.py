@@ -337,6 +337,8 @@ class BatchEvent(msgspec.Struct, frozen=True, kw_only=True, tag="batch"):
     prefix_hit_tokens: int = 0
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 HistoryEvent = RequestEvent | BatchEvent
@@ -369,8 +371,10 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory_bytes: int = 0
     """0 sizes the cache from free memory."""
     created_s: int = 0
-    speculation: Literal["off", "ngram"] = "off"
-    """Guess tokens from what the text repeats, and verify them in the step."""
+    speculation: Literal["off", "ngram", "model"] = "off"
+    """Guess tokens from what the text repeats, or by a small model, and verify them in the step."""
+    draft_path: str = ""
+    """Directory of that small model's checkpoint; its vocabulary is this one's."""
     num_draft_tokens: int = 4
     """Tokens guessed ahead at most, per request and step."""
     sizing: str = "fixed"

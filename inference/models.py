@@ -1,10 +1,13 @@
 """What is deployed, what serves it, and what happened: deployments, replicas, and history written in bulk."""
 
+from pathlib import Path
+
 from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
 from django.db import models
 from django.db.models import Q
 
+from inference.checkpoint import CheckpointError, check_draft
 from inference.messages import DeploymentSpec
 from inference.wanted import WantedReplica as WantedReplica
 from scheduling.core.sizing.strategies import SizingError, build_sizing
@@ -64,6 +67,7 @@ class ModelDeployment(models.Model):
 
         OFF = "off"
         NGRAM = "ngram", "from what the text repeats"
+        MODEL = "model", "by a small draft model"
 
     name = models.CharField(
         max_length=128, unique=True, validators=[MODEL_NAME], help_text="What clients put into `model`."
@@ -112,7 +116,11 @@ class ModelDeployment(models.Model):
     )
     speculation = models.CharField(
         max_length=16, choices=Speculation.choices, default=Speculation.OFF,
-        help_text="Guess tokens from what a text repeats and verify them in the step; stops where it does not pay.",
+        help_text="Guess tokens, verify them in the step, and stop where that does not pay; answers stay the same.",
+    )  # fmt: skip
+    draft_path = models.CharField(
+        "draft model", max_length=1024, blank=True,
+        help_text="Directory of the small checkpoint that guesses; it has the same vocabulary.",
     )  # fmt: skip
     num_draft_tokens = models.PositiveSmallIntegerField(
         "draft tokens", default=4, validators=[MinValueValidator(1), MaxValueValidator(64)],
@@ -144,7 +152,8 @@ class ModelDeployment(models.Model):
         return self.name
 
     def clean(self) -> None:
-        """Sizing and triggers must be ones that an engine can build. Raises ValidationError."""
+        """Sizing, triggers and draft model must be ones that an engine can use. Raises ValidationError."""
+        self._check_draft()
         if not isinstance(self.sizing_params, dict):
             raise ValidationError({"sizing_params": 'An object with numbers is needed, such as {"largest": 64}.'})
         try:
@@ -155,6 +164,16 @@ class ModelDeployment(models.Model):
             parse_trigger(self.triggers)
         except TriggerError as error:
             raise ValidationError({"triggers": str(error)}) from error
+
+    def _check_draft(self) -> None:
+        if self.speculation != self.Speculation.MODEL:
+            return
+        if not self.draft_path:
+            raise ValidationError({"draft_path": "Speculation by a draft model needs that model's directory."})
+        try:
+            check_draft(Path(self.draft_path), Path(self.path))
+        except CheckpointError as error:
+            raise ValidationError({"draft_path": str(error)}) from error
 
     def to_spec(self) -> DeploymentSpec:
         """The deployment as the gpu workers read it."""
@@ -176,6 +195,7 @@ class ModelDeployment(models.Model):
             long_prefill_threshold=self.long_prefill_threshold,
             speculation=self.speculation,  # type: ignore[arg-type]
             num_draft_tokens=self.num_draft_tokens,
+            draft_path=self.draft_path,
         )
 
 
@@ -302,6 +322,8 @@ class BatchRecord(models.Model):
     prefix_hit_tokens = models.PositiveIntegerField(default=0)
     swapped_out_blocks = models.PositiveIntegerField(default=0)
     swapped_in_blocks = models.PositiveIntegerField(default=0)
+    draft_tokens = models.PositiveIntegerField(default=0, help_text="Guessed tokens that were verified.")
+    accepted_tokens = models.PositiveIntegerField(default=0, help_text="Of these the ones that were right.")
     busy_ms = models.FloatField(default=0.0, help_text="Steps and all that lay between them; 0: not recorded.")
     prefill_tokens = models.PositiveBigIntegerField(default=0)
     decode_sequences = models.PositiveBigIntegerField(default=0)

@@ -90,6 +90,8 @@ def _batch_row(event: BatchEvent) -> BatchRecord:
         prefix_hit_tokens=_count(event.prefix_hit_tokens),
         swapped_out_blocks=_count(event.swapped_out_blocks),
         swapped_in_blocks=_count(event.swapped_in_blocks),
+        draft_tokens=_count(event.draft_tokens),
+        accepted_tokens=_count(event.accepted_tokens),
         busy_ms=_number(event.busy_ms),
         prefill_tokens=_count(event.prefill_tokens, MAX_BYTES),
         decode_sequences=_count(event.decode_sequences, MAX_BYTES),

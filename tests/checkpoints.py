@@ -53,10 +53,12 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-def make_checkpoint(architecture: str, path: Path, *, seed: int = 0) -> Any:
-    """Write a random checkpoint and return its model, in float32."""
+def make_checkpoint(architecture: str, path: Path, *, seed: int = 0, **changes: Any) -> Any:
+    """Write a random checkpoint and return its model, in float32. `changes`: of the configuration."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](), dtype=torch.float32).eval()
+    config = ARCHITECTURES[architecture]()
+    config.update(changes)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -1,5 +1,6 @@
 """Deployments as operators keep them and engines read them: sizing, triggers and SLAs, checked when stored."""
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from inference.models import ModelDeployment
 from inference.services import save_deployment
 from scheduling.keys import Keys
 from scheduling.models import ServiceLevel, Tenant
+from tests.checkpoints import make_checkpoint, make_tokenizer
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("installation")]
 
@@ -42,6 +44,8 @@ def test_engines_read_how_batches_form_and_what_the_slas_promise(store: redis.Re
         ({"triggers": {"sometimes": 1}}, "triggers"),
         ({"triggers": "size"}, "triggers"),
         ({"prefix_cache": "sometimes"}, "prefix_cache"),
+        ({"speculation": "model"}, "draft_path"),
+        ({"speculation": "model", "draft_path": "/nowhere"}, "draft_path"),
     ],
 )
 def test_what_no_engine_could_use_is_not_stored(changes: dict[str, Any], field: str) -> None:
@@ -49,3 +53,24 @@ def test_what_no_engine_could_use_is_not_stored(changes: dict[str, Any], field: 
         save_deployment(deployment=ModelDeployment(name="m", path="/m"), changes=changes)
     assert field in refusal.value.message_dict
     assert not ModelDeployment.objects.exists()
+
+
+def test_a_draft_model_has_the_vocabulary_of_the_model_it_guesses_for(tmp_path: Path) -> None:
+    for name, tokenizer in (("target", "bytes"), ("draft", "bytes"), ("stranger", "metaspace")):
+        make_checkpoint("llama", tmp_path / name)
+        make_tokenizer(tokenizer, tmp_path / name)
+    make_checkpoint("llama", tmp_path / "wider", vocab_size=400)
+    make_tokenizer("bytes", tmp_path / "wider")
+
+    def save(draft: str) -> ModelDeployment:
+        changes = {"path": str(tmp_path / "target"), "speculation": "model", "draft_path": str(tmp_path / draft)}
+        save_deployment(deployment=(deployment := ModelDeployment(name=draft)), changes=changes)
+        return deployment
+
+    assert save("draft").to_spec().draft_path == str(tmp_path / "draft")
+    for draft, sentence in (
+        ("stranger", "name different tokens by the same ids"),
+        ("wider", "a vocabulary of 400 tok"),
+    ):
+        with pytest.raises(ValidationError, match=sentence):
+            save(draft)

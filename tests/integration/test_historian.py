@@ -240,6 +240,8 @@ def test_what_an_engine_decided_in_a_second_is_in_its_row(store: redis.Redis, ke
         "prefix_hit_tokens": 320,
         "swapped_out_blocks": 12,
         "swapped_in_blocks": 11,
+        "draft_tokens": 40,
+        "accepted_tokens": 25,
     }
     send(store, keys, [batch_event(1_760_000_000, **decided)])
     assert Historian(store, keys).run_once() == 1

@@ -21,6 +21,7 @@ OPTIONS = {
     "kv_memory_mb": "kv_memory_bytes",
     "speculation": "speculation",
     "draft_tokens": "num_draft_tokens",
+    "draft_model": "draft_path",
     "sizing": "sizing",
     "sizing_params": "sizing_params",
     "triggers": "triggers",
@@ -44,6 +45,9 @@ class Command(BaseCommand):
             "--speculation", choices=ModelDeployment.Speculation.values, help="guess tokens ahead (off)"
         )
         parser.add_argument("--draft-tokens", type=int, help="most tokens guessed ahead (4)")
+        parser.add_argument(
+            "--draft-model", type=_read_path, metavar="DIRECTORY", help="checkpoint that guesses (--speculation model)"
+        )
         parser.add_argument(
             "--sizing", choices=ModelDeployment.Sizing.values, help="strategy that sets the batch size (fixed)"
         )
@@ -74,6 +78,10 @@ class Command(BaseCommand):
             f"context {deployment.max_model_len or info.max_model_len}, batches of {deployment.max_batch_size} "
             f"({deployment.mode}). Workers take it up by themselves."
         )
+
+
+def _read_path(text: str) -> str:
+    return str(Path(text).resolve())
 
 
 def _read_json(text: str) -> dict[str, Any]:
