@@ -1,4 +1,4 @@
-"""One per web process: reads the fleet four times a second and feeds all open sockets, each update serialised once."""
+"""One per web process: reads the fleet ten times a second and feeds all open sockets, each update serialised once."""
 
 import asyncio
 import logging
@@ -19,12 +19,12 @@ from dashboard.state import Document, diff, extend_history
 
 log = logging.getLogger(__name__)
 
-PERIOD_S = 0.25
+PERIOD_S = 0.1
 IDLE_PERIOD_S = 1.0
 """Nobody watches: only the history goes on."""
 ROW_PERIOD_S = 1.0
 ACTIVITY_PERIOD_S = 1.0
-MAX_PENDING = 8
+MAX_PENDING = 20
 """Updates a socket may be behind (two seconds) before it is given a snapshot instead."""
 
 encode = msgspec.json.Encoder().encode
