@@ -61,12 +61,15 @@ class RunningReplica(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     own: bool = False
     """Whether the machine's settings ask for it."""
-    state: Literal["running", "stopping", "waiting"]
-    """`waiting`: it ended, and is started again at `until_s`."""
+    state: Literal["running", "stopping", "waiting", "stopped"]
+    """`waiting`: it ended, and is started again at `until_s`. `stopped`: settings ask for it, an operator does not."""
     generation: int = 0
     pid: int = 0
     since_s: float = 0.0
     until_s: float | None = None
+    """Unix time of the next start, or at which one that stops is killed."""
+    drain_s: float | None = None
+    """How long one that stops may finish what it runs."""
     detail: str = ""
     num_failures: int = 0
 
