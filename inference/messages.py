@@ -11,7 +11,10 @@ from scheduling.core.sequence import SamplingParams, TokenLogprob
 
 State = Literal["queued", "running", "finished", "cancelled", "failed"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-ReplicaState = Literal["starting", "ready", "paused", "draining", "stopped", "failed"]
+ReplicaState = Literal["starting", "ready", "paused", "draining", "stopped", "failed", "unhealthy"]
+"""`unhealthy`: the server that an upstream replica stands for does not serve; it claims nothing until that does."""
+Backend = Literal["builtin", "openai"]
+"""What computes: an engine of this project, or a server behind it that speaks OpenAI's dialect."""
 BatchMode = Literal["serial", "static", "dynamic", "continuous"]
 PrefixCache = Literal["on", "per_tenant", "off"]
 
@@ -38,6 +41,16 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     """How long the record stays after the end."""
     traceparent: str = ""
     """W3C trace context of the web process's span; empty where nothing is traced."""
+    forwarded: bytes = b""
+    """What an upstream server is sent, as a JSON object: the messages or the prompt as they came, and the options that
+    the client gave. Empty for a model of the builtin engine, which gets `prompt_token_ids` instead."""
+    estimated_prompt_tokens: int = 0
+    """Length of a forwarded prompt as the web process counted or guessed it; the upstream's own count comes later."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt, a guess where it is forwarded."""
+        return self.estimated_prompt_tokens or len(self.prompt_token_ids)
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
@@ -210,6 +223,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     accepted_tokens: int = 0
     settings: str = ""
     """Digest of the deployment's settings that it has taken up (`inference.plan.settings_digest`)."""
+    backend: Backend = "builtin"
 
 
 class SharedLevel(msgspec.Struct, frozen=True, array_like=True):
@@ -288,7 +302,7 @@ def unserved_event(
         error_code=error_code,
         arrival_s=request.arrival_s,
         finished_s=now_s,
-        prompt_tokens=len(request.prompt_token_ids),
+        prompt_tokens=request.num_prompt_tokens,
         completion_tokens=0,
         max_tokens=request.max_tokens,
         attempts=0,
@@ -390,3 +404,19 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     """SLAs, for sizing strategies."""
     quantization: Literal["none", "int8"] = "none"
     """Whether weights are kept in int8; rounding changes what a model says (the replica's description: by how much)."""
+    backend: Backend = "builtin"
+    upstream_url: str = ""
+    """Base address of an OpenAI-compatible server (`http://host:port/v1`); for the backend `openai`, as what follows."""
+    upstream_model: str = ""
+    """The model's name there; empty: `name`."""
+    upstream_key: str = ""
+    """Name of the environment variable, on the gpu worker's machine, that holds the server's API key; empty: none."""
+    upstream_first_token_s: float = 120.0
+    """How long the server may take to its first token before it counts as hung."""
+    upstream_gap_s: float = 30.0
+    """The same between two tokens."""
+
+    @property
+    def is_upstream(self) -> bool:
+        """Whether another server computes."""
+        return self.backend == "openai"

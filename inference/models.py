@@ -9,6 +9,7 @@ from django.db.models import Q
 
 from inference.checkpoint import CheckpointError, check_draft
 from inference.messages import DeploymentSpec
+from inference.upstream.address import AddressError, check_address, check_key_name
 from inference.wanted import WantedReplica as WantedReplica
 from scheduling.core.sizing.strategies import SizingError, build_sizing
 from scheduling.core.triggers import TriggerError, parse_trigger
@@ -21,7 +22,13 @@ MODEL_NAME = RegexValidator(
 
 
 class ModelDeployment(models.Model):
-    """A checkpoint and how it should be served."""
+    """A model and how it should be served: a checkpoint by the builtin engine, or what another server serves."""
+
+    class Backend(models.TextChoices):
+        """What computes."""
+
+        BUILTIN = "builtin", "an engine of Penstock"
+        OPENAI = "openai", "another server that speaks OpenAI's dialect"
 
     class Dtype(models.TextChoices):
         """Arithmetic of the weights; `auto` takes what the device does best."""
@@ -53,6 +60,7 @@ class ModelDeployment(models.Model):
         LATENCY_FIRST = "latency_first"
         BALANCED = "balanced"
         MEMORY_EFFICIENT = "memory_efficient"
+        GRADIENT = "gradient"
         ADAPTIVE = "adaptive"
 
     class PrefixCache(models.TextChoices):
@@ -72,7 +80,34 @@ class ModelDeployment(models.Model):
     name = models.CharField(
         max_length=128, unique=True, validators=[MODEL_NAME], help_text="What clients put into `model`."
     )
-    path = models.CharField(max_length=1024, help_text="Directory of the checkpoint, the same on every gpu machine.")
+    backend = models.CharField(max_length=16, choices=Backend.choices, default=Backend.BUILTIN)
+    path = models.CharField(
+        max_length=1024, blank=True,
+        help_text="Directory of the checkpoint, the same on every gpu machine. Of an upstream server's model the "
+        "tokenizer at most is read, to count prompts exactly; empty: their length is guessed until the server says.",
+    )  # fmt: skip
+    upstream_url = models.CharField(
+        "upstream address",
+        max_length=500,
+        blank=True,
+        help_text="The other server's, such as http://127.0.0.1:8000/v1.",
+    )
+    upstream_model = models.CharField(
+        max_length=256, blank=True, help_text="The model's name there; empty: the same as here."
+    )
+    upstream_key = models.CharField(
+        "variable of the upstream's key", max_length=80, blank=True,
+        help_text="Environment variable of the gpu worker that holds the server's API key, such as VLLM_API_KEY. The "
+        "key itself is kept nowhere.",
+    )  # fmt: skip
+    upstream_first_token_s = models.FloatField(
+        "first token within (s)", default=120.0, validators=[MinValueValidator(0.1), MaxValueValidator(3600)],
+        help_text="An upstream that takes longer counts as hung; the request goes back to the queue.",
+    )  # fmt: skip
+    upstream_gap_s = models.FloatField(
+        "next token within (s)", default=30.0, validators=[MinValueValidator(0.1), MaxValueValidator(3600)],
+        help_text="The same between two tokens.",
+    )  # fmt: skip
     dtype = models.CharField(max_length=16, choices=Dtype.choices, default=Dtype.AUTO)
     quantization = models.CharField(
         max_length=16, choices=Quantization.choices, default=Quantization.NONE,
@@ -151,8 +186,14 @@ class ModelDeployment(models.Model):
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def is_upstream(self) -> bool:
+        """Whether another server computes."""
+        return self.backend == self.Backend.OPENAI
+
     def clean(self) -> None:
-        """Sizing, triggers and draft model must be ones that an engine can use. Raises ValidationError."""
+        """Backend, sizing, triggers and draft model must be ones that a worker can use. Raises ValidationError."""
+        self._clean_backend()
         self._check_draft()
         if not isinstance(self.sizing_params, dict):
             raise ValidationError({"sizing_params": 'An object with numbers is needed, such as {"largest": 64}.'})
@@ -175,6 +216,23 @@ class ModelDeployment(models.Model):
         except CheckpointError as error:
             raise ValidationError({"draft_path": str(error)}) from error
 
+    def _clean_backend(self) -> None:
+        if not self.is_upstream:
+            if not self.path:
+                raise ValidationError({"path": "The builtin engine needs the directory of a checkpoint."})
+            if self.upstream_url:
+                raise ValidationError({"upstream_url": "The builtin engine has no upstream; choose the other backend."})
+            return
+        for field, check in (("upstream_url", check_address), ("upstream_key", check_key_name)):
+            try:
+                setattr(self, field, check(getattr(self, field)))
+            except AddressError as error:
+                raise ValidationError({field: str(error)}) from error
+        if self.mode != self.Mode.CONTINUOUS:
+            raise ValidationError({"mode": "An upstream server forms its batches itself: continuous is what it does."})
+        if not self.upstream_model.isprintable():
+            raise ValidationError({"upstream_model": "A model's name has no control characters."})
+
     def to_spec(self) -> DeploymentSpec:
         """The deployment as the gpu workers read it."""
         return DeploymentSpec(
@@ -196,6 +254,12 @@ class ModelDeployment(models.Model):
             speculation=self.speculation,  # type: ignore[arg-type]
             num_draft_tokens=self.num_draft_tokens,
             draft_path=self.draft_path,
+            backend=self.backend,  # type: ignore[arg-type]
+            upstream_url=self.upstream_url,
+            upstream_model=self.upstream_model,
+            upstream_key=self.upstream_key,
+            upstream_first_token_s=self.upstream_first_token_s,
+            upstream_gap_s=self.upstream_gap_s,
         )
 
 

@@ -224,7 +224,7 @@ def test_bad_parameters_are_named(name: str, params: dict[str, float], message: 
 
 
 def test_an_unknown_strategy_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(UnknownSizing, match="adaptive, balanced, fixed, latency_first"):
+    with pytest.raises(UnknownSizing, match="adaptive, balanced, fixed, gradient, latency_first"):
         build_sizing("best")
 
 

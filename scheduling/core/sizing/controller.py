@@ -53,6 +53,10 @@ class Observation:
     mean_context_tokens: float = 0.0
     """Of the running sequences."""
     telemetry: Readings | None = None
+    first_token_s: float | None = None
+    """Median seconds from the claim to the first token, of the latest requests; None where that is not known."""
+    refusals: int = 0
+    """Requests that a server behind this one turned away, or left without an answer."""
 
     @property
     def kv_usage(self) -> float:

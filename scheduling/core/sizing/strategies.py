@@ -9,6 +9,7 @@ from typing import Any
 
 from scheduling.core.policy import Parameter
 from scheduling.core.sizing.controller import Controller, Observation
+from scheduling.core.sizing.gradient import Gradient
 from scheduling.core.sizing.thompson import Adaptive, decode_rate
 
 SHRINK_ABOVE = 1.2
@@ -218,6 +219,19 @@ SIZINGS: Mapping[str, SizingKind] = MappingProxyType(
                 description="No more sequences than the load needs; KV use below a line.",
                 build=MemoryEfficient,
                 parameters={**_BOUNDS, "kv_line": _number(0.85, 0.1, 1, "KV use to stay below.")},
+            ),
+            SizingKind(
+                name="gradient",
+                description="As many as are taken before latency rises above its best; needs no target.",
+                build=Gradient,
+                parameters={
+                    **_BOUNDS,
+                    "tolerance": _number(
+                        2, 1.1, 20, "How many times its best a latency may be before the size shrinks."
+                    ),
+                    "decrease": _number(0.75, 0.1, 0.99, "What is left of the size when requests are turned away."),
+                    "drift": _number(0.002, 0, 0.1, "Share by which the best latency is forgotten, a second."),
+                },
             ),
             SizingKind(
                 name="adaptive",
