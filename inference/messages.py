@@ -406,7 +406,7 @@ class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Whether weights are kept in int8; rounding changes what a model says (the replica's description: by how much)."""
     backend: Backend = "builtin"
     upstream_url: str = ""
-    """Base address of an OpenAI-compatible server (`http://host:port/v1`); for the backend `openai`, as what follows."""
+    """Base address of an OpenAI-compatible server (`http://host:port/v1`); for the backend `openai`, as the rest."""
     upstream_model: str = ""
     """The model's name there; empty: `name`."""
     upstream_key: str = ""

@@ -30,7 +30,7 @@ def check_address(url: str) -> str:
         raise AddressError("The address names no host; write it as http://127.0.0.1:8000/v1.")
     if parts.username is not None or parts.password is not None:
         raise AddressError(
-            "A user name or password must not stand in the address: whoever may see the fleet sees it. Put the key into "
+            "A user name or password must not stand in the address: who may see the fleet sees it. Put the key into "
             "an environment variable of the gpu worker and name that."
         )
     if parts.query or parts.fragment:
