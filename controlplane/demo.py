@@ -17,8 +17,8 @@ from inference.models import ModelDeployment
 from inference.services import register_deployment
 from scheduling.core.request import Priority
 from scheduling.credentials import digest_key
-from scheduling.models import ApiKey, Tenant
-from scheduling.services import create_key, create_tenant
+from scheduling.models import ApiKey, ServiceLevel, Tenant
+from scheduling.services import config_changed, create_key, create_tenant
 
 OPERATOR = "operator"
 MODEL = "penstock-demo"
@@ -41,6 +41,17 @@ TENANTS = (
     DemoTenant("research", "Research", 1.0, Priority.NORMAL, Priority.NORMAL),
     DemoTenant("nightly", "Nightly reports", 1.0, Priority.NORMAL, Priority.BULK),
 )
+
+
+TARGETS = (
+    (Priority.CRITICAL, 1_000, 250, 99.0),
+    (Priority.REALTIME, 1_500, 250, 99.0),
+    (Priority.HIGH, 3_000, 400, 97.0),
+    (Priority.NORMAL, 8_000, 500, 95.0),
+    (Priority.LOW, 20_000, 1_000, 90.0),
+    (Priority.BULK, 120_000, 2_000, 90.0),
+)
+"""For everybody, by priority: milliseconds to the first token and per further one, and the objective in percent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +123,7 @@ def prepare_accounts(config: Config) -> Secrets | None:
         made = Secrets(password=password, keys=keys)
         if made != kept:
             _write_secrets(config, made)
+            _prepare_targets()
     return made if User.objects.get(username=OPERATOR).check_password(made.password) else replace(made, password="")
 
 
@@ -136,6 +148,16 @@ def _prepare_tenant(wanted: DemoTenant, known: str) -> str:
         name=wanted.name, display_name=wanted.display_name, weight=wanted.weight, max_priority=wanted.max_priority
     )
     return create_key(tenant=tenant, name="demo")
+
+
+def _prepare_targets() -> None:
+    """Default service levels where there are none of any kind; without them no figure of an SLA says anything."""
+    if not ServiceLevel.objects.exists():
+        for priority, ttft_ms, tpot_ms, objective in TARGETS:
+            ServiceLevel.objects.create(
+                priority=priority, ttft_ms=ttft_ms, tpot_ms=tpot_ms, objective_percent=objective
+            )
+        config_changed()
 
 
 def model_folder(config: Config) -> Path:

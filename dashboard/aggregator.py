@@ -85,7 +85,14 @@ class Aggregator:
         self._clock = clock
         self._epoch = secrets.token_hex(8)
         self._seq = 0
-        self._state: Document = {"models": {}, "replicas": {}, "tenants": [], "actions": [], "faults": {}}
+        self._state: Document = {
+            "models": {},
+            "replicas": {},
+            "tenants": [],
+            "actions": [],
+            "service": {},
+            "faults": {},
+        }
         self._history: Document = {}
         self._next_row_s = 0.0
         self._activity = Activity()

@@ -1,6 +1,6 @@
 """The dashboard app: the operator's pages."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from django.apps import AppConfig
@@ -27,6 +27,7 @@ class DashboardConfig(AppConfig):
         from dashboard.document import DocumentBuilder
         from dashboard.readings import FleetReader
         from dashboard.selectors.activity import read_activity
+        from dashboard.selectors.service import ServiceWatch
         from scheduling.keys import Keys
         from scheduling.store import aconnect
 
@@ -35,5 +36,5 @@ class DashboardConfig(AppConfig):
         return Aggregator(
             reader=FleetReader(client, Keys(prefix=config.key_prefix)),
             builder=DocumentBuilder(queue_limit=config.queue_limit),
-            read_activity=database_sync_to_async(read_activity),
+            read_activity=database_sync_to_async(partial(read_activity, ServiceWatch())),
         )

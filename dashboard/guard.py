@@ -125,6 +125,7 @@ def read_figures(model: str, since: datetime, until: datetime) -> dict[str, floa
     rows = list(
         RequestRecord.objects.filter(model=model, finished_at__gte=since, finished_at__lt=until, arrived_at__gte=since)
         .exclude(state="cancelled")
+        .defer("timeline")
         .order_by("-finished_at")[:MAX_ROWS]
     )
     levels = find_service_levels()

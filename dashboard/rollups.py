@@ -102,7 +102,7 @@ def judge(row: RequestRecord, levels: Levels) -> tuple[bool, float] | None:
 
     None where there is no level, or the client went away. A request that failed has missed it.
     """
-    level = levels.get((row.tenant, row.priority)) or levels.get(("", row.priority))
+    level = find_level(levels, row.tenant, row.priority)
     if level is None or row.state not in ("finished", "failed"):
         return None
     allowed = 1 - level.objective_percent / 100
@@ -110,7 +110,13 @@ def judge(row: RequestRecord, levels: Levels) -> tuple[bool, float] | None:
         return False, allowed
     ttft_ok = level.ttft_ms is None or (row.ttft_s is not None and row.ttft_s * 1000 <= level.ttft_ms)
     e2e_ok = level.e2e_ms is None or row.e2e_s * 1000 <= level.e2e_ms
-    return ttft_ok and e2e_ok, allowed
+    tpot_ok = level.tpot_ms is None or row.tpot_s is None or row.tpot_s * 1000 <= level.tpot_ms
+    return ttft_ok and e2e_ok and tpot_ok, allowed
+
+
+def find_level(levels: Levels, tenant: str, priority: int) -> ServiceLevel | None:
+    """A tenant's own level for a priority, else the default of that priority."""
+    return levels.get((tenant, priority)) or levels.get(("", priority))
 
 
 def _observe(histograms: dict[str, Any], row: RequestRecord) -> None:
@@ -118,11 +124,9 @@ def _observe(histograms: dict[str, Any], row: RequestRecord) -> None:
         histograms.setdefault(name, [0] * (len(LATENCY_BUCKETS_S) + 1))
     if row.state != "finished":
         return
-    spans: dict[str, float | None] = {"ttft": row.ttft_s, "e2e": row.e2e_s}
+    spans: dict[str, float | None] = {"ttft": row.ttft_s, "tpot": row.tpot_s, "e2e": row.e2e_s}
     if row.claimed_at:
         spans["queue"] = (row.claimed_at - row.arrived_at).total_seconds()
-    if row.first_token_at and row.completion_tokens > 1:
-        spans["tpot"] = (row.finished_at - row.first_token_at).total_seconds() / (row.completion_tokens - 1)
     for name, span_s in spans.items():
         if span_s is not None:
             histograms[name][bisect_left(LATENCY_BUCKETS_S, span_s)] += 1

@@ -33,9 +33,9 @@ class RecordedRun:
 
     model: str
     start: datetime
-    """The first arrival: second 0 of the times in `served`."""
+    """The whole second of the first arrival: second 0 of the times in `served`."""
     served: SimulationResult
-    """The requests with their real times, from the first arrival on, in the form that a simulation gives."""
+    """The requests with their real times, from `start` on, in the form that a simulation gives."""
     num_assumed: int
     """Of these requests, those that were turned away before their first token: their length is a guess."""
     cost: StepCost
@@ -87,22 +87,22 @@ def _read(model: str, found: list[RequestRecord]) -> RecordedRun:
     if not any(row.completion_tokens for row in rows):
         known = sorted(set(RequestRecord.objects.order_by("model").values_list("model", flat=True).distinct()))
         raise HistoryError(f"No request of {model!r} is recorded; there are records of: {', '.join(known) or 'none'}.")
-    start_s, end_s = rows[0].arrived_at.replace(microsecond=0), max(row.finished_at for row in rows)
-    batches = list(BatchRecord.objects.filter(model=model, second__gte=start_s, second__lte=end_s, steps__gte=1))
+    start, end = rows[0].arrived_at.replace(microsecond=0), max(row.finished_at for row in rows)
+    batches = list(BatchRecord.objects.filter(model=model, second__gte=start, second__lte=end, steps__gte=1))
     cost, error_s = learn_cost(rows, batches)
     policy, revision = Counter((row.policy or "fifo", row.policy_revision) for row in rows).most_common(1)[0][0]
     deployment = ModelDeployment.objects.filter(name=model).first()
     return RecordedRun(
         model=model,
-        start=rows[0].arrived_at,
-        served=as_result(rows, batches, _read_tenants()),
+        start=start,
+        served=as_result(rows, batches, _read_tenants(), start),
         num_assumed=sum(not row.completion_tokens for row in rows),
         cost=cost,
         typical_error_s=error_s,
         num_replicas=_count_replicas(batches),
         num_blocks=max(batch.kv_blocks_total for batch in batches),
         claim_s=learn_claim_s(rows),
-        pace=learn_pace(cost, batches, rows[0].arrived_at.timestamp()),
+        pace=learn_pace(cost, batches, start),
         policy=policy,
         params=_read_params(model, revision, policy),
         mode=Counter(batch.mode for batch in batches).most_common(1)[0][0],  # type: ignore[arg-type]
@@ -120,6 +120,7 @@ def read_targets() -> ServiceTargets:
         key: ServiceTarget(
             ttft_s=None if level.ttft_ms is None else level.ttft_ms / 1000,
             e2e_s=None if level.e2e_ms is None else level.e2e_ms / 1000,
+            tpot_s=None if level.tpot_ms is None else level.tpot_ms / 1000,
         )
         for key, level in find_service_levels().items()
     }
@@ -161,13 +162,17 @@ def _read_tenants() -> dict[str, tuple[float, bool]]:
 
 
 def as_result(
-    rows: Sequence[RequestRecord], batches: Sequence[BatchRecord], tenants: Mapping[str, tuple[float, bool]]
+    rows: Sequence[RequestRecord],
+    batches: Sequence[BatchRecord],
+    tenants: Mapping[str, tuple[float, bool]],
+    start: datetime,
 ) -> SimulationResult:
     """What was served, in the form of a simulation, so that both are reported alike.
 
-    `rows` are in the order of their arrival; `tenants` gives weights, and who drops what is past its deadline.
+    `rows` are in the order of their arrival; `tenants` gives weights, and who drops what is past its deadline. Times
+    are told from `start` on.
     """
-    start_s = rows[0].arrived_at.timestamp()
+    start_s = start.timestamp()
     replicas = {name: index for index, name in enumerate(sorted({batch.replica for batch in batches}))}
     guess = _guess_lengths(rows)
     sizes: Counter[int] = Counter()

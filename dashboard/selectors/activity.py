@@ -1,9 +1,10 @@
-"""What the live page reads from the database: tenants in order of their creation, and who changed what."""
+"""What the live page reads from the database: tenants in order of their creation, who changed what, who got what."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dashboard.selectors.service import ServiceWatch
 from dashboard.state import Document, prune
 from scheduling.models import OperatorAction, PolicyRevision, Tenant
 
@@ -19,19 +20,20 @@ class Activity:
 
     tenants: list[str] = field(default_factory=list)
     actions: list[Document] = field(default_factory=list)
+    service: Document = field(default_factory=dict)
 
     def document(self) -> Document:
         """As keys of the document."""
-        return {"tenants": self.tenants, "actions": self.actions}
+        return {"tenants": self.tenants, "actions": self.actions, "service": self.service}
 
 
-def read_activity() -> Activity:
-    """Three short queries."""
+def read_activity(watch: ServiceWatch) -> Activity:
+    """A few short queries."""
     tenants = list(Tenant.objects.order_by("id").values_list("name", flat=True)[:MAX_TENANTS])
     switches = [_switch(row) for row in PolicyRevision.objects.order_by("-created_at", "-id")[:NUM_ACTIONS]]
     others = OperatorAction.objects.exclude(action__in=SWITCH_ACTIONS).order_by("-created_at", "-id")[:NUM_ACTIONS]
     actions = sorted([*switches, *map(_action, others)], key=lambda action: -action["when_s"])
-    return Activity(tenants, prune(actions[:NUM_ACTIONS]))
+    return Activity(tenants, prune(actions[:NUM_ACTIONS]), watch.read())
 
 
 def _switch(row: PolicyRevision) -> Document:

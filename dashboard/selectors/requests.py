@@ -61,7 +61,7 @@ def search_requests(wanted: RequestFilter, *, after: Cursor | None = None, limit
         # The first condition bounds the scan of the index, the second tells rows of the same microsecond apart.
         earlier = Q(finished_at__lt=after.finished_at) | Q(id__lt=after.id)
         rows = rows.filter(earlier, finished_at__lte=after.finished_at)
-    found = list(rows.order_by("-finished_at", "-id")[: limit + 1])
+    found = list(rows.defer("timeline").order_by("-finished_at", "-id")[: limit + 1])
     last = found[limit - 1] if len(found) > limit else None
     return RequestPage(found[:limit], Cursor(last.finished_at, last.pk) if last else None)
 

@@ -8,6 +8,7 @@ import { brief, count, rate } from "./format.js";
 import { column, split } from "./rows.js";
 import { learnTenants, tenantColour, tenantHatched } from "./palette.js";
 import { drawBackpressure, drawFigures, drawPolicy, drawSplit } from "./panels.js";
+import { drawService } from "./service.js";
 import { announce, chosenModel, offerModels, startShell } from "./shell.js";
 import { Uptake } from "./uptake.js";
 import { drawActions, drawWorkers } from "./workers.js";
@@ -57,6 +58,7 @@ function drawModel(name, model, replicas, rows, now) {
   drawFigures(model, live);
   drawSplit(model, splitBy());
   drawBackpressure(model.backpressure);
+  drawService(snapshot.state.service[name] ?? {});
   uptake.draw(name, model.policy, drawPolicy(model.policy, replicas));
   drawBatches(byId("batches"), live);
   drawLegend(live);

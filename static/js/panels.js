@@ -27,6 +27,7 @@ export function drawFigures(model, replicas) {
   figure("flow-sub", "over the last 5 s");
   drawWait("queue", model.waits.queue);
   drawWait("ttft", model.waits.ttft);
+  drawWait("tpot", model.waits.tpot);
   figure("kv", percent(model.kv_usage));
   const meter = byId("kv-meter");
   meter.value = (model.kv_usage ?? 0) * 100;

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from dashboard.document import DocumentBuilder
 from dashboard.readings import FleetReader
 from dashboard.routing import build_sockets
 from dashboard.selectors.activity import Activity, read_activity
+from dashboard.selectors.service import ServiceWatch
 from dashboard.state import apply
 from scheduling.keys import Keys
 from scheduling.models import PolicyRevision, Tenant
@@ -60,7 +62,7 @@ def build_aggregator(client: redis.asyncio.Redis, keys: Keys) -> Aggregator:
     return Aggregator(
         reader=FleetReader(client, keys),
         builder=DocumentBuilder(queue_limit=20),
-        read_activity=database_sync_to_async(read_activity),
+        read_activity=database_sync_to_async(partial(read_activity, ServiceWatch())),
         clock=SteppedClock(),
     )
 

@@ -7,7 +7,7 @@ from django.contrib.auth.models import User
 
 from controlplane.config import Config
 from controlplane.demo import prepare_accounts, secrets_path
-from scheduling.models import Tenant
+from scheduling.models import ServiceLevel, Tenant
 
 pytestmark = pytest.mark.django_db
 
@@ -21,6 +21,16 @@ def test_the_accounts_stay_the_same_from_start_to_start(installation: Config, tm
     assert first is not None
     assert User.objects.get(username="operator").check_password(first.password)
     assert prepare_accounts(config_of(tmp_path)) == first
+
+
+def test_every_priority_has_a_target_at_first_and_what_an_administrator_took_away_stays_away(
+    installation: Config, tmp_path: Path
+) -> None:
+    prepare_accounts(config_of(tmp_path))
+    assert list(ServiceLevel.objects.filter(tenant=None).values_list("priority", flat=True)) == list(range(6))
+    ServiceLevel.objects.all().delete()
+    prepare_accounts(config_of(tmp_path))
+    assert not ServiceLevel.objects.exists()
 
 
 def test_a_start_on_another_database_and_back_finds_the_first_one_s_secrets(

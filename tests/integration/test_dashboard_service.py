@@ -1,0 +1,52 @@
+"""The last minute's service against its targets, and refusals over time: what was counted, once, and against what."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from dashboard.selectors.service import ServiceWatch
+from inference.models import RequestRecord
+from scheduling.models import ServiceLevel, Tenant
+
+pytestmark = pytest.mark.django_db
+NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+
+
+def record(number: int, *, ended_s: float, tenant: str = "acme", ttft_s: float = 0.2, tpot_s: float = 0.05) -> None:
+    first = NOW - timedelta(seconds=ended_s) - timedelta(seconds=10 * tpot_s)
+    RequestRecord.objects.create(
+        request_id=f"req-{number}", model="demo", tenant=tenant, priority=3, endpoint="completions", state="finished",
+        finish_reason="stop", arrived_at=first - timedelta(seconds=ttft_s), claimed_at=first, first_token_at=first,
+        finished_at=NOW - timedelta(seconds=ended_s), prompt_tokens=8, completion_tokens=11, max_tokens=16,
+    )  # fmt: skip
+
+
+def test_percentiles_stand_beside_the_target_that_counts_for_the_tenant() -> None:
+    acme = Tenant.objects.create(name="acme")
+    ServiceLevel.objects.create(priority=3, ttft_ms=1000, tpot_ms=100, objective_percent=90)
+    ServiceLevel.objects.create(tenant=acme, priority=3, ttft_ms=300, tpot_ms=60, objective_percent=99)
+    for number in range(10):
+        record(number, ended_s=5, ttft_s=0.1 * (number + 1))
+        record(100 + number, ended_s=5, tenant="other", tpot_s=0.2 if number == 0 else 0.05)
+    rows = ServiceWatch(clock=lambda: NOW).read()["demo"]
+    assert rows["acme/3"]["ttft"] == {"p50_s": 0.6, "p99_s": 1.0, "target_s": 0.3}
+    assert (rows["acme/3"]["num"], rows["acme/3"]["met"], rows["acme/3"]["objective"]) == (10, 0.3, 0.99)
+    assert rows["other/3"]["tpot"] == {"p50_s": 0.05, "p99_s": 0.2, "target_s": 0.1}
+    assert rows["other/3"]["met"] == 0.9
+
+
+def test_a_look_takes_up_what_was_written_since_and_forgets_what_is_older_than_a_minute() -> None:
+    now = [NOW]
+    watch = ServiceWatch(clock=lambda: now[0])
+    record(1, ended_s=50)
+    record(2, ended_s=70)
+    assert watch.read()["demo"]["acme/3"]["num"] == 1
+    record(3, ended_s=5)
+    assert watch.read()["demo"]["acme/3"]["num"] == 2
+    assert watch.read()["demo"]["acme/3"]["num"] == 2
+    now[0] += timedelta(seconds=30)
+    rows = watch.read()["demo"]
+    assert rows["acme/3"]["num"] == 1
+    assert "target_s" not in rows["acme/3"]["ttft"]
+    now[0] += timedelta(seconds=60)
+    assert watch.read() == {}
