@@ -10,7 +10,15 @@ from typing import Any
 from django.db import models, transaction
 from django.utils import timezone
 
-from dashboard.models import BatchRollup, Grain, LatencyRollup, RequestRollup, Resolution, RollupCheckpoint
+from dashboard.models import (
+    BatchRollup,
+    Grain,
+    LatencyRollup,
+    RefusalRollup,
+    RequestRollup,
+    Resolution,
+    RollupCheckpoint,
+)
 from inference.messages import LATENCY_BUCKETS_S
 from inference.models import BatchRecord, RequestRecord
 from scheduling.models import ServiceLevel
@@ -52,7 +60,7 @@ def prune_rollups(*, days: Mapping[Resolution, int]) -> int:
     num_deleted = 0
     for resolution, num_days in days.items():
         oldest = timezone.now() - timedelta(days=num_days)
-        for kind in (RequestRollup, LatencyRollup, BatchRollup):
+        for kind in (RequestRollup, LatencyRollup, BatchRollup, RefusalRollup):
             rows = kind.objects.filter(resolution=resolution, start__lt=oldest)
             while ids := list(rows.values_list("id", flat=True)[:ROWS_PER_DELETE]):
                 num_deleted += kind.objects.filter(id__in=ids).delete()[0]

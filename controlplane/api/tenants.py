@@ -25,7 +25,7 @@ class UseView(Schema):
     tpm: int | None
     tpm_used: int | None
     tpd: int | None
-    tpd_used: int | None
+    tpd_used: int | None = Field(description="Without a daily budget: tokens of requests that ended today (UTC).")
 
 
 class AttainmentView(Schema):
@@ -58,6 +58,7 @@ class TenantView(Schema):
     attainment: dict[str, AttainmentView] = Field(description="By window: 1h, 24h, 30d.")
     service: ServiceView
     refusals: dict[str, int] = Field(description="By reason, since the counters began.")
+    refused: dict[str, dict[str, int]] = Field(description="By window (1h, 24h, 30d), then by reason.")
 
 
 class TenantsAnswer(Schema):

@@ -4,13 +4,14 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from django.db.models import Sum
 from redis.exceptions import RedisError
 
 from dashboard.models import RequestRollup, Resolution
+from dashboard.refusals import read_pairs, read_refusals
 from inference.services import read_replicas
 from scheduling.connection import live_keys, live_redis
 from scheduling.fleet import FleetQueue
@@ -39,6 +40,7 @@ class Use:
     tpm_used: int | None = None
     tpd: int | None = None
     tpd_used: int | None = None
+    """Of the daily budget; without one, what today's requests that ended took."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,9 @@ class TenantRow:
     attainment: Mapping[str, Attainment]
     service: Service
     refusals: Mapping[str, int] = field(default_factory=dict)
+    """By reason, since the store's counters began."""
+    refused: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """By window, then by reason, most first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +104,9 @@ def read_tenants(models: Sequence[str], now: datetime) -> TenantsView:
     tenants = list(Tenant.objects.select_related("quota").order_by("name")[: MAX_TENANTS + 1])
     shown = tenants[:MAX_TENANTS]
     attained = {name: _attainment(now - span, span) for name, span in WINDOWS.items()}
+    refused = {name: read_refusals(now - span, _grain(span)) for name, span in WINDOWS.items()}
     try:
-        uses, refusals = _read_live(shown, models)
+        uses, refusals = _read_live(shown, models, _tokens_today(now))
     except (RedisError, OSError) as error:
         log.warning("Redis does not answer (%s); tenants are shown without what they use now.", error)
         uses, refusals = {}, {}
@@ -116,6 +122,7 @@ def read_tenants(models: Sequence[str], now: datetime) -> TenantsView:
             attainment={name: found.get(tenant.name, Attainment()) for name, found in attained.items()},
             service=service.get(tenant.name, Service()),
             refusals=refusals.get(tenant.name, {}),
+            refused={name: found.get(tenant.name, {}) for name, found in refused.items()},
         )
         for tenant in shown
     ]
@@ -170,11 +177,21 @@ def _grain(span: timedelta) -> Resolution:
     return Resolution.MINUTE if span <= timedelta(hours=1) else Resolution.HOUR
 
 
-def _read_live(tenants: Sequence[Tenant], models: Sequence[str]) -> tuple[dict[str, Use], dict[str, dict[str, int]]]:
+def _tokens_today(now: datetime) -> dict[str, int]:
+    """Tokens of requests that ended since midnight UTC."""
+    midnight = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    rows = RequestRollup.objects.filter(resolution=Resolution.HOUR, start__gte=midnight).values("tenant")
+    sums = rows.annotate(tokens=Sum("prompt_tokens") + Sum("completion_tokens"))
+    return {row["tenant"]: row["tokens"] for row in sums}
+
+
+def _read_live(
+    tenants: Sequence[Tenant], models: Sequence[str], tokens_today: Mapping[str, int]
+) -> tuple[dict[str, Use], dict[str, dict[str, int]]]:
     client, keys = live_redis(), live_keys()
     limits = TenantLimits(keys)
     queues = [FleetQueue(keys, model) for model in models]
-    fixed: list[Command[Any]] = [TIME, Command(("HGETALL", keys.refusals), _read_pairs)]
+    fixed: list[Command[Any]] = [TIME, Command(("HGETALL", keys.refusals), read_pairs)]
     answers = execute_many(
         client,
         [
@@ -196,15 +213,25 @@ def _read_live(tenants: Sequence[Tenant], models: Sequence[str]) -> tuple[dict[s
         for slot in status.slots:
             running[slot.tenant] += 1
     uses = {
-        tenant.name: _use(tenant, usage, day, now_s, running[tenant.name], waiting[tenant.name])
+        tenant.name: _use(
+            tenant,
+            usage,
+            tokens_today.get(tenant.name, 0) if _budget(tenant) is None else day[1] if day[0] == now_s // DAY_S else 0,
+            running[tenant.name],
+            waiting[tenant.name],
+        )
         for tenant, usage, day in zip(tenants, usages, days, strict=True)
     }
     return uses, _refusals(counters)
 
 
-def _use(tenant: Tenant, usage: TenantUsage, day: tuple[int, int], now_s: float, running: int, waiting: int) -> Use:
+def _budget(tenant: Tenant) -> int | None:
+    return getattr(getattr(tenant, "quota", None), "tpd", None)
+
+
+def _use(tenant: Tenant, usage: TenantUsage, today: int, running: int, waiting: int) -> Use:
     quota = getattr(tenant, "quota", None)
-    rpm, tpm, tpd = (getattr(quota, name, None) for name in ("rpm", "tpm", "tpd"))
+    rpm, tpm = (getattr(quota, name, None) for name in ("rpm", "tpm"))
     return Use(
         running=running,
         waiting=waiting,
@@ -214,8 +241,8 @@ def _use(tenant: Tenant, usage: TenantUsage, day: tuple[int, int], now_s: float,
         rpm_used=_used(rpm, usage.remaining_requests),
         tpm=tpm,
         tpm_used=_used(tpm, usage.remaining_tokens),
-        tpd=tpd,
-        tpd_used=None if tpd is None else day[1] if day[0] == int(now_s // DAY_S) else 0,
+        tpd=_budget(tenant),
+        tpd_used=today,
     )
 
 
@@ -227,11 +254,6 @@ def _used(limit: int | None, left: int | None) -> int | None:
 def _read_day(reply: Sequence[bytes | None]) -> tuple[int, int]:
     day, tokens = reply
     return int(float(day or -1)), int(float(tokens or 0))
-
-
-def _read_pairs(reply: Any) -> dict[str, int]:
-    pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
-    return {name.decode(): int(count) for name, count in pairs}
 
 
 def _refusals(counters: Mapping[str, int]) -> dict[str, dict[str, int]]:

@@ -3,12 +3,12 @@
 from datetime import datetime
 from typing import Any
 
-from django import template
+from django.template import Context, Library
 from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
-register = template.Library()
+register = Library()
 NONE = "–"  # noqa: RUF001
 
 
@@ -65,6 +65,12 @@ def item(values: Any, key: Any) -> Any:
 
 
 @register.filter
+def pairs(values: Any) -> list[tuple[Any, Any]]:
+    """Names and values, for a loop; none of nothing."""
+    return list(values.items()) if values else []
+
+
+@register.filter
 def shown(value: Any) -> str:
     """A value of the audit trail or a parameter, as people write it."""
     if value is None or value == "":
@@ -75,7 +81,7 @@ def shown(value: Any) -> str:
 
 
 @register.simple_tag(takes_context=True)
-def query_with(context: template.Context, name: str, value: Any) -> str:
+def query_with(context: Context, name: str, value: Any) -> str:
     """The address's query with one field set."""
     fields = context["request"].GET.copy()
     fields[name] = str(value)
@@ -83,7 +89,7 @@ def query_with(context: template.Context, name: str, value: Any) -> str:
 
 
 @register.simple_tag(takes_context=True)
-def query_without(context: template.Context, *names: str) -> str:
+def query_without(context: Context, *names: str) -> str:
     """The address's query without some fields."""
     fields = context["request"].GET.copy()
     for name in names:

@@ -4,6 +4,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from dashboard.models import Resolution
+from dashboard.refusals import add_refusals, read_refusals
 from dashboard.selectors.service import ServiceWatch
 from inference.models import RequestRecord
 from scheduling.models import ServiceLevel, Tenant
@@ -50,3 +52,12 @@ def test_a_look_takes_up_what_was_written_since_and_forgets_what_is_older_than_a
     assert "target_s" not in rows["acme/3"]["ttft"]
     now[0] += timedelta(seconds=60)
     assert watch.read() == {}
+
+
+def test_refusals_are_counted_once_in_their_windows_also_after_the_store_lost_its_counters() -> None:
+    assert add_refusals({"demo|acme|queue_full": 7}, NOW - timedelta(hours=3)) == 0, "nobody knows when those were"
+    assert add_refusals({"demo|acme|queue_full": 9, "a|b|acme|shed": 1}, NOW - timedelta(hours=2)) == 3
+    assert add_refusals({"demo|acme|queue_full": 9, "a|b|acme|shed": 1}, NOW - timedelta(hours=2)) == 0
+    assert add_refusals({"demo|acme|queue_full": 4}, NOW) == 4
+    assert read_refusals(NOW - timedelta(hours=1), Resolution.MINUTE) == {"acme": {"queue_full": 4}}
+    assert read_refusals(NOW - timedelta(days=1), Resolution.HOUR) == {"acme": {"queue_full": 6, "shed": 1}}
