@@ -3,7 +3,7 @@
 import logging
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from celery import shared_task
@@ -11,8 +11,12 @@ from django.conf import settings
 from django.db import Error as DatabaseError
 from redis.exceptions import RedisError
 
+from dashboard.alerts.courier import Courier
+from dashboard.alerts.services import prune_alerts
+from dashboard.alerts.watch import watch_alerts
 from dashboard.guard import check_guards
 from dashboard.models import Resolution
+from dashboard.refusals import roll_up_refusals
 from dashboard.rollups import prune_rollups, roll_up
 from dashboard.what_if import end_lost_runs
 from inference.control import send_control
@@ -31,16 +35,18 @@ def roll_up_history() -> None:
     """Sum new history up into minutes and hours."""
     try:
         roll_up(ROLL_UP_BUDGET_S)
-    except (DatabaseError, OSError) as error:
+        roll_up_refusals()
+    except (RedisError, DatabaseError, OSError) as error:
         logger.warning("History is summed up later: %s", error)
 
 
 @shared_task(ignore_result=True)
 def forget_old_rollups() -> None:
-    """Delete sums older than the settings say."""
+    """Delete sums, and alerts that have resolved, older than the settings say."""
     config = settings.PENSTOCK
     try:
         num = prune_rollups(days={Resolution.MINUTE: config.minutes_days, Resolution.HOUR: config.hours_days})
+        num += prune_alerts(days=config.hours_days)
     except (DatabaseError, OSError) as error:
         logger.warning("Old sums could not be deleted: %s", error)
         return
@@ -59,6 +65,24 @@ def watch_switches() -> None:
 
 
 @shared_task(ignore_result=True)
+def judge_alerts() -> None:
+    """Evaluate the alert rules."""
+    try:
+        watch_alerts()
+    except (RedisError, DatabaseError, OSError) as error:
+        logger.warning("Alert rules could not be evaluated: %s", error)
+
+
+@shared_task(ignore_result=True)
+def deliver_notices() -> None:
+    """Have threads deliver what is due; this one waits for none of them."""
+    try:
+        _courier().wake()
+    except (DatabaseError, OSError) as error:
+        logger.warning("Notices of alerts wait: %s", error)
+
+
+@shared_task(ignore_result=True)
 def run_what_if(run_id: int) -> None:
     """Have a replay run: a process of its own leaves this one's time to the historian and the sweeper."""
     command = [sys.executable, "manage.py", "run_what_if", str(run_id)]
@@ -68,3 +92,9 @@ def run_what_if(run_id: int) -> None:
         finally:
             process.kill()
     end_lost_runs()
+
+
+@cache
+def _courier() -> Courier:
+    """One for the life of the process: it knows which channels are busy."""
+    return Courier()

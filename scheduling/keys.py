@@ -64,6 +64,11 @@ class Keys:
         return f"{self.prefix}:replicas"
 
     @property
+    def alerts(self) -> str:
+        """String with a time to live: JSON list of [rule, severity, number of firing alerts]."""
+        return f"{self.prefix}:alerts"
+
+    @property
     def deployments(self) -> str:
         """Hash: model -> DeploymentSpec (JSON)."""
         return f"{self.prefix}:deployments"
