@@ -6,20 +6,19 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from inference.engine.errors import OutOfDeviceMemory
-from inference.messages import FinishReason
 from inference.worker.active import ActiveRequest, RequestRefusedError, check_request
-from inference.worker.commands import CommandRefusedError, Controls
+from inference.worker.commands import Controls
 from inference.worker.costs import StepCosts
 from inference.worker.gate import Gate
-from inference.worker.inbox import Cancelled, Inbox, LeaseLost, Lost, Told, Word
+from inference.worker.inbox import Inbox
 from inference.worker.intake import Intake
 from inference.worker.lease import Lease
 from inference.worker.meters import Meters
-from inference.worker.outbox import Handover, Outbox, Output
+from inference.worker.outbox import Outbox, Output
 from inference.worker.pipe import Pipe
 from inference.worker.reporter import PERIOD_S, Reporter
+from inference.worker.serving import ServingLoop
 from inference.worker.sizer import Sizer
-from inference.worker.spec import Ack
 from inference.worker.status import StatusBoard
 from scheduling.core.planner import RequestTooLongError, StepOutput, StepPlanner
 from scheduling.core.room import NO_ROOM, UrgentRoom
@@ -28,12 +27,8 @@ from scheduling.core.sizing.cost_model import measure_parts
 
 logger = logging.getLogger(__name__)
 
-OFFER_WAIT_S = 0.02
-"""While the outbox is full, commands are obeyed this often."""
 URGENT_OFFER_S = 0.02
 """How often it is counted what an urgent request could have."""
-SHUT_WAIT_S = 0.05
-"""How long an acknowledgement waits for a claim on its way; longer only while Redis does not answer."""
 
 
 class Runner(Protocol):
@@ -62,8 +57,8 @@ class Runner(Protocol):
         ...
 
 
-class EngineLoop:
-    """Owns the running batch. Everything here happens in one thread; other threads leave word in the inbox."""
+class EngineLoop(ServingLoop):
+    """Owns the running batch of a model that is computed here."""
 
     def __init__(
         self,
@@ -83,25 +78,25 @@ class EngineLoop:
         costs: StepCosts,
         sizer: Sizer,
     ) -> None:
+        super().__init__(
+            lease=lease,
+            intake=intake,
+            outbox=outbox,
+            reporter=reporter,
+            inbox=inbox,
+            pipe=pipe,
+            gate=gate,
+            controls=controls,
+            board=board,
+            meters=meters,
+            sizer=sizer,
+        )
         self._planner = planner
         self._runner = runner
-        self._lease = lease
-        self._intake = intake
-        self._outbox = outbox
-        self._reporter = reporter
-        self._inbox = inbox
-        self._pipe = pipe
-        self._gate = gate
-        self._controls = controls
-        self._board = board
-        self._meters = meters
         self._costs = costs
-        self._sizer = sizer
-        self._active: dict[str, ActiveRequest] = {}
         self._stopped: set[str] = set()
         """Of these, those that have not begun or were preempted."""
         self._num_preempted = (0, 0)
-        self._handover = Handover(lease.owner)
         self._urgent: UrgentRoom | None = None
         self._urgent_due_s = 0.0
 
@@ -126,88 +121,19 @@ class EngineLoop:
             self._board.update(self._reporter, self._active.values())
             timeout_s = 0.0 if parts else self._idle_s()
 
-    def _heed(self, words: list[Word]) -> None:
-        """Commands, cancelled and lost requests, a lost lease. Called in every turn, whatever the loop waits for."""
-        self._pipe.beat()
-        for word in words:
-            match word:
-                case Told():
-                    self._obey(word)
-                case Cancelled():
-                    self._cancel(word)
-                case Lost():
-                    self._drop(word)
-                case LeaseLost():
-                    self._abandon(word.owner)
-
-    def _obey(self, told: Told) -> None:
-        message = told.message
-        error = ""
-        try:
-            self._controls.obey(message)
-        except CommandRefusedError as refusal:
-            error = str(refusal)
-        if not self._gate.is_open:
-            self._intake.shut(SHUT_WAIT_S)
-        if message.id:
-            applied_ms = 1000 * (time.monotonic() - told.read_s)
-            ack = Ack(id=message.id, ok=not error, error=error, applied_ms=applied_ms, state=self._gate.state)
-            self._pipe.send(ack)
-
-    def _cancel(self, cancelled: Cancelled) -> None:
-        for request_id in cancelled.request_ids:
-            active = self._active.get(request_id)
-            if active is not None:
-                self._end(active, "cancelled")
-
-    def _drop(self, lost: Lost) -> None:
-        """Forget attempts that count no more; a later one of the same request may run here already."""
-        for request_id, attempt in lost.attempts.items():
-            active = self._active.get(request_id)
-            if active is not None and active.attempt == attempt:
-                logger.warning("Attempt %d of request %s is no longer held; another follows.", attempt, request_id)
-                self._forget(active)
-
-    def _abandon(self, owner: str) -> None:
-        """After a lost lease everything has gone back to the queue: start with nothing, under a new name."""
-        if owner != self._lease.owner:
-            return
-        logger.error("The lease of %s was lost; its %d requests went back to the queue.", owner, len(self._active))
-        for active in list(self._active.values()):
-            self._forget(active)
-        self._lease.replace()
-        self._handover = Handover(self._lease.owner)
-
-    def _take_claimed(self) -> None:
-        """Admit what was claimed; a request that cannot run ends alone."""
-        for active in self._intake.take():
-            if active.owner != self._lease.owner:
-                continue
-            before = self._active.get(active.request.id)
-            if before is not None:  # the lease ran out and came back with this claim before the heartbeat saw it
-                self._forget(before)
-            self._active[active.request.id] = active
-            self._meters.queue_time.observe(active.claimed_s - active.request.arrival_s)
-            try:
-                check_request(active, vocab_size=self._runner.vocab_size)
-                self._admit(active)
-            except RequestRefusedError as refusal:
-                self._end(active, "error", refusal.code, refusal.message)
-            except RequestTooLongError as refusal:
-                self._end(active, "error", "context_length_exceeded", str(refusal))
-
     def _admit(self, active: ActiveRequest) -> None:
-        """Give a request to the planner; one that was resumed first sends what its journal has, which may be all."""
+        """Give a request to the planner, unless what its journal has is all."""
+        check_request(active, vocab_size=self._runner.vocab_size)
         if active.num_resumed:
-            tokens = active.sequence.tokens[active.sequence.num_prompt_tokens :]
-            self._handover.outputs.append(
-                Output(active, 0, tokens, list(active.texts), journals=False, logprobs=active.logprobs)
-            )
+            self._send_again(active)
             reason = "stop" if active.stream.stopped else self._planner.finish_reason(active.sequence)
             if reason is not None:
                 self._end(active, reason)
                 return
-        self._planner.add(active.sequence)
+        try:
+            self._planner.add(active.sequence)
+        except RequestTooLongError as refusal:
+            raise RequestRefusedError("context_length_exceeded", str(refusal)) from refusal
         self._stopped.add(active.request.id)
 
     def _note_turns(self, parts: Sequence[StepPart]) -> None:
@@ -308,37 +234,10 @@ class EngineLoop:
         if active.stream.stopped or output.finish is not None:
             self._end(active, "stop" if active.stream.stopped else output.finish or "stop")
 
-    def _end(self, active: ActiveRequest, reason: FinishReason, code: str = "", message: str = "") -> None:
-        """Hand over a request's end, and forget it."""
-        now_s = time.time()
-        active.forget_unsent()
-        finish = active.finish(reason, code, message)
-        policy, revision = self._board.current_policy()
-        event = active.event(finish, now_s=now_s, replica=self._lease.replica, policy=policy, revision=revision)
-        outputs = self._handover.outputs
-        if not (outputs and outputs[-1].active is active):
-            outputs.append(Output(active, active.num_pushed, [], []))
-        outputs[-1].finish, outputs[-1].event = finish, event
-        self._meters.count_end(active, reason, now_s)
-        if reason in ("stop", "length"):
-            self._sizer.count_end(active, now_s)
-        self._forget(active)
-
     def _forget(self, active: ActiveRequest) -> None:
+        super()._forget(active)
         self._planner.remove(active.sequence)
-        self._active.pop(active.request.id, None)
         self._stopped.discard(active.request.id)
-
-    def _hand_over(self) -> None:
-        """Give the step to the outbox. While that is full (Redis is slow or lost) wait, and obey commands meanwhile."""
-        if not self._handover.outputs and not self._handover.releases:
-            return
-        handover, self._handover = self._handover, Handover(self._lease.owner)
-        while not self._outbox.offer(handover, OFFER_WAIT_S):
-            self._heed(self._inbox.read())
-            self._board.update(self._reporter, self._active.values())
-            if self._gate.time_is_up or handover.owner != self._lease.owner:
-                return
 
     def _offer_room(self) -> None:
         """Tell the intake what it may claim."""
