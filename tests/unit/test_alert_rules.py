@@ -193,7 +193,7 @@ def play(seen: Sequence[bool], *, hold_s: int, clear_s: int, period_s: float = 1
     """What changes, look by look."""
     rule = Rule(kind="queue", threshold=1, hold_s=hold_s, clear_s=clear_s)
     standing: Standing | None = None
-    changes = []
+    changes: list[str] = []
     for i, breached in enumerate(seen):
         standing, change = advance(standing, breached, rule, NOW + timedelta(seconds=i * period_s))
         changes.append(change)
