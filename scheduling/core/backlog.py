@@ -56,11 +56,6 @@ class Backlog:
             self.flows.place(record.entry, record.body, record.number, placement)
         return record is not None
 
-    def take(self, head: Head, entry: QueueEntry, charge: float) -> None:
-        """Serve a request and charge its flow."""
-        self.flows.take(head, charge)
-        self._discount(entry)
-
     def remove(self, request_id: str) -> Record:
         """Take a waiting request out, as a record of it."""
         record = self.unplaced.pop(request_id, None)
@@ -68,7 +63,7 @@ class Backlog:
             row = self.flows.remove(request_id)
             assert row is not None
             record = Record(row[2], row[1], row[3])
-        self._discount(record.entry)
+        self.discount(record.entry)
         return record
 
     def reorder(self, policy: Policy) -> None:
@@ -145,7 +140,8 @@ class Backlog:
         if self._arrivals is not None:
             self._arrivals.insert(entry.arrival_s, entry.id)
 
-    def _discount(self, entry: QueueEntry) -> None:
+    def discount(self, entry: QueueEntry) -> None:
+        """Out of the counts and orders: it has been taken from its flow."""
         self.depth -= 1
         self.tokens -= entry.prompt_tokens + entry.max_tokens
         if self._arrivals is not None:

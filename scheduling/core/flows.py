@@ -9,6 +9,8 @@ from scheduling.core.rows import CHUNK, Chunk, Rows
 
 RANK, NUMBER, ENTRY, BODY = 0, 1, 2, 3
 """Columns of a flow."""
+MAX_SPARE = 16
+MIN_IDLE = 64
 Row = tuple[float, int, QueueEntry, bytes]
 Head = tuple["Flow", Chunk, int]
 """A waiting request: its flow, and where it stands there."""
@@ -19,12 +21,12 @@ class Flow(Rows):
 
     __slots__ = ("at", "name", "vt", "weight")
 
-    def __init__(self, name: str, weight: float, vt: float, at: dict[str, Chunk]) -> None:
+    def __init__(self, at: dict[str, Chunk]) -> None:
         """`at` is told the chunk of each request."""
         super().__init__(array("d"), array("q"), [], [])
-        self.name = name
-        self.weight = weight
-        self.vt = vt
+        self.name = ""
+        self.weight = 1.0
+        self.vt = 0.0
         self.at = at
 
     def push(self, rank: float, number: int, entry: QueueEntry, body: bytes) -> None:
@@ -64,7 +66,11 @@ class Flows:
         self.vt = 0.0
         self._flows: dict[str, Flow] = {}
         self._idle: dict[str, float] = {}
-        """Drained flows that are ahead of the system."""
+        """Virtual time of drained flows that are ahead of the system, and of some that no longer are."""
+        self._most_idle = MIN_IDLE
+        """When to forget the latter."""
+        self._spare: list[Flow] = []
+        """Empty ones, to be used again: a class or tenant that is served faster than it comes drains at every claim."""
         self._order: list[tuple[float, str]] = []
         """A heap of (virtual time, flow); out-of-date pairs are dropped when they come up."""
         self.at: dict[str, Chunk] = {}
@@ -79,8 +85,9 @@ class Flows:
         name, weight, rank = placement
         flow = self._flows.get(name)
         if flow is None:
-            flow = self._flows[name] = Flow(name, weight, max(self.vt, self._idle.pop(name, 0.0)), self.at)
-            self._move(flow, flow.vt)
+            flow = self._flows[name] = self._spare.pop() if self._spare else Flow(self.at)
+            flow.name = name
+            self._move(flow, max(self.vt, self._idle.pop(name, 0.0)))
         flow.weight = weight
         flow.push(rank, number, entry, body)
 
@@ -120,8 +127,10 @@ class Flows:
         """Serve a request and charge its flow; the system's virtual time follows the flow whose turn it was."""
         flow, chunk, at = head
         order, name, vt = self._order, flow.name, flow.vt
-        if order[0] != (vt, name):
+        has_turn = order[0] == (vt, name)
+        if not has_turn:
             self.head()
+            has_turn = order[0] == (vt, name)
         if order[0][0] > self.vt:
             self.vt = order[0][0]
         del self.at[chunk.columns[ENTRY][at].id]
@@ -129,16 +138,11 @@ class Flows:
         charged = vt + cost_tokens / flow.weight
         if not flow.size:
             self._drain(flow, charged)
-        elif order[0] == (vt, name):
+        elif has_turn:
             flow.vt = charged
             heapreplace(order, (charged, name))
         else:
             self._move(flow, charged)
-
-    def settle(self) -> None:
-        """Forget drained flows that the system has caught up with."""
-        if self._idle:
-            self._idle = {name: vt for name, vt in self._idle.items() if vt > self.vt}
 
     def remove(self, request_id: str) -> Row | None:
         """Take a request out; None where it is not there."""
@@ -159,9 +163,7 @@ class Flows:
         if flow is not None:
             self._move(flow, flow.vt + delta)
             return
-        vt = self._idle.pop(name, self.vt) + delta
-        if vt > self.vt:
-            self._idle[name] = vt
+        self._remember(name, max(self.vt, self._idle.pop(name, 0.0)) + delta)
 
     def set_weight(self, name: str, weight: float) -> bool:
         """Change a backlogged flow's weight; False where it is not backlogged."""
@@ -193,5 +195,16 @@ class Flows:
 
     def _drain(self, flow: Flow, vt: float) -> None:
         del self._flows[flow.name]
-        if vt > self.vt:
-            self._idle[flow.name] = vt
+        if len(self._spare) < MAX_SPARE:
+            self._spare.append(flow)
+        self._remember(flow.name, vt)
+
+    def _remember(self, name: str, vt: float) -> None:
+        """A drained flow's virtual time, while it is ahead of the system."""
+        if vt <= self.vt:
+            return
+        idle = self._idle
+        idle[name] = vt
+        if len(idle) > self._most_idle:
+            self._idle = {name: vt for name, vt in idle.items() if vt > self.vt}
+            self._most_idle = MIN_IDLE + 2 * len(self._idle)

@@ -1,6 +1,7 @@
 """The policies by name: where each places a request, what it guarantees, where it comes from (docs/policies.md)."""
 
 from collections.abc import Mapping
+from math import ceil
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 MIN_SHARE = 0.001
+LOWEST = int(Priority.BULK)
 CLASSES = ("high", "medium", "low")
 """Of `wrr`: two priority levels each."""
 
@@ -53,10 +55,9 @@ def _place_edf(entry: QueueEntry, params: Params) -> Placement:
 
 
 def _place_size(entry: QueueEntry, params: Params) -> Placement:
-    edge, last = params["first_edge"], int(params["buckets"]) - 1
-    bucket, tokens = 0, entry.prompt_tokens + entry.max_tokens
-    while tokens > edge and bucket < last:
-        edge, bucket = 2 * edge, bucket + 1
+    # How often the first edge has to be doubled to reach the length.
+    edges = ceil((entry.prompt_tokens + entry.max_tokens) / params["first_edge"])
+    bucket = min((edges - 1).bit_length() if edges else 0, int(params["buckets"]) - 1)
     return Placement(f"{bucket:02d}", 1.0, entry.arrival_s)
 
 
@@ -81,7 +82,7 @@ def _place_adaptive(entry: QueueEntry, params: Params) -> Placement:
 def _aged_rank(entry: QueueEntry, params: Params) -> float:
     # Ordering by arrival minus a credit is linear aging without touching what waits: all age at the same speed, so the
     # difference of two requests never changes.
-    credit: float = (Priority.BULK - entry.priority) * params["level_s"]
+    credit: float = (LOWEST - entry.priority) * params["level_s"]
     return entry.arrival_s - credit
 
 

@@ -27,7 +27,7 @@ from scheduling.core.answers import (
 from scheduling.core.backlog import Backlog
 from scheduling.core.flows import BODY, ENTRY, NUMBER, RANK
 from scheduling.core.policies import Policy, build_policy
-from scheduling.core.records import Lease, Owner, Record, read_tokens
+from scheduling.core.records import Owner, Record, read_tokens
 from scheduling.core.request import Placement, QueueEntry
 from scheduling.core.rules import MAX_EXPIRED, PLAIN, QueueRules
 from scheduling.core.turns import Turns
@@ -51,7 +51,7 @@ class FlowQueue:
         """A heap of (when a record is forgotten, id)."""
         self._dropped_at: dict[str, float] = {}
         """Of those whose end nobody has told their clients."""
-        self._totals: Counter[str] = Counter()
+        self._totals = dict.fromkeys(TOTALS, 0)
 
     def enqueue(
         self,
@@ -81,7 +81,7 @@ class FlowQueue:
             if victims is None:
                 return Enqueued("full", depth, active)
             dropped = tuple([self._drop(victim, "shed") for victim in victims])
-        number = self._totals["enqueued"] = self._totals["enqueued"] + 1
+        self._totals["enqueued"] = number = self._totals["enqueued"] + 1
         if reply_to or keep_s != KEEP_S:
             self._records[entry.id] = Record(entry, number, body, reply_to, keep_s)
         backlog.add(entry, body, number, placement)
@@ -98,7 +98,8 @@ class FlowQueue:
         number: int | None = None,
         max_priority: int | None = None,
     ) -> Claimed:
-        now = self._now(now)
+        if now is None:
+            now = self._clock()
         state = self._owners.get(owner)
         if state is None:
             state = self._owners[owner] = Owner(0.0)
@@ -106,18 +107,18 @@ class FlowQueue:
         dropped: tuple[Shed, ...] = ()
         more = False
         if number is not None and state.number == number:
-            rows = [(id_, attempt) for id_, attempt in state.given if self._holds(owner, id_, attempt)]
+            served = [self._records[id_] for id_, attempt in state.given if self._holds(owner, id_, attempt)]
         else:
-            rows = []
+            served = []
             if self._backlog.deadlines.size:
                 dropped = self._drop_overdue(now, MAX_EXPIRED)
                 more = self._backlog.overdue(now) is not None
             if not more:
-                rows, more = self._serve(owner, state, max_requests, max_tokens, now, max_priority)
+                served, more = self._serve(owner, state, max_requests, max_tokens, now, max_priority)
             if number is not None:
-                state.number, state.given = number, rows
-        requests = [_claimed(self._records[id_]) for id_, _ in rows]
+                state.number, state.given = number, [(record.entry.id, record.attempt) for record in served]
         active = self._policy or _DEFAULT
+        requests = [_claimed(record) for record in served]
         return Claimed(active.revision, active.name, requests, self._backlog.depth, dropped, more)
 
     def drop_expired(self, now: float | None = None, limit: int = MAX_EXPIRED) -> list[Shed]:
@@ -145,11 +146,11 @@ class FlowQueue:
         if not self._holds(owner, request_id, attempt):
             return False
         record = self._records[request_id]
-        lease = self._stop_running(record)
-        if lease.epoch == self._epoch:
+        self._stop_running(record)
+        if record.epoch == self._epoch:
             entry, rules = record.entry, self._rules
             real = rules.charge_used(entry.prompt_tokens, used_tokens)
-            self._backlog.flows.correct(lease.flow, (real - self._charge(entry)) / lease.weight)
+            self._backlog.flows.correct(record.flow, (real - self._charge(entry)) / record.weight)
         record.state, record.finish, record.output, record.cancelled = state, finish, output, False
         self._totals["finished"] += 1
         self._totals["finished_tokens"] += used_tokens
@@ -162,12 +163,12 @@ class FlowQueue:
             self._totals["cancelled"] += 1
             return Cancelled("queued", record.body)
         running = self._records.get(request_id)
-        if running is None or running.lease is None:
+        if running is None or not running.owner:
             return Cancelled("gone")
         if not running.cancelled:
             running.cancelled = True
-            self._owners[running.lease.owner].cancels.append(request_id)
-        return Cancelled("running", None, running.lease.owner)
+            self._owners[running.owner].cancels.append(request_id)
+        return Cancelled("running", None, running.owner)
 
     def end_shed(self, request_id: str, finish: bytes) -> bool:
         if request_id not in self._dropped_at:
@@ -280,15 +281,15 @@ class FlowQueue:
 
     def _serve(
         self, owner: str, state: Owner, max_requests: int, max_tokens: int, now: float, max_priority: int | None
-    ) -> tuple[list[tuple[str, int]], bool]:
-        """(Id, attempt) of those served, and whether a bound of this call kept it from serving more."""
-        backlog, rules, records = self._backlog, self._rules, self._records
+    ) -> tuple[list[Record], bool]:
+        """Those served, and whether a bound of this call kept it from serving more."""
+        backlog, flows, rules, records = self._backlog, self._backlog.flows, self._rules, self._records
         if max_priority is not None and not rules.preempts:
             return [], False
         turns = Turns(backlog, rules, now) if self._reorders and self._needs_turns(max_requests, now) else None
-        next_head = backlog.flows.head if turns is None else turns.next
-        claimed_tokens, rows = 0, list[tuple[str, int]]()
-        while len(rows) < max_requests and (head := next_head()) is not None:
+        next_head = flows.head if turns is None else turns.next
+        claimed_tokens, served = 0, list[Record]()
+        while len(served) < max_requests and (head := next_head()) is not None:
             flow, chunk, at = head
             columns = chunk.columns
             entry = columns[ENTRY][at]
@@ -298,21 +299,22 @@ class FlowQueue:
                 break
             max_tokens -= tokens
             if record is None:
-                record = records[entry.id] = Record(entry, columns[NUMBER][at], columns[BODY][at])
-            record.lease = Lease(owner, flow.name, flow.weight, columns[RANK][at], self._epoch)
+                records[entry.id] = record = Record(entry, columns[NUMBER][at], columns[BODY][at])
+            record.owner, record.flow, record.weight = owner, flow.name, flow.weight
+            record.rank, record.epoch = columns[RANK][at], self._epoch
             record.attempt += 1
             record.state = "running"
-            backlog.take(head, entry, rules.charge(entry.prompt_tokens, entry.max_tokens))
+            flows.take(head, rules.charge(entry.prompt_tokens, entry.max_tokens))
+            backlog.discount(entry)
             state.held[entry.id] = record
             if record.cancelled:
                 state.cancels.append(entry.id)
             claimed_tokens += entry.prompt_tokens + entry.max_tokens
-            rows.append((entry.id, record.attempt))
-        if rows:
-            self._totals["claimed"] += len(rows)
+            served.append(record)
+        if served:
+            self._totals["claimed"] += len(served)
             self._totals["claimed_tokens"] += claimed_tokens
-            backlog.flows.settle()
-        return rows, turns is not None and turns.is_cut_short
+        return served, turns is not None and turns.is_cut_short
 
     def _needs_turns(self, max_requests: int, now: float) -> bool:
         """Whether the rules can change anything in this claim."""
@@ -343,24 +345,21 @@ class FlowQueue:
         return record
 
     def _requeue(self, record: Record) -> None:
-        lease = self._stop_running(record)
+        self._stop_running(record)
         record.state = "queued"
         placement = None
-        if lease.epoch == self._epoch:
-            self._backlog.flows.correct(lease.flow, -self._charge(record.entry) / lease.weight)
-            placement = Placement(flow=lease.flow, weight=lease.weight, rank=lease.rank)
+        if record.epoch == self._epoch:
+            self._backlog.flows.correct(record.flow, -self._charge(record.entry) / record.weight)
+            placement = Placement(flow=record.flow, weight=record.weight, rank=record.rank)
         self._backlog.put_back(record, placement)
         self._totals["requeued"] += 1
 
-    def _stop_running(self, record: Record) -> Lease:
-        lease = record.lease
-        assert lease is not None
-        state = self._owners[lease.owner]
+    def _stop_running(self, record: Record) -> None:
+        state = self._owners[record.owner]
         del state.held[record.entry.id]
         if record.cancelled:
             state.cancels.remove(record.entry.id)
-        record.lease = None
-        return lease
+        record.owner = ""
 
     def _set_rules(self, rules: QueueRules) -> None:
         self._rules, self._reorders = rules, rules.reorders
@@ -370,7 +369,7 @@ class FlowQueue:
 
     def _holds(self, owner: str, request_id: str, attempt: int) -> bool:
         record = self._records.get(request_id)
-        return bool(record and record.lease and record.lease.owner == owner and record.attempt == attempt)
+        return bool(record and record.owner == owner and record.attempt == attempt)
 
     def _forget_later(self, record: Record) -> None:
         heappush(self._ended, (self._clock() + record.keep_s, record.entry.id))

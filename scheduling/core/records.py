@@ -8,17 +8,6 @@ from scheduling.core.request import QueueEntry
 
 
 @dataclass(slots=True)
-class Lease:
-    """Under which a request runs, and where it goes back to."""
-
-    owner: str
-    flow: str
-    weight: float
-    rank: float
-    epoch: int
-
-
-@dataclass(slots=True)
 class Record:
     """Of a request that was claimed, has ended, or is kept otherwise than most. One that only waits has none."""
 
@@ -29,7 +18,13 @@ class Record:
     keep_s: int = 60
     state: str = "queued"
     attempt: int = 0
-    lease: Lease | None = None
+    owner: str = ""
+    """Who runs it; nobody while it waits or has ended."""
+    flow: str = ""
+    weight: float = 1.0
+    rank: float = 0.0
+    """Of the flow that was charged for it: where it goes back to while `epoch` is the queue's."""
+    epoch: int = 0
     failures: int = 0
     journal: bytes | bytearray = b""
     cancelled: bool = False

@@ -36,8 +36,12 @@ class Rows:
 
     def insert(self, key: float, tie: Any) -> None:
         """Put a row of two columns in its place."""
-        chunk, at = self.locate(key, tie)
+        chunk = self.chunks[-1]
         keys, ties = chunk.columns
+        at = len(keys)
+        if at and key <= keys[-1]:
+            chunk, at = self.locate(key, tie)
+            keys, ties = chunk.columns
         keys.insert(at, key)
         ties.insert(at, tie)
         self.size += 1
@@ -67,13 +71,21 @@ class Rows:
         for column in columns:
             del column[at]
         self.size -= 1
-        if not columns[0] and len(self.chunks) > 1:
-            place = 0 if chunk is self.chunks[0] else self.chunks.index(chunk)
-            del self.chunks[place], self.bounds[place]
+        if not columns[0]:
+            self._drop(chunk)
 
     def discard(self, key: float, tie: Any) -> None:
-        """Take out the row of this key, which has to be there."""
-        self.delete(*self.locate(key, tie))
+        """Take out the row of this key, which has to be there, of two columns."""
+        chunks = self.chunks
+        chunk = chunks[bisect_right(self.bounds, (key, tie), 1) - 1] if len(chunks) > 1 else chunks[0]
+        keys, ties = chunk.columns
+        at = bisect_left(keys, key)
+        if ties[at] != tie:
+            at = bisect_left(ties, tie, at, bisect_right(keys, key, at))
+        del keys[at], ties[at]
+        self.size -= 1
+        if not keys:
+            self._drop(chunk)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         for chunk in self.chunks:
@@ -86,6 +98,12 @@ class Rows:
     def before(self, chunk: Chunk, at: int) -> int:
         """How many rows come before this one."""
         return at + sum(len(other.columns[0]) for other in self.chunks[: self.chunks.index(chunk)])
+
+    def _drop(self, chunk: Chunk) -> None:
+        """Forget an empty chunk, unless it is the only one."""
+        if len(self.chunks) > 1:
+            place = 0 if chunk is self.chunks[0] else self.chunks.index(chunk)
+            del self.chunks[place], self.bounds[place]
 
     def _split(self, chunk: Chunk, at: int) -> Chunk:
         """Split a chunk into which a row was put at `at`; the new one."""

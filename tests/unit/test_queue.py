@@ -112,3 +112,15 @@ def test_a_flow_that_comes_and_goes_unserved_leaves_nothing_behind() -> None:
         flows.place(entry_of(number), b"", number, Placement("fleeting", 1.0, 0.0))
         assert flows.remove(f"r{number}")
     assert len(flows._order) < 100
+
+
+def test_drained_flows_that_the_system_caught_up_with_are_forgotten() -> None:
+    flows = Flows()
+    for number in range(2000):
+        for name in (f"tenant-{number}", "steady"):
+            flows.place(entry_of(number), b"", number, Placement(name, 1.0, 0.0))
+            head = flows.head()
+            assert head is not None
+            flows.take(head, 10.0)
+    assert len(flows._idle) < 200
+    assert len(flows._spare) < 20
