@@ -14,7 +14,7 @@ from inference.engine import llama, loading, weights
 from inference.engine.batch import StepBatch
 from inference.engine.errors import ModelLoadError, OutOfDeviceMemory
 from inference.engine.graphs import GraphedForward
-from inference.engine.kv_cache import BLOCK_SIZE, CacheSize, KVCache, KVShape, size_cache, size_host_cache
+from inference.engine.kv_cache import BLOCK_SIZE, CacheSize, DraftNeeds, KVCache, KVShape, size_cache, size_host_cache
 from inference.engine.llama import LlamaForward
 from inference.engine.modules import ModulesForward
 from inference.engine.native import WeightKind, load_kernels
@@ -68,7 +68,8 @@ def assemble(
     kind = _choose_kind(spec, info, kernels)
     dtype = torch.float32 if kernels is not None else _choose_dtype(spec.dtype, place)
     model = loading.load_model(path, config, dtype, place)
-    cache, why = _make_cache(spec, loading.kv_shape(config, dtype), place, max_model_len, num_blocks, num_host_blocks)
+    shape = loading.kv_shape(config, dtype)
+    cache, why = _make_cache(spec, shape, place, max_model_len, num_blocks, num_host_blocks)
     vocab_size = int(config.get_text_config().vocab_size)
     forward, how = _build_forward(model, kernels, kind, cache, max_model_len, vocab_size, fused)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
@@ -119,6 +120,7 @@ def _make_cache(
             max_batch_size=spec.max_batch_size,
             max_model_len=max_model_len,
             requested_bytes=spec.kv_memory_bytes,
+            draft=_draft_needs(spec, shape.dtype),
         )
         num_blocks, why = size.num_blocks, size.reason
     host = size_host_cache(shape, num_blocks)
@@ -128,6 +130,14 @@ def _make_cache(
     mib = num_blocks * shape.block_bytes / 2**20
     said = f"KV cache of {num_blocks} blocks of {BLOCK_SIZE} tokens, {mib:.0f} MiB: {why}"
     return cache, f"{said}; {host.num_blocks} blocks of host memory for swapping: {host.reason}"
+
+
+def _draft_needs(spec: DeploymentSpec, dtype: torch.dtype) -> DraftNeeds | None:
+    if spec.speculation != "model":
+        return None
+    path = Path(spec.draft_path)
+    num_parameters = inspect_checkpoint(path, needs_tokenizer=False).num_parameters
+    return DraftNeeds(loading.kv_shape(loading.load_config(path), dtype).block_bytes, num_parameters * dtype.itemsize)
 
 
 def _build_forward(

@@ -82,6 +82,14 @@ class KVCache:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftNeeds:
+    """What a draft model that is loaded later will take."""
+
+    block_bytes: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class CacheSize:
     """How many blocks, and why."""
 
@@ -90,15 +98,26 @@ class CacheSize:
 
 
 def size_cache(
-    shape: KVShape, device: torch.device, *, max_batch_size: int, max_model_len: int, requested_bytes: int
+    shape: KVShape,
+    device: torch.device,
+    *,
+    max_batch_size: int,
+    max_model_len: int,
+    requested_bytes: int,
+    draft: DraftNeeds | None = None,
 ) -> CacheSize:
-    """Choose the number of blocks. Raises ModelLoadError where not even one full-length sequence fits."""
+    """Choose the number of blocks, each with its like in the draft model's cache, where there is one.
+
+    Raises ModelLoadError where not even one full-length sequence fits.
+    """
     one = -(-max_model_len // BLOCK_SIZE)
+    block_bytes = shape.block_bytes + (draft.block_bytes if draft else 0)
     if requested_bytes:
-        chosen = CacheSize(requested_bytes // shape.block_bytes, f"kv_memory_bytes is {requested_bytes}")
+        chosen = CacheSize(requested_bytes // block_bytes, f"kv_memory_bytes is {requested_bytes}")
     else:
         free, fraction, place = _free_bytes(device)
-        fits, wanted = int(free * fraction) // shape.block_bytes, one * max_batch_size
+        free -= draft.weight_bytes if draft else 0
+        fits, wanted = max(0, int(free * fraction)) // block_bytes, one * max_batch_size
         if device.type == "cpu" and wanted <= fits:
             chosen = CacheSize(wanted, f"enough for {max_batch_size} sequences of {max_model_len} tokens")
         else:
@@ -107,7 +126,7 @@ def size_cache(
         raise ModelLoadError(
             f"The KV cache has room for {chosen.num_blocks * BLOCK_SIZE} tokens ({chosen.reason}), less than one "
             f"sequence of {max_model_len}. Lower max_model_len, or give more memory by kv_memory_bytes "
-            f"({shape.block_bytes // BLOCK_SIZE} bytes a token)."
+            f"({block_bytes // BLOCK_SIZE} bytes a token)."
         )
     return chosen
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from inference.checkpoint import CheckpointError
+from inference.engine.draft import load_draft
 from inference.engine.errors import ModelLoadError
 from inference.engine.runner import ModelRunner
 from inference.logs import make_formatter
@@ -95,11 +96,12 @@ def _load_and_serve(spec: EngineSpec, pipe: Pipe, inbox: Inbox, reporter: Report
     path = Path(spec.deployment.path)
     tokenizer = Tokenizer.load(path)
     runner = ModelRunner(spec.deployment, spec.device)
+    draft = load_draft(spec.deployment, runner)
     device = str(runner.device)
     on_cuda = device.startswith("cuda")
     gpus = (spec.gpu,) if spec.gpu else torch_gpus(device) if on_cuda else ()
     telemetry.follow(device, gpus, partial(_leave, inbox))
-    detail = runner.describe()
+    detail = ". ".join([runner.describe(), *([draft.describe()] if draft else [])])
     logger.info("%s serves %s: %s", spec.replica, spec.deployment.name, detail)
     memory_model = build_memory_model(
         path, dtype=str(runner.dtype).removeprefix("torch."), block_size=runner.block_size
@@ -113,6 +115,7 @@ def _load_and_serve(spec: EngineSpec, pipe: Pipe, inbox: Inbox, reporter: Report
         reporter=reporter,
         detail=detail,
         memory_model=memory_model,
+        draft=draft,
     )
     reading = telemetry.first(DRIVER_PATIENCE_S) if on_cuda else None
     pipe.send(Notice(state="ready", detail=detail, gpu=reading.uuid if reading is not None else ""))

@@ -32,7 +32,7 @@ from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import StepPlanner
 from scheduling.core.prefix import PrefixCache
 from scheduling.core.sizing.memory_model import MemoryModel
-from scheduling.core.speculation import Speculation
+from scheduling.core.speculation import NGrams, Source, Speculation
 from scheduling.core.swap import SwapSpace
 from scheduling.core.triggers import parse_trigger
 from scheduling.fleet import FleetQueue
@@ -67,7 +67,9 @@ class Engine:
         reporter: Reporter,
         detail: str = "",
         memory_model: MemoryModel | None = None,
+        draft: Source | None = None,
     ) -> None:
+        """`draft` guesses where the deployment wants a draft model."""
         keys = Keys(spec.key_prefix)
         model = spec.deployment.name
         self._model = model
@@ -80,7 +82,7 @@ class Engine:
         costs = StepCosts(
             block_bytes=runner.block_bytes, block_size=runner.block_size, swap_bytes_per_s=runner.swap_bytes_per_s
         )
-        planner = self._planner = _build_planner(spec, runner, costs)
+        planner = self._planner = _build_planner(spec, runner, costs, draft)
         meters = Meters(Second(started_s=time.time()))
         gate = Gate(time.monotonic)
         self._intake = Intake(
@@ -88,7 +90,7 @@ class Engine:
         )
         self._outbox = Outbox(connect(spec), keys, self._queue, lease=self._lease, inbox=inbox)
         self._heartbeat = Heartbeat(connect(spec), self._queue, self._lease, inbox)
-        memory = DeviceMemory(memory_model, planner)
+        memory = DeviceMemory(memory_model, planner, beside_bytes=draft.memory_bytes if draft else 0)
         sizer = Sizer(
             planner,
             meters,
@@ -168,10 +170,11 @@ class Engine:
         return active
 
 
-def _build_planner(spec: EngineSpec, runner: Runner, costs: StepCosts) -> StepPlanner:
+def _build_planner(spec: EngineSpec, runner: Runner, costs: StepCosts, draft: Source | None) -> StepPlanner:
     deployment = spec.deployment
     allocator = BlockAllocator(runner.num_blocks, runner.block_size)
     prefix, swap = None, None
+    source = NGrams() if deployment.speculation == "ngram" else draft
     if deployment.prefix_cache != "off":
         is_apart = deployment.prefix_cache == "per_tenant"
         prefix = PrefixCache(allocator, key=secrets.token_bytes(32), per_tenant=is_apart)
@@ -189,5 +192,5 @@ def _build_planner(spec: EngineSpec, runner: Runner, costs: StepCosts) -> StepPl
         swap=swap,
         trigger=parse_trigger(deployment.triggers),
         long_prefill_threshold=deployment.long_prefill_threshold,
-        drafter=Speculation(deployment.num_draft_tokens) if deployment.speculation == "ngram" else None,
+        drafter=Speculation(deployment.num_draft_tokens, source) if source else None,
     )

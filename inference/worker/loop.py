@@ -190,10 +190,11 @@ class EngineLoop(ServingLoop):
                 logger.warning("The device is out of memory; the batch is made smaller.")
                 return []
             results = [PartResult(error=str(error))] * len(parts)
-        seconds = time.perf_counter() - started
+        seconds, drafter = time.perf_counter() - started, self._planner.drafter
+        if drafter:
+            seconds += drafter.spent_s
+            drafter.observe(parts, results, seconds)
         self._costs.note(features, seconds)
-        if self._planner.drafter:
-            self._planner.drafter.observe(parts, results, seconds)
         outputs = self._planner.apply(parts, results)
         num_sampled = sum(output.token_id is not None for output in outputs)
         self._meters.count_step(

@@ -30,8 +30,10 @@ def build_memory_model(path: Path, *, dtype: str, block_size: int) -> MemoryMode
 class DeviceMemory:
     """Bounds batch sizes by memory, and calibrates the model by what this process holds."""
 
-    def __init__(self, model: MemoryModel | None, planner: StepPlanner) -> None:
+    def __init__(self, model: MemoryModel | None, planner: StepPlanner, beside_bytes: int = 0) -> None:
+        """`beside_bytes`: held by this process for another model, whatever the batch."""
         self._model = model
+        self._beside_bytes = beside_bytes
         self._planner = planner
         self._touched_blocks = 0
         """Most blocks that ever had content: host memory is taken when it is first written, not when it is reserved."""
@@ -43,6 +45,7 @@ class DeviceMemory:
         total, used, own = telemetry.memory_total_bytes, telemetry.memory_used_bytes, telemetry.process_memory_bytes
         if total is None or used is None or own is None:
             return None
+        own = max(0, own - self._beside_bytes)
         self._calibrate(own, reserved=telemetry.source == "nvml")
         ours = max(0, total - used) + own
         most = self._model.largest_batch(

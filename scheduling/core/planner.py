@@ -7,7 +7,7 @@ al., SOSP 2023, section 4.5).
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from scheduling.core.blocks import BlockAllocator
 from scheduling.core.forming import BatchFormer, may_join, view_batch
@@ -17,6 +17,7 @@ from scheduling.core.prefix import PrefixCache
 from scheduling.core.room import NO_ROOM, Room, UrgentRoom, find_room, find_urgent_room
 from scheduling.core.roster import Entry, Roster, by_right
 from scheduling.core.sequence import PartResult, Sequence, StepPart, TokenLogprob
+from scheduling.core.speculation import Drafter, add_drafts
 from scheduling.core.swap import SwapMove, SwapSpace
 from scheduling.core.triggers import BatchView, Fired, Trigger, TriggerLog
 
@@ -26,22 +27,6 @@ MIN_STEP_TOKENS = 16
 
 class RequestTooLongError(Exception):
     """Prompt and `max_tokens` together are longer than the model's context or the KV cache."""
-
-
-class Drafter(Protocol):
-    """Guesses tokens that a decode may find right."""
-
-    num_drafted: int
-    """Tokens that were verified, and of these the ones that were right."""
-    num_accepted: int
-
-    def propose(self, sequence: Sequence, limit: int) -> tuple[int, ...]:
-        """At most `limit` tokens that may come next."""
-        ...
-
-    def observe(self, parts: Items[StepPart], results: Items[PartResult], seconds: float) -> None:
-        """Learn from a step that is about to be applied."""
-        ...
 
 
 class StepOutput(NamedTuple):
@@ -277,29 +262,18 @@ class StepPlanner:
 
         Goes by right, so that a sequence that loses its blocks here was not planned yet.
         """
-        running = tuple(self._roster.running)
-        for i, entry in enumerate(running):
+        roster = self._roster
+        for entry in tuple(roster.running):
             sequence = entry.sequence
-            if budget == 0:
+            if len(parts) == budget:
                 break
             if entry.running and sequence.num_computed == len(sequence.tokens) - 1 and self._grow(entry):
-                draft = self._draft(sequence, budget - (len(running) - i)) if self.drafter else ()
-                parts.append(StepPart(sequence, 1 + len(draft), samples=True, draft=draft))
-                budget -= 1 + len(draft)
+                parts.append(StepPart(sequence, 1, samples=True))
+        budget -= len(parts)
+        if self.drafter is not None and parts:
+            spare = budget - (len(roster.running) - len(parts))  # whoever reads a prompt gets on, too
+            budget -= add_drafts(self.drafter, parts, spare, self.allocator, roster.watermark_blocks)
         return budget
-
-    def _draft(self, sequence: Sequence, spare: int) -> tuple[int, ...]:
-        """Tokens to verify beside a decode: as many as fit the budget, `max_tokens`, and blocks that nobody needs."""
-        assert self.drafter is not None
-        allocator = self.allocator
-        held = len(sequence.block_table) * allocator.block_size - len(sequence.tokens)
-        more_blocks = max(0, allocator.num_free - self._roster.watermark_blocks)
-        left = sequence.max_tokens - sequence.num_output_tokens - 1
-        limit = min(spare, left, held + more_blocks * allocator.block_size)
-        draft = self.drafter.propose(sequence, limit) if limit > 0 else ()
-        if len(draft) > held:
-            sequence.block_table += allocator.allocate(allocator.blocks_for(len(draft) - held))
-        return draft
 
     def _grow(self, entry: Entry) -> bool:
         """Give a running sequence the block for its last token; False where it had to give up its own instead."""

@@ -129,6 +129,7 @@ class Roster:
             self.swap.keep(sequence)
         self.allocator.free(sequence.block_table)
         sequence.num_computed = sequence.num_published = 0
+        sequence.lookup = None  # what a draft model has computed stood in the blocks, too
 
     def check_integrity(self) -> None:
         """Assert that blocks, lists and index agree."""

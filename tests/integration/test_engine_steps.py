@@ -17,6 +17,7 @@ from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import StepPlanner
 from scheduling.core.prefix import PrefixCache
 from scheduling.core.sequence import PartResult, SamplingParams, Sequence, StepPart
+from scheduling.core.speculation import Ask, Drafter
 from scheduling.keys import Keys
 from tests.checkpoints import VOCAB, make_checkpoint
 from tests.integration.engines import Engines, make_tiny_checkpoint
@@ -99,12 +100,17 @@ class Oracle:
         self._texts = texts
         self._random = random.Random(4)
         self.num_drafted = self.num_accepted = 0
+        self.spent_s = 0.0
 
-    def propose(self, sequence: Sequence, limit: int) -> tuple[int, ...]:
-        if sequence.sampling.penalises:
-            return ()
+    def limit(self, sequence: Sequence) -> int:
+        return 0 if sequence.sampling.penalises else self._random.randint(0, 5)
+
+    def propose(self, asks: Items[Ask]) -> list[tuple[int, ...]]:
+        return [self._guess(sequence, limit) for sequence, limit in asks]
+
+    def _guess(self, sequence: Sequence, limit: int) -> tuple[int, ...]:
         at = len(sequence.tokens)
-        draft = self._texts[sequence.id][at : at + self._random.randint(0, min(limit, 5))]
+        draft = self._texts[sequence.id][at : at + limit]
         return tuple(token if self._random.random() < 0.8 else self._random.randrange(3, VOCAB) for token in draft)
 
     def observe(self, parts: Items[StepPart], results: Items[PartResult], seconds: float) -> None:
@@ -125,7 +131,7 @@ class Case:
         ]
         self.expected = [generate_alone(model, prompt, num) for prompt, num in self.prompts]
 
-    def serve(self, sequences: list[Sequence], drafter: Oracle | None) -> StepPlanner:
+    def serve(self, sequences: list[Sequence], drafter: Drafter | None) -> StepPlanner:
         """Run sequences on few blocks, so that some are preempted."""
         allocator = BlockAllocator(self.runner.num_blocks, self.runner.block_size)
         planner = StepPlanner(

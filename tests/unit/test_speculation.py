@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import StepPlanner
 from scheduling.core.sequence import PartResult, SamplingParams, Sequence, StepPart
-from scheduling.core.speculation import NGramIndex, Speculation
+from scheduling.core.speculation import Ask, NGramIndex, Speculation
 
 EOS = 1
 
@@ -123,9 +123,10 @@ def test_a_repeating_text_takes_fewer_steps() -> None:
 def test_no_drafts_where_a_token_changes_the_chances_of_the_next() -> None:
     speculation = Speculation(4)
     repeating = [2, 3, 4] * 5
-    assert speculation.propose(make_sequence(repeating, 9), 9) == (2, 3, 4, 2)
+    assert speculation.limit(make_sequence(repeating, 9)) == 4
+    assert speculation.propose([Ask(make_sequence(repeating, 9), 4)]) == [(2, 3, 4, 2)]
     for params in (SamplingParams(presence_penalty=1.0), SamplingParams(repetition_penalty=1.1)):
-        assert speculation.propose(make_sequence(repeating, 9, sampling=params), 9) == ()
+        assert speculation.limit(make_sequence(repeating, 9, sampling=params)) == 0
 
 
 def step_of(speculation: Speculation, batch_size: int, *, right: int, draft_s: float) -> None:
