@@ -5,6 +5,7 @@ import re
 import sys
 from functools import cached_property
 from pathlib import Path
+from socket import gethostname
 from typing import Literal
 
 from pydantic import Field, IPvAnyNetwork, ValidationError
@@ -52,6 +53,21 @@ class Config(BaseSettings):
     )
     replica: str = Field(
         "gpu-0", pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="Name of a gpu worker; each needs its own."
+    )
+    machine: str = Field(
+        "",
+        pattern=r"^[a-zA-Z0-9._-]{0,128}$",
+        description="Name of this machine on the Fleet page, where replicas are placed; empty: its host name, "
+        "or under an orchestrator `PENSTOCK_REPLICA`.",
+    )
+    orchestrated: bool = Field(
+        False,
+        description="An orchestrator (Kubernetes, compose) decides how many gpu workers run: none are added or removed here.",
+    )
+    cuda_devices: str = Field(
+        "",
+        alias="CUDA_VISIBLE_DEVICES",
+        description="GPUs of this machine that replicas may be placed on, as CUDA has it; empty: all.",
     )
     drain_s: float = Field(
         5.0,
@@ -146,6 +162,11 @@ class Config(BaseSettings):
     def num_gpu_processes(self) -> int:
         """GPU workers to start: at least one for each model."""
         return max(self.gpu_workers, len(self.models)) if self.gpu_workers else 0
+
+    @cached_property
+    def machine_name(self) -> str:
+        """What this machine is called where replicas are placed."""
+        return self.machine or (self.replica if self.orchestrated else re.sub(r"[^a-zA-Z0-9._-]", "-", gethostname()))
 
     @cached_property
     def files_folder(self) -> Path:

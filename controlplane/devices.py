@@ -1,4 +1,4 @@
-"""What a machine can place replicas on, asked of the driver and the system; never of torch, which a supervisor lacks."""
+"""What a machine can place replicas on: asked of driver and system, not of torch, which no supervisor loads."""
 
 from importlib import metadata
 from typing import Any
@@ -13,9 +13,17 @@ from inference.plan import Device
 def read_devices(config: Config) -> list[Device]:
     """The GPUs that torch could use, and the CPU; only what PENSTOCK_DEVICE leaves. The driver may take long."""
     gpus = _read_gpus() if config.device != "cpu" and _torch_knows_cuda() else []
-    if config.device.startswith("cuda"):
-        return gpus
+    gpus = [gpu for number, gpu in enumerate(gpus) if _is_visible(number, gpu.name, config.cuda_devices)]
+    kind, _, number = config.device.partition(":")
+    if kind == "cuda":
+        return gpus[int(number) : int(number) + 1] if number else gpus
     return [*gpus, _read_cpu()]
+
+
+def _is_visible(number: int, uuid: str, visible: str) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES leaves a GPU: it lists numbers or beginnings of UUIDs."""
+    listed = [name.strip() for name in visible.split(",") if name.strip()]
+    return not listed or any(name == str(number) or uuid.startswith(name) for name in listed)
 
 
 def _read_cpu() -> Device:

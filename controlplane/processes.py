@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, field
 
 from controlplane.config import Config
+from inference.reconcile import Wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,16 +55,32 @@ def _celery(*options: str) -> list[str]:
 CELERY_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:You're running the worker with superuser privileges"}
 
 
-def gpu_process(config: Config, number: int) -> ProcessSpec:
+def own_replicas(config: Config) -> list[Wanted]:
+    """The gpu workers that the settings ask for."""
+    names = [config.replica, *(f"{config.replica.removesuffix('-0')}-{n}" for n in range(1, config.num_gpu_processes))]
+    return [
+        Wanted(name=name, model=config.models[number % len(config.models)], device=config.device, own=True)
+        for number, name in enumerate(names[: config.num_gpu_processes])
+    ]
+
+
+def gpu_process(config: Config, replica: Wanted) -> ProcessSpec:
     """A Celery worker that owns an engine process. It drains before it stops."""
-    model = config.models[number % len(config.models)]
-    replica = config.replica if number == 0 else f"{config.replica.removesuffix('-0')}-{number}"
+    options = ("-n", f"gpu.{replica.name}@%h", "-Q", "gpu", "--concurrency=2", f"--loglevel={config.log_level}")
+    environment = {"PENSTOCK_REPLICA": replica.name, "PENSTOCK_MODEL": replica.model, **CELERY_ENVIRONMENT}
     return ProcessSpec(
-        name=replica,
-        command=_celery("-n", f"gpu.{replica}@%h", "-Q", "gpu", "--concurrency=2", f"--loglevel={config.log_level}"),
+        name=replica.name,
+        command=_celery(*options),
         stop_s=config.drain_s + 2.5,
-        environment={"PENSTOCK_REPLICA": replica, "PENSTOCK_MODEL": model, **CELERY_ENVIRONMENT},
+        environment=environment if replica.own else environment | _placement(replica.device),
     )
+
+
+def _placement(device: str) -> dict[str, str]:
+    """What makes a worker take this device alone. By its UUID, since CUDA and NVML may number GPUs differently."""
+    if device.startswith(("GPU-", "MIG-")):
+        return {"CUDA_VISIBLE_DEVICES": device, "PENSTOCK_DEVICE": "cuda", "PENSTOCK_GPU": device}
+    return {"PENSTOCK_DEVICE": device, "PENSTOCK_GPU": ""}
 
 
 def ops_process(config: Config) -> ProcessSpec:

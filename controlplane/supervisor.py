@@ -63,6 +63,28 @@ class PrefixStream:
             self._out = Path(os.devnull).open("w")  # noqa: SIM115
 
 
+class Launched:
+    """A process that was started once; whoever launched it decides whether it is started again."""
+
+    def __init__(self, watcher: Any) -> None:
+        self._watcher = watcher
+
+    @property
+    def pid(self) -> int:
+        """0 where it could not be started, or has ended."""
+        return next(iter(self._watcher.processes), 0)
+
+    def terminate(self) -> None:
+        """SIGTERM; a worker drains, and one that is told twice gives up what it drains."""
+        if self.pid:
+            self._watcher.send_signal(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL, to its children too."""
+        for process in list(self._watcher.processes.values()):
+            self._watcher.send_signal_process(process, signal.SIGKILL, recursive=True)
+
+
 class Supervisor:
     """Runs processes until a signal comes or `stop` is called. Use it from one asyncio task."""
 
@@ -112,6 +134,28 @@ class Supervisor:
         self._arbiter.watchers += watchers
         await self._alone(lambda: self._arbiter.start_watchers(watcher_iter_func=lambda: iter(watchers)))
 
+    async def launch(self, spec: ProcessSpec, on_end: Callable[[int], None]) -> Launched:
+        """Start a process once; `on_end` hears its exit status, which is negative for a signal."""
+        for old in [w for w in self._arbiter.watchers if w.name == spec.name and w.is_stopped()]:
+            self._arbiter.watchers.remove(old)
+
+        def hear(*, process_pid: int, exit_code: int, **_: Any) -> bool:
+            self._spawned.pop(process_pid, None)
+            if not self.stopping:
+                on_end(exit_code)
+            return True
+
+        watcher = self._watcher(spec, hear)
+        watcher.respawn = False
+        watcher.initialize(self._arbiter.evpub_socket, self._arbiter.sockets, self._arbiter)
+        self._arbiter.watchers.append(watcher)
+        await self._alone(lambda: self._arbiter.start_watchers(watcher_iter_func=lambda: iter([watcher])))
+        return Launched(watcher)
+
+    def say(self, sentence: str) -> None:
+        """Write a line of the supervisor's own between those of the processes."""
+        PrefixStream("up", self._out, plain=self._plain)({"pid": 0, "name": "", "data": f"{sentence}\n".encode()})
+
     async def close(self, last: str = "redis") -> None:
         """Stop all processes at the same time, then the one that the others need."""
         self.stop()
@@ -140,7 +184,7 @@ class Supervisor:
         if not self.stopping:
             checks.start()
 
-    def _watcher(self, spec: ProcessSpec) -> Any:
+    def _watcher(self, spec: ProcessSpec, on_reap: Callable[..., bool] | None = None) -> Any:
         stream = {"stream": PrefixStream(spec.name, self._out, plain=self._plain)}
         return Watcher(
             spec.name,
@@ -154,7 +198,7 @@ class Supervisor:
             graceful_timeout=spec.stop_s,
             stdout_stream=stream,
             stderr_stream=stream,
-            hooks={"after_spawn": (self._on_spawn, True), "after_reap": (self._on_reap, True)},
+            hooks={"after_spawn": (self._on_spawn, True), "after_reap": (on_reap or self._on_reap, True)},
             loop=IOLoop.current(),
         )
 
@@ -167,7 +211,7 @@ class Supervisor:
         age_s = time.monotonic() - self._spawned.pop(process_pid, 0.0)
         if self.stopping or watcher.is_stopping():
             return True
-        self._say(
+        self.say(
             f"{watcher.name} (process {process_pid}) ended with {exit_code} after {age_s:.0f} s; starting it again."
         )
         deaths = self._young_deaths.get(watcher.name, 0) + 1 if age_s < YOUNG_S and exit_code >= 0 else 0
@@ -176,6 +220,3 @@ class Supervisor:
             self.failure = f"{watcher.name} does not stay up; its last lines above say why. Mend that and start again."
             self.stop()
         return True
-
-    def _say(self, sentence: str) -> None:
-        PrefixStream("up", self._out, plain=self._plain)({"pid": 0, "name": "", "data": f"{sentence}\n".encode()})

@@ -17,6 +17,7 @@ from inference.messages import ReplicaStatus
 from inference.models import ModelDeployment, Replica, WantedReplica
 from inference.plan import MACHINE_KEEP_S, SILENT_S, Machine, Plan, decode_plan, encode_plan
 from inference.room import Need, check_room, estimate_need, find_device, promised_bytes
+from inference.wanted import REPLICA_NAME
 from scheduling.audit import record_action
 from scheduling.connection import live_keys, live_redis
 from scheduling.keys import Keys
@@ -136,7 +137,7 @@ def add_replica(
         row.save()
         after = {"model": deployment.name, "machine": machine.name, "device": found.name}
         record_action(actor=actor, action="replica.add", target=row.name, after=after, reason=reason)
-        transaction.on_commit(publish)
+        transaction.on_commit(publish_wanted)
     return row
 
 
@@ -200,11 +201,18 @@ def restart_replica(
     return row
 
 
-def remember_command(*, name: str, command: str, arguments: Mapping[str, Any]) -> None:
-    """Keep what an operator told a replica, so that it is told again when it starts anew or did not hear it."""
-    row = WantedReplica.objects.select_for_update().filter(name=name).first() or WantedReplica(name=name)
-    row.commands = {**row.commands, KINDS[command]: [command, dict(arguments)]}
-    _save(row)
+@transaction.atomic
+def remember_commands(*, names: Iterable[str], command: str, arguments: Mapping[str, Any]) -> None:
+    """Keep what an operator tells replicas, so that one is told again that starts anew or did not hear it.
+
+    A worker that was started by hand under a name of another form is not kept.
+    """
+    for name in names:
+        if not REPLICA_NAME.regex.match(name):  # type: ignore[union-attr]  # compiled by the validator
+            continue
+        row = WantedReplica.objects.select_for_update().filter(name=name).first() or WantedReplica(name=name)
+        row.commands = {**row.commands, KINDS[command]: [command, dict(arguments)]}
+        _save(row)
 
 
 def take_back_commands(*, model: str, kinds: Iterable[str]) -> None:
@@ -236,11 +244,11 @@ def forget_removed(machines: Mapping[str, Machine], plan: Plan, *, now_s: float 
     if num_forgotten:
         with transaction.atomic():
             config_changed()
-            transaction.on_commit(publish)
+            transaction.on_commit(publish_wanted)
     return num_forgotten
 
 
-def publish() -> bool:
+def publish_wanted() -> bool:
     """Bring the plan in Redis up to date; True where it changed. A periodic task repeats what fails here."""
     try:
         return publish_plan(live_redis(), live_keys(), load_plan())
@@ -270,4 +278,4 @@ def _save(row: WantedReplica) -> None:
     row.full_clean()
     row.save()
     config_changed()
-    transaction.on_commit(publish)
+    transaction.on_commit(publish_wanted)

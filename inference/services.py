@@ -18,6 +18,8 @@ from inference.checkpoint import CheckpointInfo, inspect_checkpoint
 from inference.directory import load_directory, publish_deployments
 from inference.messages import ReplicaStatus
 from inference.models import BatchRecord, ModelDeployment, Replica, RequestRecord
+from inference.replicas import publish_wanted, remember_commands, take_back_commands
+from inference.worker.rollout import OVERRIDES
 from scheduling.audit import record_action
 from scheduling.connection import live_keys, live_redis
 from scheduling.keys import Keys
@@ -60,6 +62,10 @@ def save_deployment(
 ) -> None:
     """Change fields of a deployment and publish it. Raises ValidationError."""
     before = {field: getattr(deployment, field) for field in changes} if deployment.pk else {}
+    changed = {field for field, value in before.items() if value != changes[field]}
+    taken_back = [kind for kind, fields in OVERRIDES.items() if fields & changed]
+    if taken_back:
+        take_back_commands(model=deployment.name, kinds=taken_back)
     for field, value in changes.items():
         setattr(deployment, field, value)
     deployment.full_clean()
@@ -75,7 +81,11 @@ def deployments_changed() -> None:
 
 
 def publish() -> bool:
-    """Bring the deployments in Redis up to date; True where they changed. The periodic task repeats what fails here."""
+    """Bring plan and deployments in Redis up to date; True where these changed. A periodic task repeats what fails.
+
+    The plan goes first: a worker that sees a changed deployment must not find in it what the change took back.
+    """
+    publish_wanted()
     try:
         return publish_deployments(live_redis(), live_keys(), load_directory())
     except (RedisError, OSError) as error:
@@ -92,7 +102,11 @@ def control_replicas(
     reason: str = "",
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Send a control command to replicas and write down who did so and what each answered."""
+    """Want replicas to obey a command, tell them, and write down who did so and what each answered.
+
+    What one does not hear now it takes up from the plan; one that starts anew is told again.
+    """
+    remember_commands(names=replicas, command=command, arguments=arguments)
     acknowledgements = dict(send(replicas, command, **arguments))
     after = {"arguments": arguments, "acknowledgements": acknowledgements}
     record_action(actor=actor, action=f"replica.{command}", target=", ".join(replicas), after=after, reason=reason)

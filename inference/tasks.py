@@ -9,7 +9,7 @@ from django.conf import settings
 from django.db import Error as DatabaseError
 from redis.exceptions import RedisError
 
-from inference import services
+from inference import replicas, services
 from inference.control import send_control
 from inference.historian import Historian
 from inference.messages import HistoryEvent, RequestEvent
@@ -85,9 +85,11 @@ def publish_deployments() -> None:
 
 @shared_task(ignore_result=True)
 def record_replicas() -> None:
-    """Keep the table of replicas up to date."""
+    """Keep the table of replicas up to date, and drop what was removed and runs no more."""
     try:
-        services.record_replicas(live_redis(), live_keys())
+        client, keys = live_redis(), live_keys()
+        services.record_replicas(client, keys)
+        replicas.forget_removed(replicas.read_machines(client, keys), replicas.read_plan(client, keys))
     except AWAY as error:
         logger.warning("Replicas could not be recorded: %s", error)
 

@@ -12,6 +12,7 @@ import redis
 
 from inference.logs import LogFormat
 from inference.messages import DeploymentSpec
+from inference.worker.orders import Orders
 from inference.worker.process import EngineGoneError, EngineProcess
 from inference.worker.reporter import STATUS_KEEP_MS
 from inference.worker.rollout import judge_change, overridden
@@ -71,6 +72,7 @@ class EngineSupervisor(threading.Thread):
         self._options = options
         self._keys = Keys(options.key_prefix)
         self._client = store.connect(options.redis_url, socket_timeout=5, socket_connect_timeout=5)
+        self._orders = Orders(self._client, self._keys, options.replica)
         self._closing = threading.Event()
         self._process: EngineProcess | None = None
         self._remembered: dict[str, tuple[CommandName, dict[str, Any]]] = {}
@@ -87,6 +89,7 @@ class EngineSupervisor(threading.Thread):
         while (deployment := self._await_deployment()) is not None:
             started_s = time.monotonic()
             self._replaced_by_s = None
+            self._obey_orders(None)
             spec = self._spec(deployment)
             try:
                 process = self._process = EngineProcess(self._options.command, spec)
@@ -164,7 +167,7 @@ class EngineSupervisor(threading.Thread):
         process = self._process
         if process is None or process.ended.is_set():
             return
-        drain_s = self._options.drain_s if drain_s is None else drain_s
+        drain_s = self._orders.drain_s(self._options.drain_s) if drain_s is None else drain_s
         if process.ready.is_set():
             try:
                 process.tell("stop", {"drain_s": drain_s})
@@ -190,7 +193,22 @@ class EngineSupervisor(threading.Thread):
                 self._report(spec, hung)
                 process.kill()
             deployment = self._follow(process, deployment)
+            self._obey_orders(process)  # after the deployment: the plan is published before what takes back its orders
         return hung
+
+    def _obey_orders(self, process: EngineProcess | None) -> None:
+        """Tell the engine what operators want and it was not told; one that loads hears it once it is ready."""
+        planned = self._orders.read()
+        for kind, told in (planned.commands if planned else {}).items():
+            if self._remembered.get(kind) == told or REMEMBERED.get(told[0]) != kind:
+                continue
+            command: CommandName = told[0]  # type: ignore[assignment]  # one of REMEMBERED
+            self._remembered[kind] = (command, told[1])
+            if process is not None and process.ready.is_set():
+                try:
+                    process.tell(command, told[1])
+                except EngineGoneError:
+                    return
 
     def _follow(self, process: EngineProcess, before: DeploymentSpec) -> DeploymentSpec:
         """Let the engine take up a changed deployment, by a drain and a new process where it must; what it serves now.

@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.request
 from argparse import ArgumentParser
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from controlplane.announcement import address, announce
 from controlplane.config import Config
 from controlplane.demo import Secrets, model_folder, offer_model, prepare_accounts, train_model
 from controlplane.embedded_redis import NoServer, server_command
-from controlplane.processes import gpu_process, ops_process, redis_process, web_process
+from controlplane.machine import MachineKeeper, keep_machine
+from controlplane.processes import ops_process, redis_process, web_process
 from controlplane.supervisor import Supervisor
 from inference.checkpoint import CheckpointError, read_chat_template
 from inference.messages import ReplicaStatus
@@ -80,17 +82,16 @@ class Command(BaseCommand):
                 await supervisor.start([redis_process()])
                 await self._wait_for_redis(config)
             secrets = await sync_to_async(_set_up)(config, kinds)
-            specs = (
-                [gpu_process(config, number) for number in range(config.num_gpu_processes)] if "gpu" in kinds else []
-            )
+            specs = []
             if listener is not None:
                 specs.append(web_process(config, listener.fileno()))
             if "ops" in kinds:
                 specs.append(ops_process(config))
             await supervisor.start(specs)
-            greeting = asyncio.create_task(self._greet(config, kinds, secrets, supervisor))
-            await supervisor.wait()
-            greeting.cancel()
+            async with keep_machine(config, supervisor) if "gpu" in kinds else nullcontext() as keeper:
+                greeting = asyncio.create_task(self._greet(config, kinds, secrets, supervisor, keeper))
+                await supervisor.wait()
+                greeting.cancel()
             self.stdout.write("Stopping ...")
             return supervisor.failure
         finally:
@@ -112,7 +113,12 @@ class Command(BaseCommand):
         )
 
     async def _greet(
-        self, config: Config, kinds: tuple[str, ...], secrets: Secrets | None, supervisor: Supervisor
+        self,
+        config: Config,
+        kinds: tuple[str, ...],
+        secrets: Secrets | None,
+        supervisor: Supervisor,
+        keeper: MachineKeeper | None,
     ) -> None:
         """Announce the system once it answers; say so where that takes long, or a worker reports that it cannot."""
         if kinds != KINDS:
@@ -126,7 +132,7 @@ class Command(BaseCommand):
                     failed.add(replica.replica)
                     self.stderr.write(f"{replica.replica} cannot serve {replica.model}: {replica.detail}")
             ready = [replica.model for replica in replicas if replica.state == "ready"]
-            if (ready or not config.gpu_workers) and await asyncio.to_thread(_web_is_ready, config):
+            if (ready or not (keeper and keeper.wants_any)) and await asyncio.to_thread(_web_is_ready, config):
                 model = ready[0] if ready else "MODEL"
                 announce(config, secrets, model, sys.stdout, chats=await sync_to_async(_chats)(model))
                 return
