@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,12 @@ class Served:
         """In the form of a simulation."""
         from inference.recorded import as_result
 
-        return as_result(self.requests, self.batches, {})
+        return as_result(self.requests, self.batches, {}, self.start)
+
+    @property
+    def start(self) -> datetime:
+        """The whole second of the first arrival."""
+        return self.requests[0].arrived_at.replace(microsecond=0)
 
 
 class LiveEngine:
@@ -350,7 +356,7 @@ def judge(served: Served, policy: Policy, predictor: Predictor, before: StepCost
         f"{name}: {len(trace)} requests in {real.steps} steps of {format_seconds(real.busy_s / real.steps)}", flush=True
     )
     rows = []
-    pace = learn_pace(cost, served.batches, served.requests[0].arrived_at.timestamp())
+    pace = learn_pace(cost, served.batches, served.start)
     for kind, known, paces in (("from it", cost, pace), ("before it", before, ())):
         predicted = build_report(kind, predictor.predict(trace, policy, known, claim_s, paces), targets)
         rows += compare(name, kind, report, predicted)

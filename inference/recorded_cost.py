@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
 from statistics import median
 
 from inference.models import BatchRecord, RequestRecord
@@ -68,15 +69,18 @@ def learn_cost(
     return replace(cost, step_s=cost.step_s + _overhead_s(batches, seconds)), model.typical_error_s
 
 
-def learn_pace(cost: StepCost, batches: Iterable[BatchRecord], start_s: float) -> list[float]:
-    """How many times as long as `cost` says steps took in each second from `start_s` on; 1 where nothing ran.
+def learn_pace(cost: StepCost, batches: Iterable[BatchRecord], start: datetime) -> list[float]:
+    """How many times as long as `cost` says steps took in each second from `start` on; 1 where nothing ran.
 
-    What else a machine does slows its engine down for a while, and waits under load grow by a multiple of that.
+    What else a machine does slows its engine down for a while, and waits under load grow by a multiple of that. `start`
+    is a whole second, as a record is: a slow second that is laid upon the work of the one before makes a queue that
+    never was.
     """
+    assert start.microsecond == 0
     took_s: dict[int, float] = defaultdict(float)
     expected_s: dict[int, float] = defaultdict(float)
     for batch in batches:
-        second = max(0, int(batch.second.timestamp() - start_s))
+        second = round((batch.second - start).total_seconds())
         took_s[second] += batch.busy_ms / 1000
         expected_s[second] += cost.price(_features(batch))
     last = max(took_s, default=-1)

@@ -132,10 +132,13 @@ class Meters:
         policy: str,
         policy_revision: int,
     ) -> BatchEvent | None:
-        """The record of the second that is over, once it is; None before, and where nothing ran in it."""
+        """The record of the clock's second that is over, once it is; None before, and where nothing ran in it.
+
+        What began in the latter half of a second, after a halt, is told with the next.
+        """
         second = self.second
-        elapsed = now_s - second.started_s
-        if 0 <= elapsed < 1:
+        elapsed, told_s = now_s - second.started_s, int(second.started_s + 0.5)
+        if elapsed >= 0 and now_s < told_s + 1:
             return None
         self.second = Second(started_s=now_s)
         self.second.preemptions = preemptions
@@ -146,7 +149,7 @@ class Meters:
         return BatchEvent(
             replica=replica,
             model=model,
-            second_s=int(second.started_s),
+            second_s=told_s,
             steps=second.steps,
             batch_size_mean=second.sequences / second.steps,
             batch_size_max=second.batch_size_max,

@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import reduce
 from typing import NamedTuple
@@ -30,8 +31,17 @@ class Step(NamedTuple):
     tokens: int
 
 
-def record_run(requests: list[TraceRequest], cost: StepCost, *, tells_features: bool = True) -> None:
-    """Serve requests step by step and record them as an engine does, a row a second; costs vary by 5 %."""
+def record_run(
+    requests: list[TraceRequest],
+    cost: StepCost,
+    *,
+    tells_features: bool = True,
+    pace: Callable[[float], float] = lambda now_s: 1.0,
+) -> None:
+    """Serve requests step by step and record them as an engine does, a row a second; costs vary by 5 %.
+
+    `pace`: by what factor a step at a time (unix seconds) is slowed down.
+    """
     draw, clock = random.Random(5), START.timestamp()
     start_s = clock
     planner = StepPlanner(
@@ -51,7 +61,7 @@ def record_run(requests: list[TraceRequest], cost: StepCost, *, tells_features: 
             continue
         replica.start(clock, 0.0, 0.0)
         features, num_parts = measure_parts(replica._parts), len(replica._parts)
-        step_s = cost.price(features) * draw.uniform(0.95, 1.05)
+        step_s = cost.price(features) * pace(clock) * draw.uniform(0.95, 1.05)
         clock += step_s + BETWEEN_S
         tokens = replica.tokens
         outputs = replica.end_step()

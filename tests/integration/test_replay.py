@@ -2,14 +2,16 @@
 
 import json
 import random
+from dataclasses import astuple
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from django.core.management import CommandError, call_command
 
-from inference.models import RequestRecord
+from inference.models import BatchRecord, ModelDeployment, RequestRecord
 from inference.recorded import HistoryError, read_history
+from inference.what_if import Candidate, run_what_if
 from scheduling.core.simulation.trace import TraceRequest
 from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost
 from tests.integration.recorded_run import START, record_run
@@ -106,15 +108,20 @@ def test_without_trace_or_history_it_asks_for_one() -> None:
         call_command("replay", "--from-history=demo")
 
 
-@pytest.mark.django_db
-@pytest.mark.parametrize("tells_features", [True, False])
-def test_what_an_engine_recorded_is_predicted(capsys: Capture, tmp_path: Path, tells_features: bool) -> None:
+def mixed_requests() -> list[TraceRequest]:
+    """About a minute of them."""
     draw, clock, requests = random.Random(2), 0.0, []
     for _ in range(400):
         clock += draw.expovariate(7.0)
         output = min(300, int(draw.expovariate(1 / 60)) + 1)
         requests.append(TraceRequest(clock, draw.choice("ab"), draw.randint(10, 400), output, 3, output))
-    record_run(requests, COST, tells_features=tells_features)
+    return requests
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("tells_features", [True, False])
+def test_what_an_engine_recorded_is_predicted(capsys: Capture, tmp_path: Path, tells_features: bool) -> None:
+    record_run(mixed_requests(), COST, tells_features=tells_features)
     run = read_history("demo")
     assert (run.policy, run.mode, run.num_replicas, run.num_blocks) == ("fifo", "continuous", 1, 400)
     report = tmp_path / "report.json"
@@ -126,6 +133,16 @@ def test_what_an_engine_recorded_is_predicted(capsys: Capture, tmp_path: Path, t
     for latency in ("ttft_s", "e2e_s"):
         assert fifo[latency]["mean"] == pytest.approx(served[latency]["mean"], rel=0.1)
         assert fifo[latency]["p99"] == pytest.approx(served[latency]["p99"], rel=0.2)
+
+
+@pytest.mark.django_db
+def test_seconds_in_which_the_machine_was_slow_are_slow_in_the_replay_too() -> None:
+    # Laid upon another second than their own, they make TTFT a fifth shorter than it was.
+    record_run(mixed_requests(), COST, pace=lambda now_s: 4.0 if int(now_s) % 4 == 0 else 1.0)
+    BatchRecord.objects.update(step_cost=list(astuple(COST)))  # as an engine tells what it learned
+    ModelDeployment.objects.create(name="demo", path="/models/demo", max_batch_size=8, step_tokens=256)
+    error = run_what_if(read_history("demo"), [Candidate(policy="fifo")])["replayed"]["error"]
+    assert error == dict.fromkeys(error, pytest.approx(0, abs=0.1))
 
 
 @pytest.mark.django_db

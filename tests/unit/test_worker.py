@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from inference.messages import LATENCY_BUCKETS_S, DeploymentSpec, Finish, InferenceRequest
 from inference.worker.active import ActiveRequest, open_request
@@ -134,29 +136,51 @@ def test_latencies_fall_into_the_bucket_that_holds_them() -> None:
     assert histogram.sum_s == pytest.approx(1000.0026)
 
 
+FIXED: dict[str, Any] = {
+    "replica": "g",
+    "model": "m",
+    "mode": "continuous",
+    "kv_blocks_used": 3,
+    "kv_blocks_total": 9,
+    "preemptions": 2,
+    "policy": "fifo",
+    "policy_revision": 1,
+}
+"""What is told with a second and not counted."""
+
+
 def test_a_second_is_recorded_once_it_is_over_and_only_where_something_ran() -> None:
     meters = Meters(Second(started_s=50.0))
-    fixed: dict[str, Any] = {
-        "replica": "g",
-        "model": "m",
-        "mode": "continuous",
-        "kv_blocks_used": 3,
-        "kv_blocks_total": 9,
-        "preemptions": 2,
-        "policy": "fifo",
-        "policy_revision": 1,
-    }
     meters.count_step(batch_size=4, prompt_tokens=10, output_tokens=3, seconds=0.01)
     meters.count_step(batch_size=2, prompt_tokens=0, output_tokens=2, seconds=0.03)
-    assert meters.close_second(50.9, **fixed) is None
-    event = meters.close_second(51.0, **fixed)
+    assert meters.close_second(50.9, **FIXED) is None
+    event = meters.close_second(51.0, **FIXED)
     assert event is not None
     assert (event.second_s, event.steps, event.batch_size_mean, event.batch_size_max) == (50, 2, 3.0, 4)
     assert (event.prompt_tokens, event.output_tokens, event.preemptions) == (10, 5, 2)
     assert (event.step_ms_mean, event.step_ms_max) == pytest.approx((20.0, 30.0))
     assert meters.tokens_per_s == pytest.approx(5.0)
-    assert meters.close_second(52.1, **fixed) is None
+    assert meters.close_second(52.1, **FIXED) is None
     assert meters.tokens_per_s == 0
+
+
+@given(st.lists(st.floats(0.01, 3.0), min_size=1, max_size=40), st.floats(0, 10))
+def test_a_record_is_of_the_clock_s_second_whenever_the_loop_looks(pauses: list[float], now_s: float) -> None:
+    meters = Meters(Second(started_s=now_s))
+    told, num_steps = list[int](), 0
+    for pause_s in pauses:
+        meters.count_step(batch_size=1, prompt_tokens=0, output_tokens=1, seconds=0.01)
+        now_s += pause_s
+        started_s = meters.second.started_s
+        event = meters.close_second(now_s, **FIXED)
+        if event is None:
+            continue
+        told.append(event.second_s)
+        num_steps += event.steps
+        assert abs(event.second_s - started_s) <= 0.5
+        assert now_s >= event.second_s + 1
+    assert told == sorted(set(told)), "a second is told twice"
+    assert num_steps + meters.second.steps == len(pauses)
 
 
 def test_the_inbox_wakes_a_waiting_loop_and_keeps_the_order() -> None:
