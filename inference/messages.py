@@ -81,6 +81,20 @@ class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
     """One for each token where the request asked for them."""
 
 
+MarkKind = Literal["started", "preempted", "displaced", "resumed"]
+
+
+class Mark(msgspec.Struct, frozen=True, array_like=True):
+    """A turn in a request's life on its worker: `ms` after its arrival.
+
+    `preempted`: for lack of memory; `displaced`: a higher request took its slot. `tokens` is its output by then.
+    """
+
+    ms: int
+    kind: MarkKind
+    tokens: int
+
+
 class Slot(msgspec.Struct, frozen=True, array_like=True):
     """One running request, as the dashboard shows it."""
 
@@ -90,6 +104,10 @@ class Slot(msgspec.Struct, frozen=True, array_like=True):
     prompt_tokens: int
     output_tokens: int
     max_tokens: int
+    claimed_ms: int = 0
+    """After its arrival, as is the next."""
+    first_token_ms: int | None = None
+    marks: list[Mark] = []
 
 
 class ProcessMemory(msgspec.Struct, frozen=True, array_like=True):
@@ -237,20 +255,6 @@ class SharedLevel(msgspec.Struct, frozen=True, array_like=True):
     """When it was written; after a while without, nobody holds it up."""
 
 
-MarkKind = Literal["started", "preempted", "displaced", "resumed"]
-
-
-class Mark(msgspec.Struct, frozen=True, array_like=True):
-    """A turn in a request's life on its worker: `ms` after its arrival.
-
-    `preempted`: for lack of memory; `displaced`: a higher request took its slot. `tokens` is its output by then.
-    """
-
-    ms: int
-    kind: MarkKind
-    tokens: int
-
-
 class RequestEvent(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """A request's end, for the historian. Times are unix seconds; None where it never got there."""
 
@@ -281,6 +285,8 @@ class RequestEvent(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """In order, of the last attempt; MAX_MARKS at most."""
     bursts: list[tuple[int, int]] = []
     """(ms after the arrival, output tokens) of even spans of the answer that had any; MAX_BURSTS at most."""
+    burst_ms: int = 0
+    """Length of such a span."""
 
 
 MAX_MARKS = 32

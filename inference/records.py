@@ -58,7 +58,8 @@ def _timeline(event: RequestEvent) -> dict[str, Any]:
     """What there is to tell; nothing for a request that no worker took up."""
     marks = [[_count(mark.ms), mark.kind, _count(mark.tokens)] for mark in event.marks[:MAX_MARKS]]
     bursts = [[_count(ms), _count(num)] for ms, num in event.bursts[:MAX_BURSTS]]
-    return {name: rows for name, rows in (("marks", marks), ("tokens", bursts)) if rows}
+    told = {"marks": marks, "tokens": bursts, "span_ms": _count(event.burst_ms) if bursts else 0}
+    return {name: value for name, value in told.items() if value}
 
 
 def _batch_row(event: BatchEvent) -> BatchRecord:

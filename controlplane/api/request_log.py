@@ -123,7 +123,10 @@ class LifeView(Schema):
     error_code: str
     ended: bool
     events: list[LifeEvent]
-    phases: list[tuple[str, float]] = Field(description="Seconds of queueing, prefilling, decoding, as far as it came.")
+    phases: list[tuple[str, float]] = Field(
+        description="(queued, ready, prefill, decode or preempted, seconds), in order, as far as it came."
+    )
+    tokens: list[tuple[float, int]] = Field(description="(seconds after the arrival, output tokens) of even spans.")
 
 
 class CancelBody(Schema, extra="forbid"):
@@ -185,7 +188,8 @@ def life(request: HttpRequest, request_id: str) -> LifeView:
         raise RedisUnavailable("The history has no such request, and Redis does not answer.") from error
     if found is None:
         raise NotFound("There is no such request.", code="request_not_found")
-    return LifeView(**asdict(found))
+    bursts = found.course.bursts if found.course else ()
+    return LifeView(**asdict(found), tokens=[(ms / 1000, num) for ms, num in bursts])
 
 
 @router.post(

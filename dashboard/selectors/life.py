@@ -1,12 +1,15 @@
 """One request's life as a timeline, whether it has ended or not."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 
+from dashboard.rollups import find_level
+from dashboard.selectors.course import LOST, Course, Event, list_phases, list_turns, make_event, say_span
 from dashboard.selectors.requests import find_request
+from dashboard.selectors.waited import explain_waited
 from dashboard.selectors.waiting import Held, explain_wait, find_held
 from inference.messages import Finish
 from inference.models import RequestRecord
@@ -20,17 +23,6 @@ ENDS = {
     "cancelled": "It was cancelled.",
     "error": "It failed.",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
-    """A moment of a life; `after_s` counts from the arrival. `kind` chooses the sign."""
-
-    kind: str
-    title: str
-    when: datetime | None = None
-    after_s: float | None = None
-    details: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +46,8 @@ class Life:
     replica: str = ""
     user: str = ""
     error_code: str = ""
+    course: Course | None = None
+    """What its worker noted; None while it waits."""
 
     @property
     def priority_name(self) -> str:
@@ -74,6 +68,31 @@ class Life:
             at += width
         return bars
 
+    @property
+    def sums(self) -> list[tuple[str, float]]:
+        """Seconds of each phase, those of one name together."""
+        sums: dict[str, float] = {}
+        for name, seconds in self.phases:
+            sums[name] = sums.get(name, 0.0) + seconds
+        return list(sums.items())
+
+    @property
+    def bursts(self) -> list[dict[str, str]]:
+        """Tokens over time as columns above the same axis: place and width of 100, height of 20."""
+        if self.course is None or not self.course.bursts or not self.total_s:
+            return []
+        total_ms, most = 1000 * self.total_s, max(num for _, num in self.course.bursts)
+        return [
+            {
+                "at": f"{100 * ms / total_ms:.2f}",
+                "width": f"{max(0.3, min(100 - 100 * ms / total_ms, 100 * self.course.span_ms / total_ms - 0.15)):.2f}",
+                "top": f"{20 - 20 * num / most:.2f}",
+                "height": f"{20 * num / most:.2f}",
+                "num": str(num),
+            }
+            for ms, num in self.course.bursts
+        ]
+
 
 def find_life(request_id: str, models: Sequence[str]) -> Life | None:
     """From the history, else from the queue's store; None where neither knows it. Raises RedisError or OSError."""
@@ -86,12 +105,13 @@ def find_life(request_id: str, models: Sequence[str]) -> Life | None:
 
 
 def _of_record(row: RequestRecord) -> Life:
-    marks = [("queued", row.claimed_at), ("prefill", row.first_token_at), ("decode", row.finished_at)]
-    phases, last = [], row.arrived_at
-    for name, when in marks:
-        if when is not None:
-            phases.append((name if row.claimed_at else "queued", max(0.0, (when - last).total_seconds())))
-            last = when
+    course = Course.of(
+        row.timeline,
+        arrived=row.arrived_at,
+        claimed=row.claimed_at,
+        first_token=row.first_token_at,
+        end=row.finished_at,
+    )
     return Life(
         id=row.request_id,
         model=row.model,
@@ -106,27 +126,35 @@ def _of_record(row: RequestRecord) -> Life:
         replica=row.replica,
         user=row.user,
         error_code=row.error_code,
-        events=_events(row),
-        phases=phases,
+        events=_events(row, course),
+        phases=list_phases(course),
         ended=True,
+        course=course,
     )
 
 
-def _events(row: RequestRecord) -> list[Event]:
-    level = find_service_levels()
-    target = level.get((row.tenant, row.priority)) or level.get(("", row.priority))
+def _events(row: RequestRecord, course: Course) -> list[Event]:
+    target = find_level(find_service_levels(), row.tenant, row.priority)
     events = [_admitted(row.arrived_at, row.prompt_tokens, row.max_tokens, row.deadline_at)]
+    events.append(make_event("queued", "Queued", row.arrived_at, row.arrived_at, explain_waited(row)))
     if row.claimed_at:
         policy = f"Ordered by {row.policy}, revision {row.policy_revision}." if row.policy else ""
         again = f"It was taken up {row.attempts} times: a worker before was lost." if row.attempts > 1 else ""
-        details = [f"It had waited {_span(row.claimed_at, row.arrived_at)}.", policy, again]
-        events.append(_event("claimed", f"Claimed by {row.replica}", row.claimed_at, row.arrived_at, details))
+        details = [f"It had waited {say_span(row.claimed_at, row.arrived_at)}.", policy, again]
+        events.append(make_event("claimed", f"Claimed by {row.replica}", row.claimed_at, row.arrived_at, details))
+    turns = list_turns(course)
     if row.first_token_at:
-        verdict = _verdict(row.ttft_s, target.ttft_ms if target else None)
-        details = [f"Time to first token {_span(row.first_token_at, row.arrived_at)}{verdict}."]
-        events.append(_event("first", "First token", row.first_token_at, row.arrived_at, details))
-    events.append(_event("end", row.state.capitalize(), row.finished_at, row.arrived_at, _end_details(row, target)))
+        turns.append(_prefilled(course, row.first_token_at, row.prompt_tokens, target))
+    events += sorted(turns, key=lambda event: (event.after_s or 0.0, event.kind == "tokens"))
+    events.append(make_event("end", row.state.capitalize(), row.finished_at, row.arrived_at, _end_details(row, target)))
     return events
+
+
+def _prefilled(course: Course, when: datetime, prompt_tokens: int, target: ServiceLevel | None) -> Event:
+    verdict = _verdict((when - course.arrived).total_seconds(), target.ttft_ms if target else None)
+    took = f"Its {prompt_tokens} prompt tokens took {say_span(when, course.started)}." if course.started else ""
+    details = [f"Time to first token {say_span(when, course.arrived)}{verdict}.", took]
+    return make_event("first", "Prefilled, first token", when, course.arrived, details)
 
 
 def _end_details(row: RequestRecord, target: ServiceLevel | None) -> list[str]:
@@ -135,12 +163,11 @@ def _end_details(row: RequestRecord, target: ServiceLevel | None) -> list[str]:
         details.append(f"Code {row.error_code}.")
     if row.completion_tokens:
         pace = ""
-        if row.first_token_at and row.completion_tokens > 1:
-            each_ms = (row.finished_at - row.first_token_at).total_seconds() * 1000 / (row.completion_tokens - 1)
-            pace = f", one every {each_ms:.0f} ms"
+        if row.tpot_s is not None:
+            pace = f", one every {1000 * row.tpot_s:.0f} ms{_verdict(row.tpot_s, target.tpot_ms if target else None)}"
         details.append(f"{row.completion_tokens} of at most {row.max_tokens} tokens{pace}.")
     verdict = _verdict(row.e2e_s, target.e2e_ms if target else None)
-    details.append(f"End to end {_span(row.finished_at, row.arrived_at)}{verdict}.")
+    details.append(f"End to end {say_span(row.finished_at, row.arrived_at)}{verdict}.")
     return details
 
 
@@ -148,22 +175,22 @@ def _of_held(held: Held) -> Life:
     request, record = held.request, held.record
     arrived, now = datetime.fromtimestamp(request.arrival_s, UTC), datetime.now(UTC)
     deadline = None if request.deadline_s is None else datetime.fromtimestamp(request.deadline_s, UTC)
-    events = [_admitted(arrived, len(request.prompt_token_ids), request.max_tokens, deadline)]
+    events = [_admitted(arrived, request.num_prompt_tokens, request.max_tokens, deadline)]
+    course = Course(arrived=arrived, claimed=None, first_token=None, end=now) if record.state == "queued" else None
     tokens, code, ended = record.num_tokens, "", record.finish is not None or record.state == "cancelled"
     if record.finish is not None:
         finish = msgspec.msgpack.decode(record.finish, type=Finish)
         tokens, code = finish.completion_tokens, finish.error_code
         details = [ENDS.get(finish.reason, ""), finish.error_message, "The historian writes its times in a moment."]
-        events.append(_event("end", record.state.capitalize(), None, arrived, details))
+        events.append(make_event("end", record.state.capitalize(), None, arrived, details))
     elif record.state == "queued":
-        events.append(_event("queued", "Waiting", now, arrived, explain_wait(held)))
+        events.append(make_event("queued", "Waiting", now, arrived, explain_wait(held)))
     elif record.state == "running":
-        again = f"This is attempt {record.attempt}: a worker before was lost." if record.attempt > 1 else ""
-        where = f"On {held.replica}." if held.replica else "A worker has claimed it."
-        details = [where, f"{tokens} of at most {request.max_tokens} tokens.", again]
-        events.append(_event("running", "Running", now, arrived, details))
+        course = _running_course(held, arrived, now)
+        events += _running_events(held, course)
+        tokens = held.running[1].output_tokens if held.running else tokens
     else:
-        events.append(_event("end", record.state.capitalize(), None, arrived, []))
+        events.append(make_event("end", record.state.capitalize(), None, arrived, []))
     return Life(
         id=request.id,
         model=request.model,
@@ -171,7 +198,7 @@ def _of_held(held: Held) -> Life:
         priority=request.priority,
         endpoint=request.endpoint,
         state=record.state,
-        prompt_tokens=len(request.prompt_token_ids),
+        prompt_tokens=request.num_prompt_tokens,
         completion_tokens=tokens,
         max_tokens=request.max_tokens,
         attempts=record.attempt,
@@ -179,26 +206,52 @@ def _of_held(held: Held) -> Life:
         user=request.user,
         error_code=code,
         events=events,
-        phases=[("queued", (now - arrived).total_seconds())] if record.state == "queued" else [],
+        phases=list_phases(course) if course else [],
         ended=ended,
+        course=course,
     )
+
+
+def _running_course(held: Held, arrived: datetime, now: datetime) -> Course | None:
+    """What its worker says of it; None where it has not named it yet."""
+    if held.running is None:
+        return None
+    slot = held.running[1]
+    first = None if slot.first_token_ms is None else arrived + timedelta(milliseconds=slot.first_token_ms)
+    return Course(
+        arrived=arrived,
+        claimed=arrived + timedelta(milliseconds=slot.claimed_ms),
+        first_token=first,
+        end=now,
+        marks=[(mark.ms, mark.kind, mark.tokens) for mark in slot.marks],
+    )
+
+
+def _running_events(held: Held, course: Course | None) -> list[Event]:
+    request, record = held.request, held.record
+    arrived = datetime.fromtimestamp(request.arrival_s, UTC)
+    again = f"This is attempt {record.attempt}: a worker before was lost." if record.attempt > 1 else ""
+    if course is None or held.running is None:
+        return [make_event("running", "Running", None, arrived, ["A worker has claimed it.", again])]
+    replica, slot = held.running
+    waited = f"It had waited {say_span(course.claimed, arrived)}." if course.claimed else ""
+    events = [make_event("claimed", f"Claimed by {replica}", course.claimed, arrived, [waited, again])]
+    turns = list_turns(course)
+    if course.first_token is not None:
+        target = find_level(find_service_levels(), request.tenant, request.priority)
+        turns.append(_prefilled(course, course.first_token, slot.prompt_tokens, target))
+    events += sorted(turns, key=lambda event: event.after_s or 0.0)
+    stands = bool(slot.marks) and slot.marks[-1].kind in LOST
+    state = "Waits in its worker for a place" if stands or not slot.marks else "Running"
+    told = f"{slot.output_tokens} of at most {request.max_tokens} tokens."
+    return [*events, make_event("running", state, course.end, arrived, [told])]
 
 
 def _admitted(when: datetime, prompt_tokens: int, max_tokens: int, deadline: datetime | None) -> Event:
     details = [f"{prompt_tokens} prompt tokens, at most {max_tokens} to come."]
     if deadline is not None:
-        details.append(f"Its deadline is {_span(deadline, when)} after that.")
+        details.append(f"Its deadline is {say_span(deadline, when)} after that.")
     return Event(kind="admitted", title="Admitted", when=when, after_s=0.0, details=details)
-
-
-def _event(kind: str, title: str, when: datetime | None, arrived: datetime, details: list[str]) -> Event:
-    after_s = None if when is None else (when - arrived).total_seconds()
-    return Event(kind=kind, title=title, when=when, after_s=after_s, details=[text for text in details if text])
-
-
-def _span(later: datetime, earlier: datetime) -> str:
-    seconds = (later - earlier).total_seconds()
-    return f"{seconds * 1000:.0f} ms" if abs(seconds) < 1 else f"{seconds:.1f} s"
 
 
 def _verdict(took_s: float | None, target_ms: int | None) -> str:

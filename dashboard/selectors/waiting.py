@@ -1,12 +1,14 @@
 """Requests that have not ended, from the queue's store: what runs and where, what waits and why."""
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
-from inference.messages import InferenceRequest, ReplicaStatus
+from inference.messages import InferenceRequest, ReplicaStatus, Slot
 from inference.services import read_replicas
 from scheduling.connection import live_keys, live_redis
 from scheduling.core.answers import Position, QueueSnapshot, RequestRecordView
@@ -17,6 +19,7 @@ from scheduling.models import Tenant
 from scheduling.store import execute, execute_many
 
 MAX_WAITING = 200
+MAX_NAMED = 4
 KV_FULL = 0.9
 
 
@@ -53,12 +56,19 @@ class Held:
     snapshot: QueueSnapshot
     position: Position | None
     replicas: list[ReplicaStatus]
+    others: list[QueueEntry] = field(default_factory=list)
+    """Where it waits: what else does, or so many of them drawn at random."""
+
+    @property
+    def running(self) -> tuple[str, Slot] | None:
+        """On which replica it runs, and what that says of it; None where no worker has named it yet."""
+        found = ((status.replica, slot) for status in self.replicas for slot in status.slots)
+        return next(((name, slot) for name, slot in found if slot.request_id == self.request.id), None)
 
     @property
     def replica(self) -> str:
         """Where it runs, as far as a worker has said so."""
-        ids = {slot.request_id: status.replica for status in self.replicas for slot in status.slots}
-        return ids.get(self.request.id, "")
+        return self.running[0] if self.running else ""
 
 
 def list_live(model: str) -> LiveRequests:
@@ -92,13 +102,15 @@ def find_held(request_id: str, models: Sequence[str]) -> Held | None:
     for queue, record in zip(queues, records, strict=True):
         if record is None:
             continue
-        position = execute(client, queue.position(request_id)) if record.state == "queued" else None
+        waits = record.state == "queued"
+        position = execute(client, queue.position(request_id)) if waits else None
         return Held(
             request=msgspec.msgpack.decode(record.body, type=InferenceRequest),
             record=record,
             snapshot=execute(client, queue.snapshot()),
             position=position,
             replicas=[status for status in read_replicas(client, live_keys()) if status.model == queue.model],
+            others=execute(client, queue.sample(MAX_WAITING)) if waits else [],
         )
     return None
 
@@ -113,17 +125,64 @@ def explain_wait(held: Held) -> list[str]:
         reasons.append(f"{position.overall} of {snapshot.depth} waiting requests go before it{split}.")
     elif position is not None:
         reasons.append("It is the next to be claimed.")
-    if rank := explain_rank(held):
-        reasons.append(rank)
+    reasons += [sentence for sentence in (explain_others(held), explain_rank(held)) if sentence]
     reasons.append(_explain_capacity(held.replicas))
     return reasons
 
 
+def explain_others(held: Held) -> str:
+    """Behind whom it waits, by tenant; "" where nobody is before it, or for a policy of another version."""
+    try:
+        policy = build_policy(held.snapshot.policy, held.snapshot.params)
+    except PolicyError:
+        return ""
+    mine = policy.place(_entry(held.request))
+    before: Counter[str] = Counter()
+    beside: Counter[str] = Counter()
+    for entry in held.others:
+        place = policy.place(entry)
+        if entry.id == held.request.id:
+            continue
+        if place.flow != mine.flow:
+            beside[entry.tenant] += 1
+        elif place.rank < mine.rank:
+            before[entry.tenant] += 1
+    drawn = f", of {len(held.others)} drawn at random" if held.snapshot.depth > len(held.others) else ""
+    ahead = f"Before it in its flow: {_named(before)}{drawn}." if before else ""
+    flows = f"Other flows, which take turns by what they were served: {_named(beside)}{drawn}." if beside else ""
+    return " ".join(filter(None, (ahead, flows)))
+
+
+def _named(tenants: Counter[str]) -> str:
+    shown = [f"{num} of {name}" for name, num in tenants.most_common(MAX_NAMED)]
+    rest = tenants.total() - sum(num for _, num in tenants.most_common(MAX_NAMED))
+    return ", ".join([*shown, *([f"{rest} of others"] if rest else [])])
+
+
 def explain_rank(held: Held) -> str:
     """Where the active policy puts the request. A sentence, "" for a policy of another version."""
-    request, snapshot = held.request, held.snapshot
-    share = Tenant.objects.filter(name=request.tenant).values_list("weight", flat=True).first()
-    entry = QueueEntry(
+    share = Tenant.objects.filter(name=held.request.tenant).values_list("weight", flat=True).first()
+    snapshot = held.snapshot
+    return explain_place(snapshot.policy, snapshot.params, snapshot.revision, _entry(held.request, share or 1.0))
+
+
+def explain_place(policy: str, params: Mapping[str, Any], revision: int, entry: QueueEntry) -> str:
+    """Where a policy puts a request: rank, flow, weight. A sentence, "" for a policy of another version."""
+    try:
+        place = build_policy(policy, params).place(entry)
+    except PolicyError:
+        return ""
+    ahead_s = entry.arrival_s - place.rank
+    if abs(ahead_s) < 0.01:
+        rank = "by its arrival"
+    else:
+        rank = f"as if it had come {abs(ahead_s):.0f} s {'earlier' if ahead_s > 0 else 'later'}"
+    flow = "" if place.flow == "all" else f", in flow {place.flow} of weight {place.weight:g}"
+    return f"{policy}, revision {revision}, ranks it {rank}{flow}."
+
+
+def _entry(request: InferenceRequest, share: float = 1.0) -> QueueEntry:
+    return QueueEntry(
         id=request.id,
         tenant=request.tenant,
         priority=request.priority,
@@ -131,19 +190,8 @@ def explain_rank(held: Held) -> str:
         prompt_tokens=len(request.prompt_token_ids),
         max_tokens=request.max_tokens,
         deadline_s=request.deadline_s,
-        share=share or 1.0,
+        share=share,
     )
-    try:
-        place = build_policy(snapshot.policy, snapshot.params).place(entry)
-    except PolicyError:
-        return ""
-    ahead_s = request.arrival_s - place.rank
-    if abs(ahead_s) < 0.01:
-        rank = "by its arrival"
-    else:
-        rank = f"as if it had come {abs(ahead_s):.0f} s {'earlier' if ahead_s > 0 else 'later'}"
-    flow = "" if place.flow == "all" else f", in flow {place.flow} of weight {place.weight:g}"
-    return f"{snapshot.policy}, revision {snapshot.revision}, ranks it {rank}{flow}."
 
 
 def _explain_capacity(replicas: Sequence[ReplicaStatus]) -> str:

@@ -121,6 +121,9 @@ class ActiveRequest:
             prompt_tokens=sequence.num_prompt_tokens,
             output_tokens=sequence.num_output_tokens,
             max_tokens=sequence.max_tokens,
+            claimed_ms=self.timeline.since_ms(self.claimed_s),
+            first_token_ms=None if self.first_token_s is None else self.timeline.since_ms(self.first_token_s),
+            marks=list(self.timeline.marks),
         )
 
     def event(self, finish: Finish, *, now_s: float, replica: str, policy: str, revision: int) -> RequestEvent:
@@ -154,6 +157,7 @@ class ActiveRequest:
             traceparent=request.traceparent,
             marks=self.timeline.marks,
             bursts=self.timeline.bursts(),
+            burst_ms=self.timeline.span_ms,
         )
 
 

@@ -9,13 +9,14 @@ from django.test import Client
 
 from controlplane.config import Config
 from inference.historian import Historian
-from inference.models import RequestRecord
+from inference.messages import Mark, Slot
+from inference.models import BatchRecord, RequestRecord
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
-from scheduling.models import OperatorAction, ServiceLevel
+from scheduling.models import OperatorAction, PolicyRevision, ServiceLevel
 from scheduling.store import execute
 from tests.fleet_data import FleetWriter, slots
-from tests.history_data import make_requests
+from tests.history_data import make_batches, make_requests
 from tests.integration.test_dashboard_pages import get_json, signed_in, switch
 
 pytestmark = pytest.mark.django_db
@@ -106,11 +107,62 @@ def test_a_recorded_life_tells_its_phases_and_its_verdicts(fleet: FleetWriter) -
     assert row is not None
     ServiceLevel.objects.create(priority=row.priority, ttft_ms=1, e2e_ms=10**8)
     life = get_json(signed_in(), f"operator/requests/{row.request_id}")
-    assert [event["kind"] for event in life["events"]] == ["admitted", "claimed", "first", "end"]
-    assert "over the target of 1 ms" in life["events"][2]["details"][0]
-    assert any("within the target" in line for line in life["events"][3]["details"])
+    assert [event["kind"] for event in life["events"]] == ["admitted", "queued", "claimed", "first", "end"]
+    assert "over the target of 1 ms" in life["events"][3]["details"][0]
+    assert any("within the target" in line for line in life["events"][4]["details"])
     assert sum(seconds for _, seconds in life["phases"]) == pytest.approx(row.e2e_s)
     assert f"Claimed by {row.replica}" in signed_in().get(f"/requests/{row.request_id}/").content.decode()
+
+
+def test_a_recorded_life_tells_what_its_worker_noted_and_why_it_had_waited(fleet: FleetWriter) -> None:
+    def record(name: str, tenant: str, came_s: float, claimed_s: float, **fields: Any) -> RequestRecord:
+        return RequestRecord.objects.create(
+            request_id=name, model="demo", tenant=tenant, priority=5, endpoint="completions", state="finished",
+            finish_reason="stop", arrived_at=NOW + timedelta(seconds=came_s),
+            claimed_at=NOW + timedelta(seconds=claimed_s), first_token_at=NOW + timedelta(seconds=claimed_s + 0.5),
+            finished_at=NOW + timedelta(seconds=claimed_s + 8), prompt_tokens=30, completion_tokens=40, max_tokens=64,
+            replica="gpu-0", policy="priority", policy_revision=2, **fields,
+        )  # fmt: skip
+
+    PolicyRevision.objects.create(model="demo", revision=2, name="priority", params={})
+    marks = [[2200, "started", 0], [3000, "displaced", 10], [7000, "resumed", 10]]
+    timeline = {"marks": marks, "tokens": [[2500, 6], [2600, 4], [7100, 30]], "span_ms": 100}
+    row = record("mine", "nightly", 0, 2, timeline=timeline)
+    for number in range(3):
+        record(f"before-{number}", "checkout", -1, 0.5)
+    record("later", "support", 1, 1.5)
+    record("after", "support", 1, 2.5)
+    BatchRecord.objects.bulk_create(make_batches(4, end=NOW + timedelta(seconds=1)))
+    BatchRecord.objects.update(max_batch_size=16)
+    life = get_json(signed_in(), "operator/requests/mine")
+    kinds = [event["kind"] for event in life["events"]]
+    assert kinds == ["admitted", "queued", "claimed", "started", "first", "tokens", "lost", "resumed", "tokens", "end"]
+    queued, lost, resumed = (life["events"][place]["details"] for place in (1, 6, 7))
+    assert queued[0].startswith("Behind 4 requests that were claimed while it waited: 3 of checkout, 1 of support.")
+    assert queued[0].endswith("1 of them came after it.")
+    assert queued[1] == "priority, revision 2, ranks it by its arrival."
+    assert "of 16 slots, with" in queued[2]
+    assert lost == ["A request of higher priority took its slot, after 10 output tokens."]
+    assert resumed == ["After 4.0 s."]
+    assert [(name, round(seconds, 1)) for name, seconds in life["phases"]] == [
+        ("queued", 2.0), ("ready", 0.2), ("prefill", 0.3), ("decode", 0.5), ("preempted", 4.0), ("decode", 3.0),
+    ]  # fmt: skip
+    assert life["tokens"] == [[2.5, 6], [2.6, 4], [7.1, 30]]
+    page = signed_in().get(f"/requests/{row.request_id}/").content.decode()
+    assert page.count("tokens</title>") == 3
+
+
+def test_a_running_life_tells_what_its_worker_says_of_it(fleet: FleetWriter) -> None:
+    mine = fleet.enqueue("chat", age_s=9)
+    fleet.claim()
+    marks = [Mark(4100, "started", 0), Mark(6000, "preempted", 12)]
+    slot = Slot(mine, "chat", 3, 24, 12, 64, 4000, 4300, marks)
+    fleet.publish(fleet.status(slots=[slot]))
+    life = get_json(signed_in(), f"operator/requests/{mine}")
+    assert [event["kind"] for event in life["events"]] == ["admitted", "claimed", "started", "first", "lost", "running"]
+    assert life["events"][-1]["title"] == "Waits in its worker for a place"
+    assert life["events"][-1]["details"] == ["12 of at most 64 tokens."]
+    assert [name for name, _ in life["phases"]] == ["queued", "ready", "prefill", "decode", "preempted"]
 
 
 def test_a_waiting_life_says_behind_whom_and_why(fleet: FleetWriter) -> None:
@@ -118,15 +170,17 @@ def test_a_waiting_life_says_behind_whom_and_why(fleet: FleetWriter) -> None:
     for _ in range(3):
         fleet.enqueue("chat")
     mine = fleet.enqueue("chat", 5)
+    fleet.enqueue("research")
     fleet.publish(fleet.status(slots=slots(16, ["chat"])))
     life = get_json(signed_in(), f"operator/requests/{mine}")
     assert (life["state"], life["ended"]) == ("queued", False)
     told = " ".join(life["events"][1]["details"])
-    assert "3 of 4 waiting requests go before it." in told
+    assert "of 5 waiting requests go before it: 3 of its own flow" in told
+    assert "Before it in its flow: 3 of chat. Other flows, which take turns by what they were served: 1 of rese" in told
     assert "fair, revision 1, ranks it by its arrival, in flow chat of weight 1." in told
     assert "All 16 slots are taken." in told
     found = get_json(signed_in(), "operator/requests/live", model="demo")
-    assert (len(found["running"]), len(found["waiting"]), found["num_waiting"]) == (16, 4, 4)
+    assert (len(found["running"]), len(found["waiting"]), found["num_waiting"]) == (16, 5, 5)
 
 
 def test_an_operator_cancels_what_waits_and_what_runs_and_nobody_else_does(fleet: FleetWriter) -> None:
