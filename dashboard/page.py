@@ -15,6 +15,7 @@ from django.views.decorators.http import require_GET
 from redis.exceptions import RedisError
 
 from dashboard.access import CONTROL_REPLICA, SWITCH_POLICY, VIEW
+from dashboard.selectors.alerts import count_firing
 from dashboard.zone import reader_zone
 from inference.models import ModelDeployment
 from scheduling.connection import live_keys, live_redis
@@ -29,6 +30,7 @@ PAGES = (
     ("fleet", "Fleet"),
     ("tenants", "Tenants"),
     ("history", "History"),
+    ("alerts", "Alerts"),
     ("audit", "Audit"),
 )
 """URL names and titles, in the order of the navigation."""
@@ -63,6 +65,7 @@ def render_page(request: HttpRequest, template: str, context: Mapping[str, Any],
         "can_switch": can_switch,
         "can_control": can_control,
         "role": "operator" if can_switch or can_control else "viewer",
+        "alerts": count_firing(),
         "zone": timezone.get_current_timezone_name(),
         "now": timezone.now(),
     }

@@ -4,7 +4,7 @@ from django.contrib.auth.views import LogoutView
 from django.urls import path
 
 from dashboard.sign_in import SignInView
-from dashboard.views import audit, commands, fleet, history, live, policies, requests, tenants
+from dashboard.views import alerts, audit, commands, fleet, history, live, policies, requests, tenants
 
 urlpatterns = [
     path("", live.live, name="dashboard"),
@@ -19,6 +19,9 @@ urlpatterns = [
     path("tenants/", tenants.tenants, name="tenants"),
     path("history/", history.history, name="history"),
     path("history/export/", history.export, name="history-export"),
+    path("alerts/", alerts.alerts, name="alerts"),
+    path("alerts/<int:alert_id>/acknowledge/", alerts.acknowledge_alert, name="acknowledge-alert"),
+    path("alerts/rules/<int:rule_id>/", alerts.edit_rule, name="edit-alert-rule"),
     path("audit/", audit.audit, name="audit"),
     path("audit/export/", audit.export, name="audit-export"),
     path("queues/<path:model>/policy/", commands.switch, name="switch-policy"),

@@ -152,6 +152,11 @@ class Alert(models.Model):
         """URL name of the page that helps."""
         return KINDS[self.kind].page if self.kind in KINDS else "dashboard"
 
+    @property
+    def lasted_s(self) -> float | None:
+        """From firing to resolving; None before."""
+        return (self.resolved_at - self.fired_at).total_seconds() if self.resolved_at and self.fired_at else None
+
 
 class AlertChannel(models.Model):
     """Where notices of alerts go."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dashboard.selectors.alerts import count_firing
 from dashboard.selectors.service import ServiceWatch
 from dashboard.state import Document, prune
 from scheduling.models import OperatorAction, PolicyRevision, Tenant
@@ -21,10 +22,11 @@ class Activity:
     tenants: list[str] = field(default_factory=list)
     actions: list[Document] = field(default_factory=list)
     service: Document = field(default_factory=dict)
+    alerts: Document = field(default_factory=dict)
 
     def document(self) -> Document:
         """As keys of the document."""
-        return {"tenants": self.tenants, "actions": self.actions, "service": self.service}
+        return {"tenants": self.tenants, "actions": self.actions, "service": self.service, "alerts": self.alerts}
 
 
 def read_activity(watch: ServiceWatch) -> Activity:
@@ -33,7 +35,7 @@ def read_activity(watch: ServiceWatch) -> Activity:
     switches = [_switch(row) for row in PolicyRevision.objects.order_by("-created_at", "-id")[:NUM_ACTIONS]]
     others = OperatorAction.objects.exclude(action__in=SWITCH_ACTIONS).order_by("-created_at", "-id")[:NUM_ACTIONS]
     actions = sorted([*switches, *map(_action, others)], key=lambda action: -action["when_s"])
-    return Activity(tenants, prune(actions[:NUM_ACTIONS]), watch.read())
+    return Activity(tenants, prune(actions[:NUM_ACTIONS]), watch.read(), count_firing())
 
 
 def _switch(row: PolicyRevision) -> Document:

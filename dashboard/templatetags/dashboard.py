@@ -8,6 +8,8 @@ from django.utils import timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
+from dashboard.alerts.judging import span as alert_span
+
 register = Library()
 NONE = "–"  # noqa: RUF001
 
@@ -38,6 +40,12 @@ def duration(seconds: float | None) -> str:
     if whole < 86_400:
         return f"{whole // 3600} h {whole % 3600 // 60} min"
     return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+
+
+@register.filter
+def span(seconds: int) -> str:
+    """Whole seconds of a setting, in the largest unit that fits."""
+    return "at once" if seconds == 0 else alert_span(seconds)
 
 
 @register.filter

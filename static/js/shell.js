@@ -1,7 +1,7 @@
 // The frame of every page: theme, the chosen model, the sign of the feed and the banner below it.
 
 import { Connection } from "./connection.js";
-import { byId, el, setText } from "./dom.js";
+import { byId, el, setAttribute, setText } from "./dom.js";
 import { Feed } from "./feed.js";
 
 const THEMES = ["auto", "light", "dark"];
@@ -29,6 +29,7 @@ export function startShell({ onState = () => {}, onTheme = () => {}, onModel = n
     latest = null;
     connection.showFaults(snapshot.state.faults);
     document.body.classList.remove("loading");
+    showFiring(snapshot.state.alerts);
     onState(snapshot);
   };
   new Feed(
@@ -40,6 +41,18 @@ export function startShell({ onState = () => {}, onTheme = () => {}, onModel = n
     },
     (status, heard) => connection.showStatus(status, heard),
   ).start();
+}
+
+/** How many alerts fire, beside the page's name; who cannot see it hears of more. */
+function showFiring(alerts) {
+  if (alerts?.firing === undefined) return;
+  const sign = byId("firing");
+  const number = sign.querySelector("b");
+  const more = alerts.firing - Number(number.textContent);
+  setText(number, String(alerts.firing));
+  setAttribute(sign, "data-unacknowledged", alerts.unacknowledged);
+  sign.hidden = alerts.firing === 0;
+  if (more > 0) announce(`${alerts.firing} ${alerts.firing === 1 ? "alert fires" : "alerts fire"}.`);
 }
 
 /** The model this page is about, "" where there is none. */
