@@ -50,7 +50,7 @@ def _end(queue: FleetQueue, request: InferenceRequest, *, attempt: int) -> list[
 
     `attempt` is the last that a worker made: its web process hears of no older one.
     """
-    keys, finish = queue.keys, Finish("cancelled", len(request.prompt_token_ids), 0)
+    keys, finish = queue.keys, Finish("cancelled", request.num_prompt_tokens, 0)
     event = unserved_event(request, state="cancelled", reason="cancelled", now_s=time.time(), error_code=CODE)
     commands: list[Command[Any]] = [
         TenantLimits(keys).settle(request.tenant, request.id, refund_tokens=request.charged_tokens),

@@ -27,7 +27,7 @@ _encode = msgspec.msgpack.encode
 
 def finish_of(request: InferenceRequest, reason: DropReason) -> Finish:
     """How a dropped request ends: with an error, before its first token."""
-    tokens = len(request.prompt_token_ids)
+    tokens = request.num_prompt_tokens
     return Finish("error", tokens, 0, error_code=reason, error_message=MESSAGES[reason])
 
 

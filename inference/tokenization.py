@@ -323,6 +323,21 @@ class TextStream:
         return text[: len(text) - keep]
 
 
+class Characters:
+    """A text stream whose tokens are characters: what is journalled of an upstream's answer, which has no token ids."""
+
+    stopped = False
+    """Stop strings are the upstream's to find."""
+
+    def push(self, token_id: int) -> str:
+        """The character."""
+        return chr(token_id)
+
+    def finish(self) -> str:
+        """Nothing is held back."""
+        return ""
+
+
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

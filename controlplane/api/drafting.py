@@ -2,17 +2,20 @@
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from controlplane.api.caller import Caller
+from controlplane.api.forwarding import count_prompt, forward_body
 from controlplane.api.openai.body import ChatBody, CompletionBody, Message, Sampling
 from controlplane.api.sampling import read_sampling
 from inference.gateway.admission import Draft
 from inference.gateway.errors import ContextLengthExceeded, InvalidRequest
 from inference.gateway.served import ServedModel
-from inference.tokenization import ChatTemplateFailed, ChatTemplateMissing
+from inference.tokenization import ChatTemplateFailed, ChatTemplateMissing, Tokenizer
 
+T = TypeVar("T")
 DEFAULT_COMPLETION_TOKENS = 16
 """`max_tokens` of `/v1/completions` where absent, as OpenAI has it."""
 DEFAULT_CHAT_TOKENS = 512
@@ -29,14 +32,17 @@ async def draft_completion(body: CompletionBody, caller: Caller, model: ServedMo
     """Raises InvalidRequest, ContextLengthExceeded or Forbidden."""
     priority = caller.choose_priority(body.priority)
     prompt = _single_prompt(body.prompt)
+    if model.spec.is_upstream:
+        return await _draft_forwarded(body, caller, model, draft_id, prompt, body.max_tokens, priority)
+    tokenizer = _tokenizer_of(model)
     if isinstance(prompt, str):
-        token_ids = await _tokenize(len(prompt), lambda: model.tokenizer.encode(prompt), "prompt")
+        token_ids = await _tokenize(len(prompt), lambda: tokenizer.encode(prompt), "prompt")
     else:
         token_ids = prompt
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < model.vocab_size:
             raise InvalidRequest(f"Token ids must be from 0 to {model.vocab_size - 1}.", param="prompt")
-    max_tokens = body.max_tokens or _rest(model, token_ids, DEFAULT_COMPLETION_TOKENS)
-    return _draft(body, caller, model, draft_id, "completions", token_ids, max_tokens, priority)
+    max_tokens = body.max_tokens or _rest(model, len(token_ids), DEFAULT_COMPLETION_TOKENS)
+    return _draft(body, caller, model, draft_id, "completions", len(token_ids), max_tokens, priority, token_ids)
 
 
 async def draft_chat(body: ChatBody, caller: Caller, model: ServedModel, draft_id: str) -> Draft:
@@ -46,10 +52,39 @@ async def draft_chat(body: ChatBody, caller: Caller, model: ServedModel, draft_i
     if body.max_tokens is not None and asked != body.max_tokens:
         raise InvalidRequest("max_tokens and max_completion_tokens differ; give one.", param="max_tokens")
     messages = [_plain_message(message, i) for i, message in enumerate(body.messages)]
+    if model.spec.is_upstream:
+        text = "\n".join(message["content"] for message in messages)
+        return await _draft_forwarded(body, caller, model, draft_id, text, asked, priority)
+    tokenizer = _tokenizer_of(model)
     size = sum(len(message["content"]) + MESSAGE_CHARACTERS for message in messages)
-    token_ids = await _tokenize(size, lambda: model.tokenizer.render_chat(messages), "messages")
-    max_tokens = asked or _rest(model, token_ids, DEFAULT_CHAT_TOKENS)
-    return _draft(body, caller, model, draft_id, "chat.completions", token_ids, max_tokens, priority)
+    token_ids = await _tokenize(size, lambda: tokenizer.render_chat(messages), "messages")
+    max_tokens = asked or _rest(model, len(token_ids), DEFAULT_CHAT_TOKENS)
+    return _draft(body, caller, model, draft_id, "chat.completions", len(token_ids), max_tokens, priority, token_ids)
+
+
+async def _draft_forwarded(
+    body: CompletionBody | ChatBody,
+    caller: Caller,
+    model: ServedModel,
+    draft_id: str,
+    prompt: str | list[int],
+    asked: int | None,
+    priority: int,
+) -> Draft:
+    """A request that an upstream server gets as it came; `prompt` is what its length is counted by."""
+    num_prompt = await _tokenize(len(prompt), lambda: count_prompt(body, prompt, model), "prompt")
+    endpoint, default = "completions", DEFAULT_COMPLETION_TOKENS
+    if isinstance(body, ChatBody):
+        endpoint, default = "chat.completions", DEFAULT_CHAT_TOKENS
+    max_tokens = asked or _rest(model, num_prompt, default)
+    draft = _draft(body, caller, model, draft_id, endpoint, num_prompt, max_tokens, priority)
+    return replace(draft, forwarded=forward_body(body, draft.sampling), estimated_prompt_tokens=num_prompt)
+
+
+def _tokenizer_of(model: ServedModel) -> Tokenizer:
+    """Of a model that is computed here."""
+    assert model.tokenizer is not None
+    return model.tokenizer
 
 
 def _draft(
@@ -58,11 +93,12 @@ def _draft(
     model: ServedModel,
     draft_id: str,
     endpoint: str,
-    token_ids: list[int],
+    num_prompt: int,
     max_tokens: int,
     priority: int,
+    token_ids: Sequence[int] = (),
 ) -> Draft:
-    if not token_ids:
+    if not num_prompt:
         param = "messages" if endpoint == "chat.completions" else "prompt"
         raise InvalidRequest("The prompt is empty.", param=param, code="empty_prompt")
     if body.stream_options is not None and not body.stream:
@@ -87,7 +123,7 @@ def _deadline_s(asked_ms: float | None, target_s: float | None) -> float | None:
     return None if patience_s is None else time.time() + patience_s
 
 
-async def _tokenize(num_characters: int, tokenize: Callable[[], list[int]], param: str) -> list[int]:
+async def _tokenize(num_characters: int, tokenize: Callable[[], T], param: str) -> T:
     try:
         if num_characters > INLINE_CHARACTERS:
             return await asyncio.to_thread(tokenize)
@@ -98,12 +134,12 @@ async def _tokenize(num_characters: int, tokenize: Callable[[], list[int]], para
         raise InvalidRequest(str(error), param=param) from error
 
 
-def _rest(model: ServedModel, token_ids: list[int], cap: int) -> int:
+def _rest(model: ServedModel, num_prompt: int, cap: int) -> int:
     """The default completion length: what the context leaves, at most `cap`."""
-    rest = model.max_model_len - len(token_ids)
+    rest = model.max_model_len - num_prompt
     if rest < 1:
         raise ContextLengthExceeded(
-            f"This model's maximum context length is {model.max_model_len} tokens; the prompt has {len(token_ids)}."
+            f"This model's maximum context length is {model.max_model_len} tokens; the prompt has {num_prompt}."
         )
     return min(cap, rest)
 

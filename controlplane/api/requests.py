@@ -129,7 +129,7 @@ async def _view(
         await _show_wait(view, gateway, model)
     else:
         tokens = await gateway.pipeline.send(model.queue.tokens(request.id))
-        view.output = await asyncio.to_thread(model.tokenizer.decode, tokens)
+        view.output = await asyncio.to_thread(model.text, tokens)
     return view
 
 

@@ -61,6 +61,14 @@ class Draft:
     user: str = ""
     reply_to: str = ""
     keep_s: int = 60
+    forwarded: bytes = b""
+    """What an upstream server is sent in place of tokens, and how long its prompt is, as counted or guessed here."""
+    estimated_prompt_tokens: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return self.estimated_prompt_tokens or len(self.prompt_token_ids)
 
 
 class AdmissionDesk:
@@ -143,7 +151,7 @@ class AdmissionDesk:
 
     async def _charge(self, draft: Draft) -> Admission:
         tenant = draft.tenant
-        tokens = len(draft.prompt_token_ids) + draft.max_tokens
+        tokens = draft.num_prompt_tokens + draft.max_tokens
         if tenant.tpm is not None and tokens > tenant.tpm:
             self.count_refusal(draft, "tokens_per_minute")
             raise InvalidRequest(
@@ -170,7 +178,7 @@ class AdmissionDesk:
 
     def _charge_command(self, draft: Draft) -> Command[Admission]:
         tenant = draft.tenant
-        tokens = len(draft.prompt_token_ids) + draft.max_tokens
+        tokens = draft.num_prompt_tokens + draft.max_tokens
         return self.limits.acquire(
             tenant.name,
             draft.id,
@@ -188,7 +196,7 @@ class AdmissionDesk:
             tenant=request.tenant,
             priority=request.priority,
             arrival_s=request.arrival_s,
-            prompt_tokens=len(request.prompt_token_ids),
+            prompt_tokens=request.num_prompt_tokens,
             max_tokens=request.max_tokens,
             deadline_s=request.deadline_s,
             share=draft.tenant.weight,
@@ -270,7 +278,7 @@ class AdmissionDesk:
 
 def check_length(draft: Draft) -> None:
     """Raises ContextLengthExceeded where prompt and completion do not fit the model's context."""
-    num_prompt, limit = len(draft.prompt_token_ids), draft.model.max_model_len
+    num_prompt, limit = draft.num_prompt_tokens, draft.model.max_model_len
     if num_prompt + draft.max_tokens > limit:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {limit} tokens. You requested {num_prompt + draft.max_tokens} "
@@ -294,9 +302,11 @@ def to_request(draft: Draft) -> InferenceRequest:
         endpoint=draft.endpoint,
         deadline_s=draft.deadline_s,
         user=draft.user,
-        charged_tokens=len(draft.prompt_token_ids) + draft.max_tokens,
+        charged_tokens=draft.num_prompt_tokens + draft.max_tokens,
         keep_s=draft.keep_s,
         traceparent=current_traceparent.get(),
+        forwarded=draft.forwarded,
+        estimated_prompt_tokens=draft.estimated_prompt_tokens,
     )
 
 

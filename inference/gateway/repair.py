@@ -8,7 +8,6 @@ from inference.gateway.pipeline import CommandPipeline
 from inference.gateway.served import ServedModel
 from inference.logprobs import read_logprobs
 from inference.messages import Finish, InferenceRequest, SequenceUpdate
-from inference.tokenization import TextStream
 from scheduling.core.sequence import TokenLogprob
 
 
@@ -32,12 +31,6 @@ async def read_missing(
         logprobs = await pipeline.send(read_logprobs(model.queue.keys, model.name, request.id))
         if len(logprobs) < len(journal):
             return None
-    texts = await asyncio.to_thread(_texts, model, request, journal)
+    texts = await asyncio.to_thread(model.texts, request.sampling, journal)
     finish = msgspec.msgpack.decode(record.finish, type=Finish) if record.finish else None
     return SequenceUpdate(request.id, record.attempt, 0, journal, texts, finish, logprobs[: len(journal)])
-
-
-def _texts(model: ServedModel, request: InferenceRequest, token_ids: list[int]) -> list[str]:
-    """The text that belongs to each token, as the worker made it."""
-    stream = TextStream.of(model.tokenizer, request.sampling)
-    return [stream.push(token_id) for token_id in token_ids]

@@ -1,20 +1,23 @@
-"""The models a web process can tokenize for, kept in step with the directory's deployments."""
+"""The models a web process can admit requests for, kept in step with the directory's deployments."""
 
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from inference.checkpoint import inspect_checkpoint
 from inference.gateway.errors import ModelNotFound, ModelUnavailable
 from inference.messages import DeploymentSpec
-from inference.tokenization import Tokenizer
+from inference.tokenization import Characters, TextStream, Tokenizer
+from scheduling.core.sequence import SamplingParams
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 
 log = logging.getLogger(__name__)
+ANY = 2**31 - 1
+"""Vocabulary and context length of an upstream server's model, which its server knows: nothing is refused here."""
 RETRY_S = 30.0
 """How often a model whose files could not be read is tried again."""
 
@@ -24,7 +27,8 @@ class ServedModel:
     """A deployment with what admission needs of it."""
 
     spec: DeploymentSpec
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None for an upstream server's model whose tokenizer is not at hand; every other has one."""
     vocab_size: int
     max_model_len: int
     """Prompt and completion together, in tokens."""
@@ -34,6 +38,22 @@ class ServedModel:
     def name(self) -> str:
         """The name clients ask for."""
         return self.spec.name
+
+    def texts(self, sampling: SamplingParams, journal: Sequence[int]) -> list[str]:
+        """The text that belongs to each entry of a request's journal, as its worker sent it."""
+        if self.spec.is_upstream:
+            stream: TextStream | Characters = Characters()
+        else:
+            assert self.tokenizer is not None
+            stream = TextStream.of(self.tokenizer, sampling)
+        return [stream.push(entry) for entry in journal]
+
+    def text(self, journal: Sequence[int]) -> str:
+        """The text of a journal so far."""
+        if self.spec.is_upstream:
+            return "".join(map(Characters().push, journal))
+        assert self.tokenizer is not None
+        return self.tokenizer.decode(journal)
 
 
 class ServedModels:
@@ -90,7 +110,15 @@ class ServedModels:
 
 
 def load_model(spec: DeploymentSpec, keys: Keys) -> ServedModel:
-    """Read tokenizer and context length of a checkpoint."""
+    """Read tokenizer and context length of a checkpoint; of an upstream server's model what there is of them."""
+    if spec.is_upstream:
+        return ServedModel(
+            spec=spec,
+            tokenizer=Tokenizer.load(Path(spec.path)) if spec.path else None,
+            vocab_size=ANY,
+            max_model_len=spec.max_model_len or ANY,
+            queue=FleetQueue(keys, spec.name),
+        )
     path = Path(spec.path)
     info = inspect_checkpoint(path)
     limit = min(spec.max_model_len or info.max_model_len, info.max_model_len)

@@ -164,8 +164,8 @@ class Answer:
 
 
 def _trail(reply: Reply) -> TokenTrail | None:
-    sampling = reply.request.sampling
-    return None if sampling.logprobs is None else TokenTrail(reply.model.tokenizer, sampling)
+    sampling, tokenizer = reply.request.sampling, reply.model.tokenizer
+    return None if sampling.logprobs is None or tokenizer is None else TokenTrail(tokenizer, sampling)
 
 
 class WrongMethod(InvalidRequest):
