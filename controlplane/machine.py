@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from socket import gethostname
@@ -25,7 +25,7 @@ from scheduling.keys import Keys
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
-REPORT_S = 1.0
+TALK_S = 0.5
 DEVICES_S = 5.0
 HOLD_S = 10.0
 """A supervisor that is silent for so long loses its machine's name to another."""
@@ -102,16 +102,20 @@ class MachineKeeper:
     async def run(self) -> None:
         """Reconcile until cancelled."""
         look = asyncio.create_task(self._follow_devices())
-        next_report_s = 0.0
+        due_s = 0.0
         try:
             while True:
-                if time.monotonic() >= next_report_s:
-                    next_report_s = time.monotonic() + REPORT_S
-                    await self._talk()
+                is_due = time.monotonic() >= due_s
+                if is_due:
+                    due_s = time.monotonic() + TALK_S
+                    await self._talk(self._listen)
+                before = self._reports()
                 try:
                     await self._step()
                 except Exception:  # a defect here must not leave the workers that run without a supervisor
                     logger.exception("The plan could not be followed; the next look tries again")
+                if self._holds and (is_due or self._reports() != before):
+                    await self._talk(self._report)
                 await asyncio.sleep(TICK_S)
         finally:
             look.cancel()
@@ -127,19 +131,21 @@ class MachineKeeper:
         except (RedisError, OSError) as error:
             logger.warning("The machine's end could not be reported: %s", error)
 
-    async def _talk(self) -> None:
-        """Read the plan and report, where Redis answers."""
+    async def _talk(self, words: Callable[[], Awaitable[None]]) -> None:
+        """Listen or report, where Redis answers."""
         try:
-            fields: Any = await self._client.hgetall(self._keys.plan)
-            self._adopt(decode_plan(fields))
-            if await self._hold():
-                await self._report()
+            await words()
         except (RedisError, OSError, msgspec.MsgspecError) as error:
             if not self._is_away:
                 logger.warning("The plan cannot be read (%s); the last one stands.", error)
             self._is_away = True
             return
         self._is_away = False
+
+    async def _listen(self) -> None:
+        fields: Any = await self._client.hgetall(self._keys.plan)
+        self._adopt(decode_plan(fields))
+        await self._hold()
 
     def _adopt(self, plan: Plan | None) -> None:
         """Take up a plan; a lost one leaves the last in force."""
@@ -152,8 +158,8 @@ class MachineKeeper:
         self._older_since_s = None
         self._plan = plan
 
-    async def _hold(self) -> bool:
-        """Whether this supervisor alone goes by the machine's name."""
+    async def _hold(self) -> None:
+        """Find out whether this supervisor alone goes by the machine's name."""
         key = self._keys.machine_holder(self._config.machine_name)
         taken = await self._client.set(key, self._holder, nx=True, px=int(1000 * HOLD_S))
         holder: Any = None if taken else await self._client.get(key)
@@ -167,15 +173,19 @@ class MachineKeeper:
                 "started there. Give this one a PENSTOCK_MACHINE of its own."
             )
             self._supervisor.say(self._detail)
-        return self._holds
 
-    async def _report(self) -> None:
-        config, now_s = self._config, time.time()
+    def _reports(self) -> list[RunningReplica]:
+        """What runs, and what of the settings an operator has stopped."""
+        wanted = self._wanted()
         stopped = [
             RunningReplica(name=own.name, model=own.model, device=own.device, own=True, state="stopped")
             for own in self._own
-            if own.name not in self._entries and own.name not in self._wanted()
+            if own.name not in self._entries and own.name not in wanted
         ]
+        return [*(entry.report() for entry in self._entries.values()), *stopped]
+
+    async def _report(self) -> None:
+        config, now_s = self._config, time.time()
         machine = Machine(
             name=config.machine_name,
             host=gethostname(),
@@ -186,7 +196,7 @@ class MachineKeeper:
             orchestrated=config.orchestrated,
             drain_s=config.drain_s,
             devices=self._devices,
-            replicas=[*(entry.report() for entry in self._entries.values()), *stopped],
+            replicas=self._reports(),
         )
         async with self._client.pipeline(transaction=True) as pipe:
             pipe.set(self._keys.machine(machine.name), msgspec.msgpack.encode(machine), px=int(1000 * MACHINE_KEEP_S))

@@ -70,7 +70,6 @@ class _Facts:
     """All that is known of one replica, and of what it should be."""
 
     name: str
-    plan: Plan
     planned: PlannedReplica | None
     machine: Machine | None
     process: RunningReplica | None
@@ -145,10 +144,11 @@ def view_fleet(
     for name in sorted(names, key=_natural):
         planned, (machine, process) = plan.replicas.get(name), placed.get(name, (None, None))
         facts = _Facts(
-            name=name, plan=plan, planned=planned, process=process, status=reporting.get(name), specs=specs,
+            name=name, planned=planned, process=process, status=reporting.get(name), specs=specs,
             now_s=now_s, machine=machine or (machines.get(planned.machine) if planned else None),
         )  # fmt: skip
-        replicas.append(_view_replica(facts))
+        if facts.is_wanted or facts.process or facts.status:
+            replicas.append(_view_replica(facts))
     models = sorted({*specs, *(replica.model for replica in replicas if replica.model)})
     return FleetView(
         revision=plan.revision,
@@ -225,9 +225,7 @@ def _describe_missing(facts: _Facts) -> str:
         return f"{name} should run on {machine.name}; its orchestrator has to start it."
     if machine.detail:
         return f"{name} should run on {machine.name}: {machine.detail}"
-    if machine.revision < facts.plan.revision:
-        return f"{name} is about to be started on {machine.name}."
-    return f"{name} should run on {machine.name}, and does not."
+    return f"{name} is about to be started on {machine.name}."
 
 
 def _describe_running(facts: _Facts) -> tuple[str, float]:

@@ -17,7 +17,7 @@ from inference.messages import ReplicaStatus
 from inference.models import ModelDeployment, Replica, WantedReplica
 from inference.plan import MACHINE_KEEP_S, SILENT_S, Machine, Plan, decode_plan, encode_plan
 from inference.room import Need, check_room, estimate_need, find_device, promised_bytes
-from inference.wanted import REPLICA_NAME
+from inference.wanted import is_replica_name
 from scheduling.audit import record_action
 from scheduling.connection import live_keys, live_redis
 from scheduling.keys import Keys
@@ -92,6 +92,17 @@ def decode_machines(packed: Iterable[bytes | None]) -> dict[str, Machine]:
         except msgspec.MsgspecError:
             continue
     return found
+
+
+def find_machine(machines: Mapping[str, Machine], name: str, *, now_s: float | None = None) -> Machine:
+    """One that reports. Raises ReplicaError."""
+    machine = machines.get(name)
+    if machine is None:
+        known = ", ".join(sorted(machines)) or "none"
+        raise ReplicaError(f"There is no machine {name[:128]}; there is {known}.", field="machine")
+    if (time.time() if now_s is None else now_s) - machine.time_s > SILENT_S:
+        raise ReplicaError(f"{name} has been silent for a while; look after it first.", field="machine")
+    return machine
 
 
 def add_replica(
@@ -208,7 +219,7 @@ def remember_commands(*, names: Iterable[str], command: str, arguments: Mapping[
     A worker that was started by hand under a name of another form is not kept.
     """
     for name in names:
-        if not REPLICA_NAME.regex.match(name):  # type: ignore[union-attr]  # compiled by the validator
+        if not is_replica_name(name):
             continue
         row = WantedReplica.objects.select_for_update().filter(name=name).first() or WantedReplica(name=name)
         row.commands = {**row.commands, KINDS[command]: [command, dict(arguments)]}
@@ -259,6 +270,8 @@ def publish_wanted() -> bool:
 
 def _find_row(name: str, machines: Mapping[str, Machine]) -> WantedReplica:
     """The row to change, made anew for a replica that only its machine's settings know. Raises ReplicaError."""
+    if not is_replica_name(name):
+        raise ReplicaError(f"No machine runs {name[:64]!r}.", missing=True)
     row = WantedReplica.objects.select_for_update().filter(name=name).first()
     runs_on = next((m.name for m in machines.values() if any(r.name == name for r in m.replicas)), "")
     if row is None and not runs_on:

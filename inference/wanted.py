@@ -1,19 +1,27 @@
 """Which replicas operators want, where, and what they told each: the desired state that machines reconcile with."""
 
+import re
+
 from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
 from django.db import models
 
 from inference.plan import PlannedReplica
 
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 REPLICA_NAME = RegexValidator(
-    r"\A[A-Za-z0-9_-]{1,64}\Z", "A replica's name has up to 64 letters, digits, and the characters _ and -."
+    rf"\A{NAME.pattern}\Z", "A replica's name has up to 64 letters, digits, and the characters _ and -."
 )
 DEVICE = RegexValidator(
     r"\A(auto|cpu|cuda(:\d+)?|(GPU|MIG)-[0-9A-Za-z/-]{1,100})\Z",
     "A device is auto, cpu, cuda, cuda:N, or the UUID of a GPU (GPU-... or MIG-...).",
 )
 MAX_DRAIN_S = 3600.0
+
+
+def is_replica_name(name: str) -> bool:
+    """Whether a replica that machines start could be called so."""
+    return NAME.fullmatch(name) is not None
 
 
 class WantedReplica(models.Model):

@@ -9,7 +9,7 @@ from ninja import NinjaAPI
 from ninja.errors import AuthenticationError, AuthorizationError, HttpError, ValidationError
 from ninja.openapi.schema import OpenAPISchema
 
-from controlplane.api import control, fleet, operators, requests, tokens
+from controlplane.api import control, fleet, operators, replicas, requests, tokens
 from controlplane.api.errors import error_body, error_headers, status_of
 from controlplane.api.openai.body import ChatBody, CompletionBody
 from inference.gateway.errors import Forbidden, GatewayError, InvalidKey, InvalidRequest, NotFound
@@ -43,6 +43,7 @@ api = NativeAPI(
 api.add_router("/v1", requests.router)
 api.add_router("/v1", fleet.router)
 api.add_router("/v1", control.router)
+api.add_router("/v1", replicas.router)
 api.add_router("/v1", operators.router)
 api.add_router("/v1", tokens.router)
 

@@ -30,13 +30,15 @@ class Controls:
         *,
         deployment: DeploymentSpec,
         drain_s: float,
+        adopted: Callable[[DeploymentSpec], None] = lambda _: None,
     ) -> None:
-        """`announce` gets name and revision of a policy that was switched on."""
+        """`announce` gets name and revision of a policy that was switched on, `adopted` a deployment's new settings."""
         self._gate = gate
         self._planner = planner
         self._sizer = sizer
         self._deployment = deployment
         self._announce = announce
+        self._adopted = adopted
         self._drain_s = drain_s
 
     def obey(self, message: ControlMessage) -> None:
@@ -88,6 +90,7 @@ class Controls:
         planner.long_prefill_threshold = deployment.long_prefill_threshold
         self._sizer.set_targets(deployment.targets)
         self._deployment = deployment
+        self._adopted(deployment)
 
 
 def _deployment(arguments: dict[str, Any]) -> DeploymentSpec:

@@ -113,7 +113,15 @@ class Engine:
             inbox=inbox,
             pipe=pipe,
             gate=gate,
-            controls=Controls(gate, planner, sizer, board.announce, deployment=spec.deployment, drain_s=spec.drain_s),
+            controls=Controls(
+                gate,
+                planner,
+                sizer,
+                board.announce,
+                deployment=spec.deployment,
+                drain_s=spec.drain_s,
+                adopted=board.adopt,
+            ),  # fmt: skip
             board=board,
             meters=meters,
             costs=costs,

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from inference.messages import BatchEvent, ReplicaStatus
+from inference.messages import BatchEvent, DeploymentSpec, ReplicaStatus
+from inference.plan import settings_digest
 from inference.worker.active import ActiveRequest
 from inference.worker.gate import Gate
 from inference.worker.intake import Intake
@@ -36,6 +37,7 @@ def first_status(spec: EngineSpec) -> ReplicaStatus:
         mode=spec.deployment.mode,
         max_batch_size=spec.deployment.max_batch_size,
         restarts=dict(spec.restarts),
+        settings=settings_digest(spec.deployment),
     )
 
 
@@ -87,6 +89,10 @@ class StatusBoard:
     def announce(self, policy: str, revision: int) -> None:
         """Show a policy before the first claim under it."""
         self._announced = (policy, revision)
+
+    def adopt(self, deployment: DeploymentSpec) -> None:
+        """Say from now on that these settings are taken up."""
+        self._first = msgspec.structs.replace(self._first, settings=settings_digest(deployment))
 
     def update(self, reporter: Reporter, active: Collection[ActiveRequest]) -> None:
         """Publish what is due; called once a step."""
