@@ -121,7 +121,7 @@ class Engine:
                 deployment=spec.deployment,
                 drain_s=spec.drain_s,
                 adopted=board.adopt,
-            ),  # fmt: skip
+            ),
             board=board,
             meters=meters,
             costs=costs,
