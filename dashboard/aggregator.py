@@ -13,6 +13,7 @@ from django.db import DatabaseError
 from redis.exceptions import RedisError
 
 from dashboard.document import DocumentBuilder, history_row
+from dashboard.fleet_document import fleet_document
 from dashboard.readings import FleetReader
 from dashboard.selectors.activity import Activity
 from dashboard.state import Document, diff, extend_history
@@ -147,7 +148,8 @@ class Aggregator:
         now_s = self._clock()
         state = {**self._state, **self._activity.document(), "time_s": round(now_s, 2)}
         try:
-            state |= self._builder.build(await self._reader.read(now_s))
+            reading = await self._reader.read(now_s)
+            state |= {**self._builder.build(reading), "fleet": fleet_document(reading)}
             self._clear_faults("redis", "dashboard")
         except (RedisError, OSError) as error:
             self._note_fault("redis", "The queue's store does not answer; figures stand as last read.", error)

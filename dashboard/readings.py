@@ -10,6 +10,7 @@ import redis.asyncio
 
 from inference.gateway.monitor import read_level
 from inference.messages import DeploymentSpec, ReplicaStatus
+from inference.plan import MACHINE_KEEP_S, Machine, Plan, decode_machines, decode_plan
 from scheduling.core.answers import QueueSnapshot
 from scheduling.core.backpressure import Assessment
 from scheduling.fleet import FleetQueue
@@ -33,6 +34,8 @@ class Reading:
     lost: Mapping[str, ReplicaStatus] = field(default_factory=dict)
     levels: Mapping[str, Assessment] = field(default_factory=dict)
     """Backpressure as the web processes agree on it."""
+    plan: Plan = field(default_factory=Plan)
+    machines: Mapping[str, Machine] = field(default_factory=dict)
 
 
 class FleetReader:
@@ -47,18 +50,22 @@ class FleetReader:
 
     async def read(self, now_s: float) -> Reading:
         """Two round trips. Raises redis.RedisError or OSError where the server is away."""
-        raw_specs, raw_names, raw_levels = await asyncio.gather(
+        raw_specs, raw_names, raw_levels, raw_plan, raw_machines = await asyncio.gather(
             self._ask("HGETALL", self._keys.deployments),
             self._ask("ZRANGE", self._keys.replicas, 0, -1),
             self._ask("HGETALL", self._keys.backpressure),
+            self._ask("HGETALL", self._keys.plan),
+            self._ask("ZRANGEBYSCORE", self._keys.machines, now_s - MACHINE_KEEP_S, "+inf"),
         )
         deployments = self._deployments(raw_specs)
         queues = [FleetQueue(self._keys, model) for model in deployments]
-        statuses, snapshots = await asyncio.gather(
+        statuses, machines, snapshots = await asyncio.gather(
             self._statuses([name.decode() for name in raw_names]),
+            self._machines([name.decode() for name in raw_machines]),
             asyncio.gather(*(aexecute(self._client, queue.snapshot()) for queue in queues)),
         )
-        self._remember(now_s, statuses)
+        plan = self._plan(raw_plan)
+        self._remember(now_s, statuses, plan)
         return Reading(
             time_s=now_s,
             deployments=deployments,
@@ -70,6 +77,8 @@ class FleetReader:
                 for name, raw in raw_levels.items()
                 if (standing := read_level(raw)) is not None
             },
+            plan=plan,
+            machines=machines,
         )
 
     async def _ask(self, *words: Any) -> Any:
@@ -97,8 +106,20 @@ class FleetReader:
                 continue
         return found
 
-    def _remember(self, now_s: float, statuses: Mapping[str, ReplicaStatus]) -> None:
+    async def _machines(self, names: list[str]) -> dict[str, Machine]:
+        return decode_machines(await self._ask("MGET", *map(self._keys.machine, names))) if names else {}
+
+    def _plan(self, raw: Mapping[bytes, bytes]) -> Plan:
+        """What operators want; nothing for a moment where Redis lost it."""
+        try:
+            return decode_plan(raw) or Plan()
+        except msgspec.MsgspecError:  # of another version; the machines report it
+            return Plan()
+
+    def _remember(self, now_s: float, statuses: Mapping[str, ReplicaStatus], plan: Plan) -> None:
         self._known.update({name: (now_s, status) for name, status in statuses.items()})
         for name, (heard_s, status) in list(self._known.items()):
-            if name not in statuses and (status.state in GONE or now_s - heard_s > FORGET_AFTER_S):
+            planned = plan.replicas.get(name)
+            is_gone = status.state in GONE or (planned is not None and planned.wanted == "stopped")
+            if name not in statuses and (is_gone or now_s - heard_s > FORGET_AFTER_S):
                 del self._known[name]

@@ -1,7 +1,7 @@
 """What machines and gpu workers are asked to run, and what machines say they run: messages in Redis, without Django."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -110,6 +110,19 @@ def decode_plan(fields: Mapping[bytes, bytes]) -> Plan | None:
         return None
     replicas = {name.decode(): _decode_planned(packed) for name, packed in fields.items() if name != REVISION}
     return Plan(revision=int(fields[REVISION]), replicas=replicas)
+
+
+def decode_machines(packed: Iterable[bytes | None]) -> dict[str, Machine]:
+    """By name; what cannot be read is of another version, and left out."""
+    found: dict[str, Machine] = {}
+    for value in packed:
+        try:
+            if value is not None:
+                machine = msgspec.msgpack.decode(value, type=Machine)
+                found[machine.name] = machine
+        except msgspec.MsgspecError:
+            continue
+    return found
 
 
 def settings_digest(spec: DeploymentSpec) -> str:

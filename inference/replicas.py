@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import msgspec
 import redis
 from django.contrib.auth.models import User
 from django.db import transaction
@@ -15,7 +14,7 @@ from redis.exceptions import RedisError
 
 from inference.messages import ReplicaStatus
 from inference.models import ModelDeployment, Replica, WantedReplica
-from inference.plan import MACHINE_KEEP_S, SILENT_S, Machine, Plan, decode_plan, encode_plan
+from inference.plan import MACHINE_KEEP_S, SILENT_S, Machine, Plan, decode_machines, decode_plan, encode_plan
 from inference.room import Need, check_room, estimate_need, find_device, promised_bytes
 from inference.wanted import is_replica_name
 from scheduling.audit import record_action
@@ -79,19 +78,6 @@ def read_machines(client: redis.Redis, keys: Keys) -> dict[str, Machine]:
     names: Any = client.zrangebyscore(keys.machines, time.time() - MACHINE_KEEP_S, "+inf")
     packed: Any = client.mget([keys.machine(name.decode()) for name in names]) if names else []
     return decode_machines(packed)
-
-
-def decode_machines(packed: Iterable[bytes | None]) -> dict[str, Machine]:
-    """By name; what cannot be read is of another version, and left out."""
-    found: dict[str, Machine] = {}
-    for value in packed:
-        try:
-            if value is not None:
-                machine = msgspec.msgpack.decode(value, type=Machine)
-                found[machine.name] = machine
-        except msgspec.MsgspecError:
-            continue
-    return found
 
 
 def find_machine(machines: Mapping[str, Machine], name: str, *, now_s: float | None = None) -> Machine:
