@@ -1,15 +1,16 @@
 """Switching the policy of a live queue: a new order is built beside the old one, then put in force by one short script.
 
-While it is built (in chunks of a few ms, in keys of a new epoch) claims and enqueues go on in the old epoch, and every
-request that comes, goes or moves is listed; the list is worked off until little is left. The last script deals with
-that rest: what left is taken out, what came is marked unplaced and placed right after. A lock that runs out fences the
-switcher: one that died blocks nobody, one that was slow finds its lock lost before it can do harm.
+While it is built (in chunks of a few ms, smaller where the server is slow, in keys of a new epoch) claims and enqueues
+go on in the old epoch, and every request that comes, goes or moves is listed; the list is worked off until little is
+left. The last script deals with that rest: what left is taken out, what came is marked unplaced and placed right after.
+A lock that runs out fences the switcher: one that died blocks nobody, one that was slow finds its lock lost before it
+can do harm.
 """
 
 import json
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +21,10 @@ from scheduling.fleet import FleetQueue, pack_rules, unpack_entry
 from scheduling.store import Command, Sent, execute
 
 LOCK_MS = 5_000
-CHUNK = 500
+CHUNK, MIN_CHUNK = 500, 60
+"""Requests of one step at most, and where the server is slow: nobody is claimed while a step runs."""
+STEP_S = 0.01
+"""A step that takes longer is followed by one of half the size, one that takes a quarter of it by a larger one."""
 REST = 200
 """Changes that the last script may find left over: about 1 ms."""
 
@@ -49,23 +53,29 @@ class SwitchResult:
     seconds: float
 
 
-def switch_policy(client: redis.Redis, queue: FleetQueue, policy: Policy, revision: int) -> SwitchResult:
+def switch_policy(
+    client: redis.Redis,
+    queue: FleetQueue,
+    policy: Policy,
+    revision: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> SwitchResult:
     """Put `policy` in force under `revision`, which must be above the active one. Loses, doubles and pauses nothing.
 
     Repeating a switch that came into force (its caller died before it knew) does nothing and succeeds. Raises
     SwitchInProgress, StaleRevision or SwitchLost, the queue being as before.
     """
-    start = time.perf_counter()
-    build = _Build(client, queue, policy, uuid.uuid4().hex)
+    start = clock()
+    build = _Build(client, queue, policy, uuid.uuid4().hex, clock)
     if not build.begin(revision):
-        return SwitchResult(0, time.perf_counter() - start)
+        return SwitchResult(0, clock() - start)
     try:
         build.fill()
         moved = build.flip(revision)
     finally:
         build.end()
     place_unplaced(client, queue)
-    return SwitchResult(moved, time.perf_counter() - start)
+    return SwitchResult(moved, clock() - start)
 
 
 def place_unplaced(client: redis.Redis, queue: FleetQueue) -> int:
@@ -97,11 +107,20 @@ def _read_step(reply: Any) -> _Read:
 class _Build:
     """An epoch while it is built."""
 
-    def __init__(self, client: redis.Redis, queue: FleetQueue, policy: Policy, token: str) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        queue: FleetQueue,
+        policy: Policy,
+        token: str,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.client = client
         self.queue = queue
         self.policy = policy
         self.token = token
+        self.clock = clock
+        self.chunk = CHUNK
         self.epoch = 0
         self.read = 0
         """How much of the list of changes was worked off."""
@@ -126,9 +145,11 @@ class _Build:
         placed = self._place(())
         rows, position, changes = self._step(placed, "scan", -1)
         while position:
+            sent_s = self.clock()
             with Sent(self.client, self._command(placed, "scan", position, known=changes)) as step:
                 placed = self._place(rows)
                 rows, position, changes = step.result()
+            self._size_chunk(self.clock() - sent_s)
         for last in (placed, self._place(rows)):
             self._step(last, "changes", self.read, limit=0)
 
@@ -157,6 +178,12 @@ class _Build:
                 self._step(self._place(rows), "changes", self.read, limit=0)
                 return
 
+    def _size_chunk(self, step_s: float) -> None:
+        if step_s > STEP_S:
+            self.chunk = max(MIN_CHUNK, self.chunk // 2)
+        elif step_s < STEP_S / 4:
+            self.chunk = min(CHUNK, self.chunk * 2)
+
     def _place(self, rows: Iterable[tuple[bytes, bytes]]) -> list[Any]:
         """Rows (id, packed entry or b"" if gone) as words of the script: what to take out, and what to put where."""
         flows: dict[str, list[Any]] = {}
@@ -181,18 +208,20 @@ class _Build:
             words += (flow, repr(self.weights[flow][1]), len(members), *members)
         return words
 
-    def _step(self, placed: Iterable[Any], source: str, position: int, *, limit: int = CHUNK, known: int = 0) -> _Read:
-        """Put what was placed into the new epoch and take out what is gone; read the next rows.
+    def _step(
+        self, placed: Iterable[Any], source: str, position: int, *, limit: int | None = None, known: int = 0
+    ) -> _Read:
+        """Put what was placed into the new epoch and take out what is gone; read the next rows (None: a chunk).
 
         `known`: how many changes the last scan answered. Repeating a step does no harm.
         """
         return execute(self.client, self._command(placed, source, position, limit=limit, known=known))
 
     def _command(
-        self, placed: Iterable[Any], source: str, position: int, *, limit: int = CHUNK, known: int = 0
+        self, placed: Iterable[Any], source: str, position: int, *, limit: int | None = None, known: int = 0
     ) -> Command[_Read]:
-        args = (self.token, LOCK_MS, self.epoch, source, position, limit, known, *placed)
-        return self.queue.script("switch_build", _read_step, *args)
+        args = (self.token, LOCK_MS, self.epoch, source, position, self.chunk if limit is None else limit, known)
+        return self.queue.script("switch_build", _read_step, *args, *placed)
 
     def _script(self, name: str, *args: Any) -> Command[Any]:
         return self.queue.script(name, lambda reply: reply, self.token, *args)

@@ -264,3 +264,25 @@ def test_requests_that_come_or_leave_while_a_switch_reads_hide_no_other_from_it(
                 waited -= {request.id for request in claimed.requests}
         rows, position, known = build._step(nothing, "scan", position, limit=7, known=known)
     assert waited <= read
+
+
+def test_a_slow_server_is_given_smaller_steps_so_that_claims_come_between_them(
+    store: redis.Redis, queue: FleetQueue
+) -> None:
+    def count_steps(revision: int, step_s: float) -> int:
+        now_s = 0.0
+
+        def clock() -> float:
+            nonlocal now_s
+            now_s += step_s
+            return now_s
+
+        before = int(store.info("commandstats")["cmdstat_evalsha"]["calls"])
+        assert switch_policy(store, queue, build_policy("priority"), revision, clock).moved == 3000
+        return int(store.info("commandstats")["cmdstat_evalsha"]["calls"]) - before
+
+    enqueue(store, queue, range(3000))
+    quick, slow = count_steps(1, 0.001), count_steps(2, 1.0)
+    assert quick < 3000 / switch.CHUNK + 10
+    assert slow > 2 * 3000 / switch.CHUNK + 10
+    assert Counter(drain(store, queue)) == Counter(entry_of(number).id for number in range(3000))
