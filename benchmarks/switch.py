@@ -1,6 +1,9 @@
 """Switches the policy of a queue in Redis while it is claimed from: how long until every claimer works by the new one.
 
-`python -m benchmarks.switch [--queued 10000] [--rounds 9] [--claimers 4] [--json FILE]`
+    python -m benchmarks.switch [--queued 10000] [--rounds 9] [--claimers 4] [--json FILE]
+
+Beside the longest claim stands what the server says (LATENCY) that it was held up for meanwhile: by a script, which a
+claim had to wait for, and by anything else (a fork for its append-only file, a write of it).
 """
 
 import argparse
@@ -106,6 +109,8 @@ def measure(server: RedisServer, num_queued: int, num_claimers: int, revision: i
         stop.wait(PAUSE_S)
     for claimer in claimers:
         claimer.longest_claim_s = 0.0
+    client.config_set("latency-monitor-threshold", 1)
+    client.execute_command("LATENCY", "RESET")
     started = time.perf_counter()
     result = switch_policy(client, queue, build_policy(POLICIES[revision % len(POLICIES)]), revision)
     while not all(revision in claimer.seen for claimer in claimers):
@@ -113,6 +118,7 @@ def measure(server: RedisServer, num_queued: int, num_claimers: int, revision: i
     stop.set()
     for thread in threads:
         thread.join()
+    held_up = _held_up_ms(client)
     got = Counter([id_ for claimer in claimers for id_ in claimer.ids] + drain(client, queue))
     if got != Counter(ids):
         raise RuntimeError(f"{len(set(ids) - got.keys())} requests were lost and {got.total() - len(got)} doubled.")
@@ -120,7 +126,16 @@ def measure(server: RedisServer, num_queued: int, num_claimers: int, revision: i
         "switch_ms": 1000 * result.seconds,
         "everywhere_ms": 1000 * (max(claimer.seen[revision] for claimer in claimers) - started),
         "longest_claim_ms": 1000 * max(claimer.longest_claim_s for claimer in claimers),
+        "longest_script_ms": max(held_up.pop("command", 0.0), held_up.pop("fast-command", 0.0)),
+        "longest_other_ms": max(held_up.values(), default=0.0),
     }
+
+
+def _held_up_ms(client: redis.Redis) -> dict[str, float]:
+    """Event -> the longest time for which the server did nothing else, of those of 1 ms and more."""
+    events = client.execute_command("LATENCY", "LATEST")
+    client.config_set("latency-monitor-threshold", 0)
+    return {event[0].decode(): float(event[3]) for event in events}
 
 
 def main() -> None:
