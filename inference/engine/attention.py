@@ -17,9 +17,18 @@ from inference.engine.native import BoundBatch, Heads
 
 NAME = "penstock_paged"
 
-DecodeKernel = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, int, float], torch.Tensor
-]
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a layer weighs keys: by products times `scale`, those of the last `window` tokens; 0 is no limit."""
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    """Products come no higher than this; 0 is no limit."""
+
+
+DecodeKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Rule], torch.Tensor]
 """See paged_triton.attend_decodes."""
 
 
@@ -34,9 +43,7 @@ class Context(Protocol):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scale: float,
-        window: int,
-        softcap: float,
+        rule: Rule,
     ) -> torch.Tensor:
         """Write keys and values [1, kv_heads, T, head_dim]; [T, heads, head_dim] for query [1, heads, T, head_dim]."""
 
@@ -120,13 +127,11 @@ class PagedContext:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scale: float,
-        window: int,
-        softcap: float,
+        rule: Rule,
     ) -> torch.Tensor:
         """By our kernels, or in plain torch on any device."""
         attend = _attend_padded if self.kernels is None else _attend_native
-        return attend(self, layer, query, key, value, scale, window, softcap)
+        return attend(self, layer, query, key, value, rule)
 
 
 def paged_attention_forward(
@@ -154,8 +159,8 @@ def paged_attention_forward(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     paged.layers_seen.append(layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    window, cap = int(sliding_window or 0), float(softcap or 0.0)
-    return paged.attend(layer, query, key, value, scale, window, cap)[None], None
+    rule = Rule(scale, int(sliding_window or 0), float(softcap or 0.0))
+    return paged.attend(layer, query, key, value, rule)[None], None
 
 
 def _attend_native(
@@ -164,9 +169,7 @@ def _attend_native(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
+    rule: Rule,
 ) -> torch.Tensor:
     """The compiled kernel: reads the blocks where they lie."""
     assert paged.kernels is not None
@@ -177,7 +180,7 @@ def _attend_native(
     if key.shape[1:] != (keys.shape[1], tokens, head_dim) or value.shape != key.shape or keys.shape[2] != head_dim:
         raise ModelLoadError("The heads of this model are not alike in number or size over its layers.")
     out = torch.empty((tokens, heads, head_dim))
-    shape = Heads(heads, keys.shape[1], head_dim, window, scale, softcap)
+    shape = Heads(heads, keys.shape[1], head_dim, rule.window, rule.scale, rule.softcap)
     strides = (ctypes.c_long * 6)(*(t.stride(d) for t in (query, key, value) for d in (2, 1)))
     paged.kernels.paged_attention(
         ctypes.addressof(shape), paged.bound.address, query.data_ptr(), key.data_ptr(), value.data_ptr(),
@@ -192,9 +195,7 @@ def _attend_padded(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
+    rule: Rule,
 ) -> torch.Tensor:
     """Plain torch, on any device: gathers the contexts of a group and attends under a mask."""
     keys, values = paged.cache.keys[layer], paged.cache.values[layer]
@@ -204,9 +205,9 @@ def _attend_padded(
     for group in paged.groups:
         if paged.decode is not None and group.rows.shape[1] == 1:
             asked = query[0].transpose(0, 1)[group.tokens]
-            found = paged.decode(asked, keys, values, group.tables, group.contexts, scale, window, softcap)
+            found = paged.decode(asked, keys, values, group.tables, group.contexts, rule)
         else:
-            found = _attend_group(query[0], keys, values, group, scale, window, softcap)
+            found = _attend_group(query[0], keys, values, group, rule)
         out[group.tokens] = found
     return out
 
@@ -216,29 +217,31 @@ def _attend_group(
     keys: torch.Tensor,
     values: torch.Tensor,
     group: Group,
-    scale: float,
-    window: int,
-    softcap: float,
+    rule: Rule,
 ) -> torch.Tensor:
     q = query[:, group.rows].transpose(0, 1)
     k = keys[group.tables].permute(0, 2, 1, 4, 3).flatten(2, 3).masked_fill(group.dead, 0)
     v = values[group.tables].transpose(1, 2).flatten(2, 3).masked_fill(group.dead, 0)
     repeat = query.shape[0] // k.shape[1]
-    if group.whole and not window and not softcap:
+    if group.whole and not rule.window and not rule.softcap:
         k, v = k[:, :, : group.whole], v[:, :, : group.whole]
-        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=repeat > 1)
+        found = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=rule.scale, enable_gqa=repeat > 1
+        )
         return found.transpose(1, 2).flatten(0, 1)[group.real]
     at = torch.arange(k.shape[2], device=query.device)
     positions = group.positions[:, None, :, None]
     visible = at <= positions
-    if window:
-        visible = visible & (at > positions - window)
-    if softcap:
-        scores = q @ k.repeat_interleave(repeat, 1).transpose(2, 3) * scale
-        scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~visible, float("-inf"))
+    if rule.window:
+        visible = visible & (at > positions - rule.window)
+    if rule.softcap:
+        scores = q @ k.repeat_interleave(repeat, 1).transpose(2, 3) * rule.scale
+        scores = (torch.tanh(scores / rule.softcap) * rule.softcap).masked_fill(~visible, float("-inf"))
         found = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v.repeat_interleave(repeat, 1)
     else:
-        found = functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=repeat > 1)
+        found = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, scale=rule.scale, enable_gqa=repeat > 1
+        )
     return found.transpose(1, 2).flatten(0, 1)[group.real]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from inference.engine.attention import DecodeKernel
+from inference.engine.attention import DecodeKernel, Rule
 from inference.engine.batch import StepBatch
 from inference.engine.kv_cache import BLOCK_SIZE, KVCache
 from inference.engine.modules import ModulesForward
@@ -33,9 +33,7 @@ class DecodeContext:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scale: float,
-        window: int,
-        softcap: float,
+        rule: Rule,
     ) -> torch.Tensor:
         """Write this step's keys and values, and attend; see attention.PagedContext."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
@@ -43,7 +41,7 @@ class DecodeContext:
         keys[blocks, :, :, offsets] = key[0].transpose(0, 1)
         values[blocks, :, offsets] = value[0].transpose(0, 1)
         asked = query[0].transpose(0, 1)
-        return self._attend(asked, keys, values, self._tables, self._contexts, scale, window, softcap)
+        return self._attend(asked, keys, values, self._tables, self._contexts, rule)
 
 
 class GraphedForward:

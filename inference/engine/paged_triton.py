@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from inference.engine.attention import Rule
 from inference.engine.kv_cache import BLOCK_SIZE
 
 TOKENS = 64
@@ -70,9 +71,7 @@ def attend_decodes(
     values: torch.Tensor,
     tables: torch.Tensor,
     contexts: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
+    rule: Rule,
 ) -> torch.Tensor:
     """query [S, heads, head_dim] over a layer of the cache; tables [S, blocks], contexts [S] with the new token.
 
@@ -86,8 +85,8 @@ def attend_decodes(
     tops, totals = (query.new_empty((sequences, heads, splits), dtype=torch.float32) for _ in range(2))
     grid: Any = (sequences, kv_heads, splits)
     _attend[grid](
-        query.contiguous(), keys, values, tables, contexts.contiguous(), sums, tops, totals, scale, softcap, window,
-        tables.stride(0), kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim,
+        query.contiguous(), keys, values, tables, contexts.contiguous(), sums, tops, totals, rule.scale, rule.softcap,
+        rule.window, tables.stride(0), kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim,
         PADDED=max(16, triton.next_power_of_2(dim)), BLOCK=BLOCK_SIZE, TOKENS=TOKENS, SPLITS=splits,
     )  # fmt: skip
     shares = torch.exp(tops - tops.amax(-1, keepdim=True))

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+from abc import ABCMeta, abstractmethod
 from types import FrameType
 from typing import Any
 
@@ -24,7 +25,11 @@ def replica_of(node: str) -> str | None:
     return name.removeprefix(NODE_PREFIX) if name.startswith(NODE_PREFIX) else None
 
 
-class EngineStep(bootsteps.StartStopStep):
+class AbstractStepType(bootsteps.StepType, ABCMeta):
+    """Celery's metaclass of steps, which makes none that lacks a method."""
+
+
+class EngineStep(bootsteps.StartStopStep, metaclass=AbstractStepType):
     """A step of the worker, not of its consumer: those start anew whenever the broker is lost."""
 
     requires = ("celery.worker.components:Pool",)
@@ -36,9 +41,9 @@ class EngineStep(bootsteps.StartStopStep):
         self._handlers: dict[int, Any] = {}
         worker.engine = None
 
+    @abstractmethod
     def options(self, replica: str) -> SupervisorOptions:
         """What the engine is started with."""
-        raise NotImplementedError
 
     def include_if(self, worker: Any) -> bool:
         """Only in gpu workers."""

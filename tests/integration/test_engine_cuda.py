@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from inference.engine.attention import Rule
 from inference.engine.batch import build_batch
 from inference.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from inference.engine.loading import load_config, load_model
@@ -64,7 +65,7 @@ def check_kernel(case: Any, device: str, dtype: torch.dtype = torch.float32) -> 
         expected.append(expected_attention(query[i].float(), k.float(), v.float(), 0.2, case))
     found = attend_decodes(
         query.to(device), cache.keys[0], cache.values[0], tables.to(device), torch.tensor(contexts, device=device),
-        0.2, case["window"], case["softcap"],
+        Rule(0.2, case["window"], case["softcap"]),
     )  # fmt: skip
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.float().cpu(), torch.stack(expected), atol=tolerance, rtol=tolerance)
