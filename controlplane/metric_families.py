@@ -38,6 +38,8 @@ class FleetReading:
     tenants: Sequence[str] = ()
     """Those with a name of their own."""
     time_s: float = 0.0
+    alerts: Sequence[tuple[str, str, int]] | None = None
+    """Rules with their severity and how many of their alerts fire; None where nobody has judged them lately."""
 
 
 def render_metrics(reading: FleetReading) -> bytes:
@@ -63,6 +65,7 @@ class FleetCollector(Collector):
             PREFIX + "history_waiting", "Entries that the database lacks yet.", self._reading.history_waiting
         )
         yield _build()
+        yield from self._alerts()
         yield from self._queues()
         yield from self._totals()
         yield from self._refusals()
@@ -72,6 +75,14 @@ class FleetCollector(Collector):
         yield from _replica_counters(replicas)
         yield from _latencies(replicas)
         yield from _devices(replicas)
+
+    def _alerts(self) -> Iterator[Metric]:
+        """None at all where the ops worker is away: an old count would say that nothing fires."""
+        if self._reading.alerts is not None:
+            firing = _gauge("alerts_firing", "Alerts that fire, by rule.", ["rule", "severity"])
+            for rule, severity, num in self._reading.alerts:
+                firing.add_metric([rule, severity], num)
+            yield firing
 
     def _queues(self) -> Iterator[Metric]:
         running = _gauge("num_requests_running", "Requests in a batch.", MODEL)
@@ -183,6 +194,8 @@ def _replica_counters(replicas: Sequence[ReplicaStatus]) -> Iterator[Metric]:
     restarts = _counter("engine_restarts", "Engine processes started again, by reason.", [*REPLICA, "reason"])
     prefix = _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", REPLICA)
     hits = _counter("prefix_cache_hits", "Prompt tokens found there.", REPLICA)
+    drafted = _counter("spec_decode_num_draft_tokens", "Guessed tokens that were verified.", REPLICA)
+    accepted = _counter("spec_decode_num_accepted_tokens", "Guessed tokens that were right.", REPLICA)
     for replica in replicas:
         labels = [replica.model, replica.replica]
         prompt.add_metric(labels, replica.prompt_tokens)
@@ -191,11 +204,13 @@ def _replica_counters(replicas: Sequence[ReplicaStatus]) -> Iterator[Metric]:
         steps.add_metric(labels, replica.steps)
         prefix.add_metric(labels, replica.prefix_tokens)
         hits.add_metric(labels, replica.prefix_hit_tokens)
+        drafted.add_metric(labels, replica.draft_tokens)
+        accepted.add_metric(labels, replica.accepted_tokens)
         for reason in RESTARTS:
             restarts.add_metric([*labels, reason], replica.restarts.get(reason, 0))
         for reason, count in replica.finished.items():
             ended.add_metric([*labels, reason], count)
-    yield from (prompt, generated, preempted, ended, steps, restarts, prefix, hits)
+    yield from (prompt, generated, preempted, ended, steps, restarts, prefix, hits, drafted, accepted)
 
 
 def _latencies(replicas: Sequence[ReplicaStatus]) -> Iterator[Metric]:

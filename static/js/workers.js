@@ -74,6 +74,9 @@ function updateWorker(node, [name, r], now) {
 
 const control = (node) => node.parentElement === null || node.parentElement.dataset.control !== undefined;
 
+const guesses = (r) =>
+  `${percent(r.accepted_tokens / r.draft_tokens)} right, ${rate(r.accepted_per_step)} accepted a step`;
+
 export function facts(r, now) {
   if (r.state === "lost") return [];
   const t = r.telemetry;
@@ -86,6 +89,7 @@ export function facts(r, now) {
       r.kv_blocks_total ? r.kv_blocks_used / r.kv_blocks_total : 0,
     ],
     ["preempted", count(r.preemptions)],
+    ...(r.draft_tokens ? [["guesses", guesses(r)]] : []),
     ["policy seen", `${r.policy ? `${r.policy}, ` : ""}revision ${r.policy_revision}`],
     ["up", duration(Math.max(0, Math.round(now - r.started_s)))],
   ];
@@ -140,6 +144,8 @@ const VERBS = {
   "key.revoke": "revoked key",
   "deployment.create": "deployed model",
   "deployment.update": "changed model",
+  "alert.acknowledge": "acknowledged the alert",
+  "alertrule.update": "changed the alert rule",
 };
 
 export function drawActions(parent, actions, now) {

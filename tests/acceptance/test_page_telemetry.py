@@ -19,11 +19,12 @@ READ = Telemetry(
 
 def test_a_worker_shows_its_gpu_a_silent_driver_and_a_lost_device(visit: Visit, fleet: FleetWriter) -> None:
     page = visit()
-    status = replace(fleet.status("gpu-nvml"), telemetry=READ)
+    status = replace(fleet.status("gpu-nvml"), telemetry=READ, steps=200, draft_tokens=600, accepted_tokens=450)
     fleet.publish(status)
     worker = page.locator(".worker", has_text="gpu-nvml")
     expect(worker).to_contain_text("Stand-in A1, instance 3, compute 0")
     expect(worker).to_contain_text("312 of 400 W")
+    expect(worker).to_contain_text("75 % right, 2.3 accepted a step")
     expect(worker).to_contain_text(re.compile(r"1,410 MHz.*memory errors\s*2", re.DOTALL))
     fleet.publish(replace(status, telemetry=replace(READ, stale_s=42.0)))
     expect(worker).to_contain_text("42 s ago: the driver does not answer")

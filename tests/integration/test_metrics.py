@@ -35,6 +35,8 @@ def scrape(replica: ReplicaStatus | None = None, **fields: Any) -> Samples:
         kv_blocks_total=100,
         kv_blocks_used=25,
         output_tokens=7,
+        draft_tokens=9,
+        accepted_tokens=6,
         finished={"stop": 3, "length": 2},
         restarts={"hung": 2},
         slots=[Slot("r1", "acme", 3, 1, 1, 9), Slot("r2", "tail", 3, 1, 1, 9)],
@@ -77,6 +79,8 @@ def test_queue_and_replica_are_shown() -> None:
     assert samples["replica_state", (model, replica, ("state", "ready"))] == 1
     assert samples["replica_state", (model, replica, ("state", "failed"))] == 0
     assert samples["generation_tokens_total", (model, replica)] == 7
+    assert samples["spec_decode_num_draft_tokens_total", (model, replica)] == 9
+    assert samples["spec_decode_num_accepted_tokens_total", (model, replica)] == 6
 
 
 def test_histograms_are_cumulative_to_infinity() -> None:
