@@ -29,11 +29,14 @@ PAGES = (
     ("policies", "Policies"),
     ("fleet", "Fleet"),
     ("tenants", "Tenants"),
+    ("offline", "Offline"),
     ("history", "History"),
     ("alerts", "Alerts"),
     ("audit", "Audit"),
 )
 """URL names and titles, in the order of the navigation."""
+OWN_PAGES = {"tokens": "API tokens"}
+"""Reached by one's name."""
 
 View = Callable[..., HttpResponseBase]
 
@@ -59,7 +62,7 @@ def render_page(request: HttpRequest, template: str, context: Mapping[str, Any],
     frame = {
         "page": page,
         "pages": PAGES,
-        "page_title": dict(PAGES)[page],
+        "page_title": {**OWN_PAGES, **dict(PAGES)}[page],
         "models": _models_of(request),
         "model": chosen_model(request),
         "can_switch": can_switch,

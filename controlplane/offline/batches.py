@@ -7,12 +7,14 @@ import uuid
 from datetime import timedelta
 from typing import Any
 
+from django.contrib.auth.models import User
 from django.db import transaction
 from django.utils import timezone
 
 from controlplane.models import Batch, BatchLine
 from controlplane.offline.files import ACTIVE, content_path, find_file, store_file
 from inference.gateway.errors import InvalidRequest, NotFound
+from scheduling.audit import record_action
 
 WINDOW = timedelta(hours=24)
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
@@ -62,6 +64,18 @@ def cancel_batch(batch: Batch) -> Batch:
         reach(one, Batch.Status.CANCELLING)
     batch.refresh_from_db()
     return batch
+
+
+@transaction.atomic
+def cancel_for_operator(batch: Batch, *, actor: User, reason: str) -> Batch:
+    """`cancel_batch`, written into the audit trail. Raises InvalidRequest."""
+    before = batch.status
+    cancelled = cancel_batch(batch)
+    after = {"status": cancelled.status, "tenant": batch.tenant}
+    record_action(
+        actor=actor, action="batch.cancel", target=batch.id, before={"status": before}, after=after, reason=reason
+    )
+    return cancelled
 
 
 def reach(batch: Batch, status: Batch.Status, **changes: Any) -> bool:

@@ -4,9 +4,10 @@ from datetime import datetime
 from typing import Any
 
 from django.template import Context, Library
+from django.template.loader import render_to_string
 from django.utils import timezone
 from django.utils.html import format_html
-from django.utils.safestring import SafeString
+from django.utils.safestring import SafeString, mark_safe
 
 from dashboard.alerts.judging import span as alert_span
 
@@ -86,6 +87,25 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@register.filter
+def words(name: str) -> str:
+    """`in_progress` as people write it."""
+    return name.replace("_", " ")
+
+
+@register.simple_block_tag(end_name="endrows")
+def rows(content: str, title: str, *columns: Any, **options: str) -> SafeString:
+    """A table that scrolls within the page, named by the element whose id is `title` (or by the option `label`).
+
+    A column is its heading: `#` before it aligns numbers, `-` keeps it for who listens. Lists of columns are joined on.
+    Options: `id`, `css`, `hidden`.
+    """
+    names = [name for column in columns for name in (column if isinstance(column, list) else [column])]
+    shown = [{"title": str(name).lstrip("#-"), "num": name[:1] == "#", "hidden": name[:1] == "-"} for name in names]
+    context = {"content": content, "title": title, "columns": shown, **options}
+    return mark_safe(render_to_string("dashboard/parts/rows.html", context))  # noqa: S308
 
 
 @register.simple_tag(takes_context=True)

@@ -62,7 +62,7 @@ def operators_only(permission: str, *, with_reason: bool = True) -> Callable[[Vi
                 return refuse(401, "Your session has ended. Sign in again and repeat.")
             if not request.user.has_perm(permission):
                 return refuse(403, "Your account may look but not switch. Ask an administrator for the group operator.")
-            if with_reason and not 0 < len(_reason(request)) <= MAX_REASON:
+            if with_reason and not 0 < len(reason_of(request)) <= MAX_REASON:
                 return refuse(400, f"Give a reason of at most {MAX_REASON} characters: it is kept in the audit trail.")
             try:
                 return view(request, **arguments)
@@ -89,7 +89,7 @@ def switch(request: HttpRequest, *, model: str) -> JsonResponse:
             return refuse(400, next(iter(problems.values())), fields=problems)
         order: dict[str, Any] = {
             "model": model, "name": name, "params": params,
-            "actor": _actor(request), "reason": _reason(request), "announce": _announce,
+            "actor": _actor(request), "reason": reason_of(request), "announce": _announce,
         }  # fmt: skip
         revision = switch_policy(**order) if guard is None else switch_under_guard(guard, **order)[0]
     except PolicyError as error:
@@ -144,7 +144,7 @@ def control(request: HttpRequest, *, replica: str, command: str) -> JsonResponse
             command=command,
             send=send_control,
             actor=_actor(request),
-            reason=_reason(request),
+            reason=reason_of(request),
             **arguments,
         )
     except (RedisError, OSError):
@@ -161,7 +161,7 @@ def cancel(request: HttpRequest, *, request_id: str) -> JsonResponse:
     """Take a request out of the queue, or stop it where it runs."""
     try:
         was = cancel_request(
-            request_id=request_id, models=list_models(), actor=_actor(request), reason=_reason(request)
+            request_id=request_id, models=list_models(), actor=_actor(request), reason=reason_of(request)
         )
     except (RedisError, OSError):
         return refuse(503, "The queue's store does not answer, so the request could not be cancelled. Try again.")
@@ -181,7 +181,7 @@ def _announce(revision: PolicyRevision) -> Mapping[str, Any]:
     return announce_policy(revision, send_control)
 
 
-def _reason(request: HttpRequest) -> str:
+def reason_of(request: HttpRequest) -> str:
     """Without NUL, which PostgreSQL refuses: else what was done already would lack its row in the audit trail."""
     return request.POST.get("reason", "").replace("\0", "").strip()
 

@@ -14,6 +14,11 @@ ROWS = 50
 STATES = ("finished", "failed", "cancelled")
 PRIORITIES = tuple(level.name.lower() for level in Priority)
 MAX_TENANTS = 500
+COLUMNS = (
+    "Ended", "Request", "State", "Tenant", "Priority", "Model", "#Prompt", "#Output", "#TTFT", "#End to end",
+    "Replica", "Policy",
+)  # fmt: skip
+"""The model's where requests of several are shown."""
 
 
 @viewers_only
@@ -25,6 +30,7 @@ def requests(request: HttpRequest) -> HttpResponse:
     page = search_requests(wanted, after=after, limit=ROWS)
     num = count_requests(wanted)
     context = {
+        "columns": [title for title in COLUMNS if title != "Model" or not wanted.model],
         "rows": page.rows,
         "next": page.next,
         "newer": after is not None,

@@ -10,5 +10,10 @@ from dashboard.selectors.tenants import WINDOWS, read_tenants
 @viewers_only
 def tenants(request: HttpRequest) -> HttpResponse:
     """Figures as of now; a script draws them anew every few seconds."""
-    context = {"view": read_tenants(list_models(), timezone.now()), "windows": list(WINDOWS)}
+    context = {
+        "view": read_tenants(list_models(), timezone.now()),
+        "windows": list(WINDOWS),
+        "sla_columns": [title for window in WINDOWS for title in (f"#within, {window}", "#budget")],
+        "refused_columns": [f"last {window}" for window in WINDOWS],
+    }
     return render_page(request, "dashboard/tenants.html", context, page="tenants")

@@ -1,0 +1,1 @@
+"""Pages of the dashboard over what only the control plane knows: operators' tokens and tenants' offline work."""
