@@ -129,13 +129,25 @@ class FleetQueue:
         return self.script("journal", _read_ids, owner, *words)
 
     def finish(
-        self, owner: str, request_id: str, attempt: int, *, state: str, used_tokens: int, finish: bytes, output: str
+        self,
+        owner: str,
+        request_id: str,
+        attempt: int,
+        *,
+        state: str,
+        used_tokens: int,
+        finish: bytes,
+        output: str,
+        prompt_tokens: int | None = None,
     ) -> Command[bool]:
         """End a request: give up its lease, correct its flow by the tokens really used, keep its record a while.
 
-        False where `owner` and `attempt` no longer hold it.
+        `prompt_tokens` of those used are the prompt's; None: as many as were said when it came. False where `owner` and
+        `attempt` no longer hold it.
         """
-        return self.script("finish", bool, owner, request_id, attempt, state, used_tokens, finish, output)
+        return self.script(
+            "finish", bool, owner, request_id, attempt, state, used_tokens, finish, output, prompt_tokens
+        )
 
     def cancel(self, request_id: str) -> Command[Cancelled]:
         """Take a waiting request out of the queue, or tell a running one's owner to stop it."""

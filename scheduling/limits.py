@@ -72,7 +72,10 @@ class TenantLimits:
         return self._script("acquire", read, tenant, request_id, rpm, tpm, concurrency, tokens, now, tpd)
 
     def settle(self, tenant: str, request_id: str, *, refund_tokens: int, now: float | None = None) -> Command[None]:
-        """At a request's end: give back its slot and the tokens not used, up to a full bucket. Once per request."""
+        """At a request's end: give back its slot and the tokens not used, up to a full bucket. Once per request.
+
+        Below 0 it takes what was used beyond the charge; the bucket then fills from less than nothing.
+        """
         return self._script("settle", _read_nothing, tenant, request_id, 0, refund_tokens, now)
 
     def cancel_charge(self, tenant: str, request_id: str, *, tokens: int, now: float | None = None) -> Command[None]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import msgspec
 
 from inference.messages import Finish, FinishReason, InferenceRequest, MarkKind, RequestEvent, Slot, State
-from inference.tokenization import TextStream
+from inference.tokenization import Characters, TextStream
 from inference.worker.timeline import Timeline
 from scheduling.core.answers import ClaimedRequest
 from scheduling.core.request import Priority
@@ -36,7 +36,13 @@ class ActiveRequest:
     """Created when the loop takes a claimed request; belongs to the loop's thread until it is ended."""
 
     def __init__(
-        self, request: InferenceRequest, claimed: ClaimedRequest, stream: TextStream, *, owner: str, now_s: float
+        self,
+        request: InferenceRequest,
+        claimed: ClaimedRequest,
+        stream: TextStream | Characters,
+        *,
+        owner: str,
+        now_s: float,
     ) -> None:
         self.request = request
         self.owner = owner
@@ -108,6 +114,16 @@ class ActiveRequest:
         return "".join(self.texts)
 
     @property
+    def num_new_tokens(self) -> int:
+        """Output tokens of this attempt."""
+        return self.sequence.num_output_tokens - self.num_resumed
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt, as far as it is known by now."""
+        return self.sequence.num_prompt_tokens
+
+    @property
     def used_tokens(self) -> int:
         return len(self.sequence.tokens)
 
@@ -169,11 +185,17 @@ def open_request(
     new_stream: Callable[[SamplingParams], TextStream],
     now_s: float,
 ) -> ActiveRequest:
-    """Read a claimed request's body. One that cannot be read stands in with nothing but its id and tenant unknown."""
+    """What a claim gave, to be run here."""
+    request = read_request(claimed, model=model, now_s=now_s)
+    return ActiveRequest(request, claimed, new_stream(request.sampling), owner=owner, now_s=now_s)
+
+
+def read_request(claimed: ClaimedRequest, *, model: str, now_s: float) -> InferenceRequest:
+    """A claimed request's body. One that cannot be read stands in with nothing but its id, and its tenant unknown."""
     try:
-        request = _decoder.decode(claimed.body)
+        return _decoder.decode(claimed.body)
     except msgspec.MsgspecError:
-        request = InferenceRequest(
+        return InferenceRequest(
             id=claimed.id,
             model=model,
             tenant="",
@@ -183,14 +205,18 @@ def open_request(
             max_tokens=0,
             sampling=SamplingParams(),
         )
-    return ActiveRequest(request, claimed, new_stream(request.sampling), owner=owner, now_s=now_s)
+
+
+def check_readable(request: InferenceRequest) -> None:
+    """Raise RequestRefusedError for one that stands in for what could not be read."""
+    if not request.tenant:
+        raise RequestRefusedError("bad_request", "The stored request cannot be read by this version of the engine.")
 
 
 def check_request(active: ActiveRequest, *, vocab_size: int) -> None:
     """Raise RequestRefusedError for what would fail in the model, or has ended engine processes before."""
     request = active.request
-    if not request.tenant:
-        raise RequestRefusedError("bad_request", "The stored request cannot be read by this version of the engine.")
+    check_readable(request)
     if active.failures >= MAX_FAILURES:
         raise RequestRefusedError(
             "too_many_attempts",

@@ -6,10 +6,10 @@ from typing import Any, get_args
 import msgspec
 
 from inference.messages import BatchMode, DeploymentSpec
+from inference.worker.batch import Batch
 from inference.worker.gate import Gate
 from inference.worker.sizer import Sizer
 from inference.worker.spec import ControlMessage, find_sizing_problem
-from scheduling.core.planner import StepPlanner
 from scheduling.core.sizing.strategies import SizingError
 from scheduling.core.triggers import TriggerError, parse_trigger
 
@@ -24,7 +24,7 @@ class Controls:
     def __init__(
         self,
         gate: Gate,
-        planner: StepPlanner,
+        planner: Batch,
         sizer: Sizer,
         announce: Callable[[str, int], None],
         *,

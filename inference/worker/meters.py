@@ -105,9 +105,8 @@ class Meters:
         self.finished[reason] += 1
         arrival_s = active.request.arrival_s
         self.end_to_end.observe(now_s - arrival_s)
-        num_new = active.sequence.num_output_tokens - active.num_resumed
-        if active.first_token_s is not None and num_new > 1:
-            self.time_per_output_token.observe((now_s - active.first_token_s) / (num_new - 1))
+        if active.first_token_s is not None and active.num_new_tokens > 1:
+            self.time_per_output_token.observe((now_s - active.first_token_s) / (active.num_new_tokens - 1))
 
     def step_ms(self, share: float) -> float:
         """Percentile of the last steps' times, in ms; 0 before the first step."""

@@ -61,6 +61,12 @@ class Handover:
     owner: str
     outputs: list[Output] = field(default_factory=list)
     releases: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Given back as well, and counted as failed: they may be to blame."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to send."""
+        return bool(self.outputs or self.releases or self.failures)
 
 
 class Outbox(threading.Thread):
@@ -162,6 +168,8 @@ class Outbox(threading.Thread):
         commands.append(self._fleet.take_cancels(handover.owner))
         if handover.releases:
             commands.append(self._fleet.release(handover.owner, handover.releases))
+        if handover.failures:
+            commands.append(self._fleet.release(handover.owner, handover.failures, failed=True))
         replies = store.execute_many(self._client, commands)
         cancels = replies[first_end + len(ends)]
         lost = set(replies[len(kept)] if journals else ()) - {end.active.request.id for end in ends}
@@ -231,6 +239,7 @@ class Outbox(threading.Thread):
             active.attempt,
             state=STATES[end.finish.reason],
             used_tokens=active.used_tokens,
+            prompt_tokens=active.prompt_tokens,
             finish=_encode(end.finish),
             output=active.output,
         )
@@ -242,7 +251,8 @@ class Outbox(threading.Thread):
 
     def _settle(self, end: Output) -> store.Command[Any]:
         request = end.active.request
-        refund = max(0, request.charged_tokens - end.active.used_tokens)
+        # Less than nothing where a guessed prompt was longer, or an upstream gave more than it was asked for.
+        refund = request.charged_tokens - end.active.used_tokens
         return self._limits.settle(request.tenant, request.id, refund_tokens=refund)
 
     def _history(self, done: Sequence[Output]) -> store.Command[Any]:
@@ -273,3 +283,4 @@ def merge(earlier: Handover, later: Handover) -> None:
             before.logprobs += output.logprobs
             before.finish, before.event = output.finish, output.event
     earlier.releases += later.releases
+    earlier.failures += later.failures

@@ -162,7 +162,7 @@ class ServingLoop:
 
     def _hand_over(self) -> None:
         """Give the step to the outbox. While that is full (Redis is slow or lost) wait, and obey commands meanwhile."""
-        if not self._handover.outputs and not self._handover.releases:
+        if not self._handover:
             return
         handover, self._handover = self._handover, Handover(self._lease.owner)
         while not self._outbox.offer(handover, OFFER_WAIT_S):

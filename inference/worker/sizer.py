@@ -4,13 +4,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
+from statistics import median
 from typing import Any
 
 from inference.messages import DeploymentSpec, LatencyTarget, SizeChange, Telemetry
 from inference.worker.active import ActiveRequest
+from inference.worker.batch import Batch
 from inference.worker.costs import StepCosts
 from inference.worker.meters import Meters
-from scheduling.core.planner import StepPlanner
 from scheduling.core.sizing.controller import Controller, Observation, Readings
 from scheduling.core.sizing.cost_model import StepCost
 from scheduling.core.sizing.strategies import SIZINGS, build_sizing
@@ -21,6 +22,10 @@ LATENCY_WINDOW = 256
 """Ended requests over which the p99 is taken."""
 LATENCY_KEEP_S = 30.0
 SHOWN_CHANGES = 8
+FIRST_TOKENS = 32
+"""First tokens over which the median is taken."""
+NO_BLOCKS = 2**31 - 1
+"""What stands for the KV blocks of a cache that is not ours: no size is bounded by them."""
 
 
 class Sizer:
@@ -33,7 +38,7 @@ class Sizer:
 
     def __init__(
         self,
-        planner: StepPlanner,
+        planner: Batch,
         meters: Meters,
         costs: StepCosts,
         *,
@@ -54,7 +59,9 @@ class Sizer:
         self._clock = clock
         self._random = random or Random()  # noqa: S311
         self._ratios: deque[tuple[float, float]] = deque(maxlen=LATENCY_WINDOW)
+        self._first_s: deque[tuple[float, float]] = deque(maxlen=FIRST_TOKENS)
         self._good_tokens = 0
+        self._num_refused = 0
         self.changes: deque[SizeChange] = deque(maxlen=SHOWN_CHANGES)
         """The latest, newest last."""
         self.set_targets(deployment.targets)
@@ -105,10 +112,18 @@ class Sizer:
         pairs = ((first_s, ttft_s), (now_s, e2e_s))
         known = [(end_s, limit_s) for end_s, limit_s in pairs if end_s is not None and limit_s is not None]
         if all(end_s - request.arrival_s <= limit_s for end_s, limit_s in known):
-            self._good_tokens += active.sequence.num_output_tokens - active.num_resumed
+            self._good_tokens += active.num_new_tokens
         if known:
             ratio = max((end_s - active.claimed_s) / max(limit_s, 1e-3) for end_s, limit_s in known)
             self._ratios.append((now_s, ratio))
+
+    def count_first_token(self, seconds: float) -> None:
+        """A request's first token came so long after its claim."""
+        self._first_s.append((self._clock(), seconds))
+
+    def count_refusal(self) -> None:
+        """A server behind turned a request away, or did not answer it."""
+        self._num_refused += 1
 
     def tick(self) -> None:
         """Let the strategy look at the period that is over, and follow it."""
@@ -142,6 +157,7 @@ class Sizer:
             return
         self._planner.set_batch_size(batch_size)
         self._ratios.clear()
+        self._first_s.clear()
         if self._planner.max_batch_size != before:
             change = SizeChange(self._clock(), self._planner.max_batch_size, reason)
             self.changes.append(change)
@@ -151,14 +167,16 @@ class Sizer:
         meters = self._meters
         self._since_s = now_s
         self._good_tokens = 0
+        self._num_refused = 0
         self._before = (meters.steps, meters.step_total_s, meters.output_tokens, self._planner.num_preemptions)
 
     def _observe(self, now_s: float) -> Observation:
         planner, meters = self._planner, self._meters
         steps, step_s, tokens, preemptions = self._before
         steps, step_s = meters.steps - steps, meters.step_total_s - step_s
-        while self._ratios and now_s - self._ratios[0][0] > LATENCY_KEEP_S:
-            self._ratios.popleft()
+        for kept in (self._ratios, self._first_s):
+            while kept and now_s - kept[0][0] > LATENCY_KEEP_S:
+                kept.popleft()
         ratios = sorted(ratio for _, ratio in self._ratios)
         running = planner.sequences[: planner.num_running]
         telemetry = self._telemetry()
@@ -175,11 +193,13 @@ class Sizer:
             target_s=1.0 if ratios else None,
             preemptions=planner.num_preemptions - preemptions,
             kv_blocks_used=planner.allocator.used,
-            kv_blocks_total=planner.allocator.num_blocks,
+            kv_blocks_total=planner.allocator.num_blocks or NO_BLOCKS,
             memory_batch_limit=self._memory_limit(telemetry),
             cost=self._costs.cost,
             mean_context_tokens=sum(len(s.tokens) for s in running) / len(running) if running else 0.0,
             telemetry=_readings(telemetry),
+            first_token_s=median(seconds for _, seconds in self._first_s) if self._first_s else None,
+            refusals=self._num_refused,
         )
 
 

@@ -13,13 +13,13 @@ import msgspec
 from inference.messages import BatchEvent, DeploymentSpec, ReplicaStatus
 from inference.plan import settings_digest
 from inference.worker.active import ActiveRequest
+from inference.worker.batch import Batch
 from inference.worker.gate import Gate
 from inference.worker.intake import Intake
 from inference.worker.meters import Meters
 from inference.worker.reporter import PERIOD_S, Reporter
 from inference.worker.sizer import Sizer
 from inference.worker.spec import EngineSpec
-from scheduling.core.planner import StepPlanner
 
 
 def first_status(spec: EngineSpec) -> ReplicaStatus:
@@ -52,7 +52,7 @@ class _Totals(NamedTuple):
     accepted_tokens: int = 0
 
 
-def _read_totals(planner: StepPlanner) -> _Totals:
+def _read_totals(planner: Batch) -> _Totals:
     prefix, swap, drafter = planner.prefix, planner.swap, planner.drafter
     found = (prefix.num_tokens, prefix.num_hit_tokens) if prefix else (0, 0)
     moved = (swap.num_out, swap.num_in) if swap else (0, 0)
@@ -68,7 +68,7 @@ class StatusBoard:
         first: ReplicaStatus,
         detail: str,
         *,
-        planner: StepPlanner,
+        planner: Batch,
         meters: Meters,
         gate: Gate,
         intake: Intake,

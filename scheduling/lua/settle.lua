@@ -1,4 +1,4 @@
--- request id, requests to give back, tokens to give back, now
+-- request id, requests to give back, tokens to give back (below 0: more was used than charged), now
 local buckets = Q .. ':buckets'
 local taken = call('ZSCORE', Q .. ':running', ARGV[1])
 if not taken then return 0 end
@@ -7,10 +7,11 @@ local now = clock(ARGV[4])
 
 local function give(name, amount)
   local b = call('HMGET', buckets, name, name .. '_s', name .. '_size')
-  if not b[1] or amount <= 0 then return end
+  if not b[1] or amount == 0 then return end
   local size, time = tonumber(b[3]), tonumber(b[2])
   local level = tonumber(b[1]) + math.max(0, now - time) * size / 60 + amount
-  call('HSET', buckets, name, math.min(size, level), name .. '_s', math.max(now, time))
+  -- A debt of more than the bucket would be forgotten with it, after two minutes without traffic.
+  call('HSET', buckets, name, math.max(-size, math.min(size, level)), name .. '_s', math.max(now, time))
 end
 
 -- Back to the budget of the day on which they were charged, if that is still the one that counts.
