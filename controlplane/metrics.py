@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Mapping, Sequence
 
+import msgspec
 from django.conf import settings
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
@@ -34,6 +35,7 @@ async def read_fleet(gateway: Gateway, tenants: Sequence[str]) -> FleetReading:
         webs = Command(("ZRANGE", gateway.keys.webs, now_s, "+inf", "BYSCORE"), lambda names: sum(map(is_web, names)))
         web_processes = await gateway.pipeline.send(webs)
         history = await gateway.pipeline.send(Command(("XLEN", gateway.keys.history), int))
+        alerts = await gateway.pipeline.send(Command(("GET", gateway.keys.alerts), _read_alerts))
     except RedisUnavailable:
         return FleetReading(redis_up=False, models={}, refusals={})
     return FleetReading(
@@ -44,7 +46,13 @@ async def read_fleet(gateway: Gateway, tenants: Sequence[str]) -> FleetReading:
         web_processes=web_processes,
         history_waiting=history,
         tenants=tenants,
+        alerts=alerts,
     )
+
+
+def _read_alerts(reply: bytes | None) -> list[tuple[str, str, int]] | None:
+    """Rule, severity, and how many fire."""
+    return None if reply is None else msgspec.json.decode(reply, type=list[tuple[str, str, int]])
 
 
 def _read_refusals(reply: object) -> Mapping[tuple[str, str, str], int]:

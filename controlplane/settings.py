@@ -303,6 +303,15 @@ UNFOLD = {
                 ],
             },
             {
+                "title": "What says so",
+                "items": [
+                    _page("Alert rules", "rule", "dashboard.alertrule"),
+                    _page("Alert channels", "campaign", "dashboard.alertchannel"),
+                    _page("Alerts", "notifications", "dashboard.alert"),
+                    _page("Alert deliveries", "outgoing_mail", "dashboard.delivery"),
+                ],
+            },
+            {
                 "title": "Who may sign in",
                 "items": [
                     _page("Users", "person", "auth.user"),

@@ -10,6 +10,7 @@ from ninja import Field, Query, Router, Schema
 from controlplane.api.access import ViewerAuth
 from controlplane.api.request_log import aware, without_nul
 from dashboard.history_form import choose
+from dashboard.selectors.alerts import list_marks
 from dashboard.selectors.history import METRICS, PeriodError, metric_names, read_changes, read_series
 from inference.gateway.errors import InvalidRequest
 
@@ -37,6 +38,17 @@ class Change(Schema):
     reason: str
 
 
+class AlertMark(Schema):
+    """An alert that fired in the period, or before it and still did; null where it still fires."""
+
+    fired_s: float
+    resolved_s: float | None
+    rule: str
+    severity: str
+    subject: str
+    reason: str
+
+
 class History(Schema):
     """Times are unix seconds."""
 
@@ -47,6 +59,7 @@ class History(Schema):
     times_s: list[float]
     metrics: dict[str, Series]
     changes: list[Change]
+    alerts: list[AlertMark]
 
 
 class HistoryQuery(Schema, extra="forbid"):
@@ -98,5 +111,17 @@ def read_history(request: HttpRequest, query: Annotated[HistoryQuery, Query()]) 
                 reason=row.reason,
             )
             for row in read_changes(model, period)
+        ],
+        alerts=[
+            AlertMark(
+                fired_s=row.fired_at.timestamp(),
+                resolved_s=row.resolved_at.timestamp() if row.resolved_at else None,
+                rule=row.rule_name,
+                severity=row.severity,
+                subject=row.subject,
+                reason=row.reason,
+            )
+            for row in list_marks(model, period)
+            if row.fired_at
         ],
     )

@@ -2,7 +2,7 @@
 
 from ninja import Router
 
-from controlplane.api import audit, history, request_log, revisions, tenants, what_if
+from controlplane.api import alerts, audit, history, offline_work, request_log, revisions, tenants, what_if
 
 router = Router()
 router.add_router("", revisions.router)
@@ -11,3 +11,5 @@ router.add_router("", history.router)
 router.add_router("", tenants.router)
 router.add_router("", audit.router)
 router.add_router("", what_if.router)
+router.add_router("", alerts.router)
+router.add_router("", offline_work.router)

@@ -15,6 +15,8 @@ KNOWN_ACTIONS = (
     "policy.switch", "request.cancel", "replica.pause", "replica.resume", "replica.drain", "replica.set_mode",
     "replica.set_batch_size", "replica.sizing", "tenant.create", "tenant.update", "tenant.suspend", "tenant.resume",
     "key.create", "key.revoke", "deployment.create", "deployment.update",
+    "alert.acknowledge", "alertrule.create", "alertrule.update", "alertrule.delete", "alertchannel.create",
+    "alertchannel.update", "alertchannel.delete", "alertchannel.test",
 )  # fmt: skip
 """What filters suggest; any other beginning may be given."""
 

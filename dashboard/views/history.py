@@ -11,6 +11,7 @@ from dashboard.export import csv_response
 from dashboard.filters import Filters
 from dashboard.history_form import COMPARISONS, DEFAULT_SPAN, SPANS, choose
 from dashboard.page import chosen_model, render_page, viewers_only
+from dashboard.selectors.alerts import list_marks
 from dashboard.selectors.history import METRICS, Period, PeriodError, metric_names, read_changes, read_series
 from inference.models import Replica
 
@@ -24,10 +25,11 @@ def history(request: HttpRequest) -> HttpResponse:
     since, until = filters.window()
     span = filters.choice("span", tuple(SPANS)) or ("" if since else DEFAULT_SPAN)
     compare = filters.choice("compare", tuple(COMPARISONS))
-    changes, period = [], None
+    changes, marks, period = [], [], None
     try:
         period = choose(span=span, since=since, until=until, compare=compare, now=timezone.now()).period
         changes = read_changes(chosen_model(request), period)
+        marks = list_marks(chosen_model(request), period)
     except PeriodError as error:
         filters.problems["until"] = str(error)
     replicas = list(Replica.objects.filter(model=chosen_model(request)).values_list("name", flat=True)[:MAX_REPLICAS])
@@ -44,6 +46,7 @@ def history(request: HttpRequest) -> HttpResponse:
         "chosen": metric_names(request.GET.getlist("metric")),
         "problems": filters.problems,
         "changes": changes,
+        "marks": marks,
         "period": period,
         "resolution": {1: "by seconds", 60: "by minutes", 3600: "by hours"}[period.resolution] if period else "",
     }

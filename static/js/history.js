@@ -63,14 +63,15 @@ function url() {
 
 function draw(found) {
   drawn = found;
-  const { start_s: from, end_s: to, resolution_s: step, times_s: times, changes } = found;
+  const { start_s: from, end_s: to, resolution_s: step, times_s: times, changes, alerts } = found;
   const marks = changes.map((change) => [change.when_s, `r${change.revision}`]);
+  const spans = alerts.map((alert) => [alert.fired_s, alert.resolved_s ?? to, alert.rule, alert.severity]);
   let some = false;
   for (const [metric, chart] of charts) {
     const { title, unit, values, compared } = found.metrics[metric];
     const series = [{ label: title, colour: "var(--chart-1)", values }];
     if (compared) series.unshift({ label: "compared", colour: "var(--chart-2)", values: compared, dash: [5, 4] });
-    chart.drawPeriod(times, series, { from, to, marks });
+    chart.drawPeriod(times, series, { from, to, marks, spans });
     some ||= values.some((v) => v !== null);
     const mean = average(values);
     const then = compared && average(compared);

@@ -1,12 +1,12 @@
-// A line over any period, beside the period it is compared with, with the changes of policy marked.
+// A line over any period, beside the period it is compared with, with changes of policy and alerts marked.
 
 import { Chart } from "./charts.js";
 import { resolveColour } from "./palette.js";
 
 export class PeriodChart extends Chart {
-  /** `from`, `to` in unix seconds; `marks` as [unix seconds, label]. */
-  drawPeriod(times, series, { from, to, marks }) {
-    Object.assign(this, { from, to, marks });
+  /** `from`, `to` in unix seconds; `marks` as [unix seconds, label], `spans` as [from, to, label, severity]. */
+  drawPeriod(times, series, { from, to, marks, spans = [] }) {
+    Object.assign(this, { from, to, marks, spans });
     this.draw(times, series, to);
   }
 
@@ -16,6 +16,7 @@ export class PeriodChart extends Chart {
     const values = (_, splits) => splits.map((at) => this.axisTime(at));
     options.axes[0] = { stroke, font, ticks, size: 24, space: 76, grid: { show: false }, values };
     options.scales.x = { time: true, range: () => [this.from, this.to] };
+    options.hooks.drawClear = [(plot) => this.shade(plot)];
     options.hooks.draw = [(plot) => this.mark(plot)];
     return options;
   }
@@ -31,6 +32,26 @@ export class PeriodChart extends Chart {
     if (this.to - this.from <= 100_000) return at.toLocaleTimeString([], time);
     const midnight = at.getHours() === 0 && at.getMinutes() === 0;
     return at.toLocaleString("en", { month: "short", day: "numeric", ...(midnight ? {} : time) });
+  }
+
+  /** Behind the line: when alerts fired, with their rules at the foot, one above the other. */
+  shade(plot) {
+    const { ctx, bbox } = plot;
+    ctx.save();
+    ctx.beginPath();
+    ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+    ctx.clip();
+    ctx.font = `${10.5 * devicePixelRatio}px system-ui, sans-serif`;
+    this.spans.forEach(([from, to, label, severity], place) => {
+      const [left, right] = [Math.max(from, this.from), Math.min(to, this.to)].map((at) => plot.valToPos(at, "x", true));
+      ctx.fillStyle = resolveColour(severity === "critical" ? "var(--bad)" : "var(--warn)");
+      ctx.globalAlpha = 0.1;
+      ctx.fillRect(left, bbox.top, Math.max(right - left, 2 * devicePixelRatio), bbox.height);
+      ctx.globalAlpha = 1;
+      const foot = bbox.top + bbox.height - (4 + 12 * (place % 3)) * devicePixelRatio;
+      ctx.fillText(label, Math.min(left + 3 * devicePixelRatio, bbox.left + bbox.width - ctx.measureText(label).width), foot);
+    });
+    ctx.restore();
   }
 
   mark(plot) {
