@@ -9,7 +9,7 @@ WHOLE = ("window_s", "short_window_s", "hold_s", "clear_s")
 MAX_WHOLE = 2**31 - 1
 
 
-def read_changes(form: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def read_rule_form(form: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Field -> value, and field -> problem. A box that is not ticked is not sent: `enabled` is then False."""
     changes: dict[str, Any] = {"enabled": form.get("enabled") in ("on", "1", "true")}
     problems: dict[str, str] = {}

@@ -5,7 +5,7 @@ from django.core.exceptions import ValidationError
 from django.http import HttpRequest, HttpResponse, JsonResponse
 
 from dashboard.access import SWITCH_POLICY
-from dashboard.alert_form import read_changes
+from dashboard.alert_form import read_rule_form
 from dashboard.alerts.kinds import KINDS, SEVERITIES
 from dashboard.alerts.models import Alert, AlertRule
 from dashboard.alerts.services import AlertError, acknowledge, change_rule
@@ -13,7 +13,7 @@ from dashboard.filters import Filters
 from dashboard.page import PAGES, render_page, viewers_only
 from dashboard.selectors.alerts import AlertFilter, list_alerts, list_channels, list_rules, open_alerts
 from dashboard.selectors.requests import Cursor
-from dashboard.views.commands import operators_only, refuse
+from dashboard.views.commands import operators_only, reason_of, refuse
 
 ROWS = 25
 MAX_NOTE = 500
@@ -33,6 +33,7 @@ def alerts(request: HttpRequest) -> HttpResponse:
         "channels": list_channels(),
         "severities": SEVERITIES,
         "titles": dict(PAGES),
+        "change_column": ["-Change"] if request.user.has_perm(SWITCH_POLICY) else [],
     }
     return render_page(request, "dashboard/alerts.html", context, page="alerts")
 
@@ -55,13 +56,11 @@ def acknowledge_alert(request: HttpRequest, *, alert_id: int) -> JsonResponse:
 @operators_only(SWITCH_POLICY)
 def edit_rule(request: HttpRequest, *, rule_id: int) -> JsonResponse:
     """Change a rule."""
-    changes, problems = read_changes(request.POST)
+    changes, problems = read_rule_form(request.POST)
     if problems:
         return refuse(400, next(iter(problems.values())), fields=problems)
     try:
-        rule = change_rule(
-            rule_id=rule_id, changes=changes, actor=_actor(request), reason=request.POST["reason"].replace("\0", "")
-        )
+        rule = change_rule(rule_id=rule_id, changes=changes, actor=_actor(request), reason=reason_of(request))
     except AlertRule.DoesNotExist:
         return refuse(404, "There is no such rule; load the page again.")
     except ValidationError as error:
