@@ -233,7 +233,7 @@ def _describe_running(facts: _Facts) -> tuple[str, float]:
     if status is None or status.state == "starting":
         since_s = facts.process.since_s if facts.process else status.started_s if status else 0.0
         return f"starting {name}{facts.where}.", since_s
-    if status.state == "failed":
+    if status.state in ("failed", "unhealthy"):
         return f"{name} cannot serve: {status.detail}", status.started_s
     gate = GATES.get(planned.commands["gate"][0]) if planned and "gate" in planned.commands else None
     if gate and status.state != gate and (gate, status.state) != ("stopped", "draining"):
