@@ -291,6 +291,7 @@ UNFOLD = {
                 "items": [
                     _page("Deployments", "deployed_code", "inference.modeldeployment"),
                     _page("Replicas", "memory", "inference.replica"),
+                    _page("Wanted replicas", "rule", "inference.wantedreplica"),
                     _page("Policy switches", "swap_vert", "scheduling.policyrevision"),
                 ],
             },

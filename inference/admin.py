@@ -11,6 +11,7 @@ from django.http import HttpRequest
 from unfold.contrib.filters.admin import DropdownFilter, FieldTextFilter, RangeDateTimeFilter
 from unfold.decorators import action, display
 
+from inference import admin_replicas as admin_replicas
 from inference.messages import FinishReason
 from inference.models import BatchRecord, HistoryCheckpoint, ModelDeployment, Replica, RequestRecord
 from inference.services import save_deployment

@@ -14,8 +14,8 @@ from redis.exceptions import RedisError
 
 from inference.messages import ReplicaStatus
 from inference.models import ModelDeployment, Replica, WantedReplica
-from inference.plan import MACHINE_KEEP_S, SILENT_S, Machine, Plan, decode_machines, decode_plan, encode_plan
-from inference.room import Need, check_room, estimate_need, find_device, promised_bytes
+from inference.plan import MACHINE_KEEP_S, SILENT_S, Device, Machine, Plan, decode_machines, decode_plan, encode_plan
+from inference.room import check_room, estimate_need, find_device, promised_bytes
 from inference.wanted import is_replica_name
 from scheduling.audit import record_action
 from scheduling.connection import live_keys, live_redis
@@ -108,22 +108,10 @@ def add_replica(
     known = {status.replica: status for status in statuses}
     with transaction.atomic():
         config_changed()  # first: who adds at the same time waits here, and then sees this replica's claim to memory
-        if machine.orchestrated:
-            raise ReplicaError(
-                f"An orchestrator decides how many replicas run on {machine.name}; scale its workload instead.",
-                field="machine",
-            )
         if not deployment.enabled:
             raise ReplicaError(f"{deployment.name} is not offered; offer it in the admin first.", field="model")
         plan = load_plan()
-        found = find_device(machine, device)
-        needs = _needs(machine, found.name)
-        spec = deployment.to_spec()
-        need = estimate_need(spec, num_parameters=deployment.num_parameters, device=found)
-        check_room(
-            machine, found, need=need,
-            promised=promised_bytes(machine, found, plan=plan, statuses=known, needs=needs),
-        )  # fmt: skip
+        found = place_replica(deployment=deployment, machine=machine, device=device, plan=plan, statuses=known)
         taken = {*plan.replicas, *known, *(replica.name for replica in machine.replicas)}
         if name in taken:
             raise ReplicaError(f"There is a replica {name} already; choose another name.", field="name")
@@ -138,13 +126,29 @@ def add_replica(
     return row
 
 
-def _needs(machine: Machine, device_name: str) -> dict[str, Need]:
-    """What a replica of each model takes on a device."""
-    device = find_device(machine, device_name)
-    return {
-        row.name: estimate_need(row.to_spec(), num_parameters=row.num_parameters, device=device)
+def place_replica(
+    *,
+    deployment: ModelDeployment,
+    machine: Machine,
+    device: str,
+    plan: Plan,
+    statuses: Mapping[str, ReplicaStatus],
+) -> Device:
+    """The device of a machine that has memory for a replica. Raises NoRoom or ReplicaError."""
+    if machine.orchestrated:
+        raise ReplicaError(
+            f"An orchestrator decides how many replicas run on {machine.name}; scale its workload instead.",
+            field="machine",
+        )
+    found = find_device(machine, device)
+    need = estimate_need(deployment.to_spec(), num_parameters=deployment.num_parameters, device=found)
+    needs = {
+        row.name: estimate_need(row.to_spec(), num_parameters=row.num_parameters, device=found)
         for row in ModelDeployment.objects.filter(enabled=True)
     }
+    promised = promised_bytes(machine, found, plan=plan, statuses=statuses, needs=needs)
+    check_room(machine, found, need=need, promised=promised)
+    return found
 
 
 def _free_name(taken: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ from django.contrib.auth.models import Group, Permission
 
 VIEW = {
     "scheduling": ["tenant", "quota", "apikey", "servicelevel", "policyrevision", "operatoraction"],
-    "inference": ["modeldeployment", "replica", "requestrecord", "batchrecord", "historycheckpoint"],
+    "inference": ["modeldeployment", "replica", "wantedreplica", "requestrecord", "batchrecord", "historycheckpoint"],
 }
 CONTROL = {"scheduling": ["switch_policy"], "inference": ["control_replica"]}
 

@@ -143,10 +143,11 @@ function update(node, [name, r, wish], now) {
 
 /** What a worker is not as it is wanted, since when, and until when that may take. */
 function drawDifference(line, wish, now) {
-  const since = wish?.since_s ? `, since ${ago(wish.since_s, now)}` : "";
+  const lasted = wish?.since_s ? Math.round(now - wish.since_s) : 0;
+  const since = lasted < 3 ? "" : `, for ${brief(lasted)}`;
   const left = wish?.until_s ? Math.max(0, Math.round(wish.until_s - now)) : 0;
   const until = !left ? "" : wish.state === "waiting" ? `; next start in ${brief(left)}` : `; at most ${brief(left)} more`;
-  setText(line, wish?.differs ? `${wish.differs.replace(/\.$/, "")}${since.replace(" since just now", "")}${until}.` : "");
+  setText(line, wish?.differs ? `${wish.differs.replace(/\.$/, "")}${since}${until}.` : "");
   line.hidden = !wish?.differs;
 }
 
@@ -173,9 +174,10 @@ const restarts = (r) =>
     : [];
 
 function drawButtons(parent, name, r, wish) {
-  const known = (r && COMMANDS[r.state]) ?? [];
-  const changes = !wish ? [] : wish.state === "stopped" && !wish.wanted ? ["start"] : [
-    ...(wish.can_restart && r ? ["restart"] : []),
+  const leaves = wish && !wish.wanted;
+  const known = (r && !leaves && COMMANDS[r.state]) || [];
+  const changes = !wish ? [] : leaves && wish.state === "stopped" ? ["start"] : [
+    ...(wish.can_restart && r && !leaves ? ["restart"] : []),
     ...(wish.can_stop ? ["remove"] : []),
   ];
   const commands = steered ? [...known, ...(known.length ? Object.keys(TUNES) : []), ...changes] : [];
