@@ -2,12 +2,13 @@
 
 Every operation is one Lua script, so it happens as a whole or not at all; scripts read Redis's TIME unless `now` is
 given. All are safe to repeat after a lost reply: a second enqueue answers `duplicate`, a second finish False, a claim
-repeated under its `number` gives the same requests, a journal append is placed by its offset, and cancels are told
-until obeyed.
+repeated under its `number` gives the same requests, a cancel repeated under its token the same answer, a journal append
+is placed by its offset, and cancels are told until obeyed.
 """
 
 import json
 import struct
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -149,9 +150,13 @@ class FleetQueue:
             "finish", bool, owner, request_id, attempt, state, used_tokens, finish, output, prompt_tokens
         )
 
-    def cancel(self, request_id: str) -> Command[Cancelled]:
-        """Take a waiting request out of the queue, or tell a running one's owner to stop it."""
-        return self.script("cancel", _read_cancelled, request_id)
+    def cancel(self, request_id: str, token: str = "") -> Command[Cancelled]:
+        """Take a waiting request out of the queue, or tell a running one's owner to stop it.
+
+        The call that took it out gets the same answer again (a lost reply); another `token`, by default one of its own
+        for each command, is another call, and is told that the request is gone.
+        """
+        return self.script("cancel", _read_cancelled, request_id, token or uuid.uuid4().hex)
 
     def end_shed(self, request_id: str, finish: bytes) -> Command[bool]:
         """Write down how a dropped request ended. True for the one caller who now ends it towards client and tenant."""
@@ -162,7 +167,11 @@ class FleetQueue:
         return Command(("ZRANGEBYSCORE", f"{self.base}:shed", "-inf", before_s, "LIMIT", 0, limit), _read_ids)
 
     def renew(self, owner: str, lease_s: float, now: float | None = None) -> Command[bool]:
-        """Move the lease's end to `lease_s` from now. False: it had been lost (or `owner` has not claimed yet)."""
+        """Move the lease's end to `lease_s` from now. False: it had been lost (or `owner` has not claimed yet).
+
+        An owner that comes back after its lease ended, by this or by a claim, was not ended by what it ran: the failures
+        that `expire` counted for it are taken back.
+        """
         return self.script("renew", bool, owner, repr(lease_s), _time(now))
 
     def release(self, owner: str, request_ids: Iterable[str] | None = None, *, failed: bool = False) -> Command[int]:
@@ -174,7 +183,7 @@ class FleetQueue:
         return self.script("release", int, owner, "all" if request_ids is None else "some", int(failed), *ids)
 
     def expire(self, now: float | None = None) -> Command[list[tuple[str, int]]]:
-        """Put back the requests of owners whose lease ended: (owner, how many).
+        """Put back the requests of owners whose lease ended: (owner, how many). It counts as a failure of each.
 
         Requests claimed before the last policy switch become `unplaced`; see there.
         """

@@ -253,12 +253,15 @@ class Gateway:
     def _all_replies(self) -> list[Reply]:
         return [*self._replies.values(), *self._shared]
 
-    async def cancel(self, model: ServedModel, request: InferenceRequest, *, withdrawn: bool = False) -> str:
+    async def cancel(
+        self, model: ServedModel, request: InferenceRequest, *, withdrawn: bool = False, token: str = ""
+    ) -> str:
         """Cancel one request wherever it is: "queued", "running" or "gone". Raises RedisUnavailable.
 
-        One that is `withdrawn` while it waits does not count against requests a minute either.
+        One that is `withdrawn` while it waits does not count against requests a minute either. Whoever tries again
+        after RedisUnavailable does so under the same `token`.
         """
-        answer = await self.pipeline.send(model.queue.cancel(request.id))
+        answer = await self.pipeline.send(model.queue.cancel(request.id, token))
         if answer.status == "queued" or (answer.status == "gone" and await self._is_ours_to_settle(model, request)):
             await self._settle(request, with_history=answer.status == "queued", withdrawn=withdrawn)
         return str(answer.status)
@@ -273,10 +276,10 @@ class Gateway:
 
     async def _cancel(self, model: ServedModel, request: InferenceRequest, *, withdrawn: bool = False) -> None:
         """`cancel` that keeps trying while Redis is away."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline, token = time.monotonic() + PATIENCE_S, uuid.uuid4().hex
         while time.monotonic() < deadline:
             try:
-                await self.cancel(model, request, withdrawn=withdrawn)
+                await self.cancel(model, request, withdrawn=withdrawn, token=token)
                 return
             except RedisUnavailable:
                 await asyncio.sleep(0.25)

@@ -43,6 +43,8 @@ class FlowQueue:
         self._backlog = Backlog()
         self._records: dict[str, Record] = {}
         self._owners: dict[str, Owner] = {}
+        self._charged: dict[str, list[str]] = {}
+        """Owners whose lease ended, and the requests for which that counted as a failure."""
         self._epoch = 0
         self._policy: ActivePolicy | None = None
         self._rules: QueueRules = PLAIN
@@ -102,6 +104,7 @@ class FlowQueue:
             now = self._clock()
         state = self._owners.get(owner)
         if state is None:
+            self._forgive(owner)
             state = self._owners[owner] = Owner(0.0)
         state.expires_s = now + lease_s
         dropped: tuple[Shed, ...] = ()
@@ -157,12 +160,15 @@ class FlowQueue:
         self._forget_later(record)
         return True
 
-    def cancel(self, request_id: str) -> Cancelled:
+    def cancel(self, request_id: str, token: str = "") -> Cancelled:
         if request_id in self._backlog:
             record = self._leave(request_id, "cancelled")
+            record.canceller = token
             self._totals["cancelled"] += 1
             return Cancelled("queued", record.body)
         running = self._records.get(request_id)
+        if running is not None and running.state == "cancelled" and running.canceller == token != "":
+            return Cancelled("queued", running.body)
         if running is None or not running.owner:
             return Cancelled("gone")
         if not running.cancelled:
@@ -186,6 +192,8 @@ class FlowQueue:
         state = self._owners.get(owner)
         if state is not None:
             state.expires_s = self._now(now) + lease_s
+        else:
+            self._forgive(owner)
         return state is not None
 
     def release(self, owner: str, request_ids: Iterable[str] | None = None, *, failed: bool = False) -> int:
@@ -200,6 +208,8 @@ class FlowQueue:
     def expire(self, now: float | None = None) -> list[tuple[str, int]]:
         time_s = self._now(now)
         expired = sorted((state.expires_s, name) for name, state in self._owners.items() if state.expires_s <= time_s)
+        for _, name in expired:
+            self._charged[name] = list(self._owners[name].held)
         answer = [(name, self.release(name, failed=True)) for _, name in expired]
         for _, name in expired:
             del self._owners[name]
@@ -353,6 +363,12 @@ class FlowQueue:
             placement = Placement(flow=record.flow, weight=record.weight, rank=record.rank)
         self._backlog.put_back(record, placement)
         self._totals["requeued"] += 1
+
+    def _forgive(self, owner: str) -> None:
+        """An owner whose lease had ended is there after all: the failures counted then were none."""
+        for id_ in self._charged.pop(owner, ()):
+            if (record := self._records.get(id_)) and record.failures:
+                record.failures -= 1
 
     def _stop_running(self, record: Record) -> None:
         state = self._owners[record.owner]

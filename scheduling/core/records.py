@@ -31,6 +31,7 @@ class Record:
     output: str = ""
     finish: bytes | None = None
     dropped: DropReason | None = None
+    canceller: str = ""
 
 
 @dataclass(slots=True)

@@ -142,7 +142,7 @@ end
 
 local now = clock(ARGV[5])
 local late_before = queue.rules[SLACK] and now + queue.rules[SLACK]
-call('ZADD', Q .. ':owners', now + lease_s, owner)
+if call('ZADD', Q .. ':owners', now + lease_s, owner) == 1 then forgive(owner) end
 if not repeated() then
   dropped, more = drop_expired(queue, now, MAX_EXPIRED)
   -- Who comes for the sake of its priority is served where the policy orders by it, and nowhere else.

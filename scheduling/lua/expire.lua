@@ -10,6 +10,8 @@ for _, owner in ipairs(owners) do
     local _, lease = held(owner, id)
     requeue(queue, owner, id, lease, true)
   end
+  in_chunks('SADD', Q .. ':charged:' .. owner, ids)
+  call('EXPIRE', Q .. ':charged:' .. owner, FORGIVE_S)
   call('ZREM', Q .. ':owners', owner)
   call('DEL', Q .. ':own:' .. owner, Q .. ':last:' .. owner, Q .. ':cancels:' .. owner)
   num = num + #ids

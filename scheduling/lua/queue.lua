@@ -11,8 +11,10 @@
 --                  served in order of arrival
 --   :owners        owners by the end of their lease          :own:OWNER   id -> attempt, colon, packed lease
 --   :last:OWNER    its last numbered claim                   :cancels:OWNER   ids to stop
+--   :charged:OWNER ids for which the end of its lease counted as a failure, should it come back
 --   :req:ID        the record: body, state, attempt, entry (packed), at (epoch, colon, arrival number, flow), owner,
---                  cancel, finish, output, ended (time), dropped (why)      :tok:ID   the journal       :web:WEB   its live ids
+--                  cancel, finish, output, ended (time), dropped (why), canceller (token of the call that took it out),
+--                  failures                                 :tok:ID   the journal       :web:WEB   its live ids
 --   :eN:at         id -> arrival number, flow, of waiting requests that a switch placed, where `at` is of an older epoch
 --   :switch        a switch's lock      :dirty   ids touched during it      :epochs   those that may have keys
 local META, ARRIVALS, RIGHT, DEADLINES = Q .. ':meta', Q .. ':arrivals', Q .. ':right', Q .. ':deadlines'
@@ -26,6 +28,8 @@ local FLOW, RANK, WEIGHT, EPOCH, ENTRY = 1, 2, 3, 4, 5
 local PROMOTE, SLACK, PER_REQUEST, PER_PROMPT, PER_OUTPUT, RUN, PREEMPTS = 1, 2, 3, 4, 5, 6, 7
 local PLAIN, LATE, MAX_DEMOTIONS = { false, false, 0, 1, 1, 1, false }, 1e10, 1000
 local PRIORITY_STEP, MAX_SHED, MAX_EXPIRED = 1e10, 16, 100
+-- How long an owner whose lease ended may take to come back and have its requests' failures taken back.
+local FORGIVE_S = 3600
 
 -- What meta says of the queue; `...` are counters that will change, read along so that `save` need not.
 local function load_queue(...)
@@ -277,6 +281,16 @@ local function requeue(queue, owner, id, lease, failed)
   add(queue, 'requeued', 1)
   touch(queue, id)
   ring()
+end
+
+-- An owner whose lease had ended is there after all, so nothing that it ran ended it: the failures counted then were none.
+local function forgive(owner)
+  local charged = Q .. ':charged:' .. owner
+  for _, id in ipairs(call('SMEMBERS', charged)) do
+    local record = Q .. ':req:' .. id
+    if tonumber(call('HGET', record, 'failures') or 0) > 0 then call('HINCRBY', record, 'failures', -1) end
+  end
+  call('DEL', charged)
 end
 
 -- The body of the script follows.

@@ -164,9 +164,11 @@ class BothQueues(RuleBasedStateMachine):
         assert self.run(self.fleet.end_shed(self.pick(index), b"finish")) is False
         assert set(self.run(self.fleet.shed_before(1e12))) == set(self.memory.shed_before(1e12))
 
-    @rule(index=st.integers(0))
-    def cancel(self, index: int) -> None:
-        assert self.run(self.fleet.cancel(self.pick(index))) == self.memory.cancel(self.pick(index))
+    @rule(index=st.integers(0), token=st.sampled_from(["web-1", "web-2"]))
+    def cancel(self, index: int, token: str) -> None:
+        answer = self.run(self.fleet.cancel(self.pick(index), token))
+        assert answer == self.memory.cancel(self.pick(index), token)
+        assert self.run(self.fleet.cancel(self.pick(index), token)) == answer, "a lost reply changes nothing"
 
     @rule(owner=OWNERS)
     def renew(self, owner: str) -> None:
@@ -257,7 +259,7 @@ class BothQueues(RuleBasedStateMachine):
             self.finish("gpu-0:1", self.ids.index(id_), 7, wrong=1)
         left = {key.removeprefix(self.fleet.base.encode()).split(b":")[1].decode() for key in self.all_keys()}
         epoch = f"e{self.revision - 1}"
-        assert left <= {"meta", "owners", "last", "req", "tok", "bell", "epochs", "shed", epoch}, left
+        assert left <= {"meta", "owners", "last", "charged", "req", "tok", "bell", "epochs", "shed", epoch}, left
         assert execute_many(self.client, [self.fleet.record(id_) for id_ in self.ids]) == [
             self.memory.record(id_) for id_ in self.ids
         ]

@@ -76,6 +76,36 @@ def test_the_requests_of_a_dead_owner_go_back_at_their_old_rank_with_their_token
     assert [(r.attempt, r.tokens) for r in again.requests[:2]] == [(2, []), (2, [7, 8])]
 
 
+@pytest.mark.parametrize("by_claim", [False, True], ids=["by its heartbeat", "by a claim"])
+def test_an_owner_that_comes_back_after_its_lease_ended_takes_the_failures_of_its_requests_back(
+    store: redis.Redis, queue: FleetQueue, by_claim: bool
+) -> None:
+    fill(store, queue, 3)
+    claim(store, queue, "away", 2, now=100.0)
+    claim(store, queue, "dead", 1, now=100.0)
+    assert sorted(execute(store, queue.expire(200.0))) == [("away", 2), ("dead", 1)]
+    if by_claim:
+        execute(store, queue.claim("away", max_requests=0, max_tokens=0, lease_s=5.0, now=200.0))
+    else:
+        assert execute(store, queue.renew("away", 5.0, 200.0)) is False
+    again = claim(store, queue, "other", 3, now=200.0)
+    assert [(request.id, request.failures) for request in again.requests] == [
+        ("r00000", 0), ("r00001", 0), ("r00002", 1),
+    ]  # fmt: skip
+
+
+def test_a_cancel_whose_reply_was_lost_gives_the_same_answer_again_and_another_one_does_not(
+    store: redis.Redis, queue: FleetQueue
+) -> None:
+    fill(store, queue, 1)
+    command = queue.cancel("r00000")
+    answer = execute(store, command)
+    assert (answer.status, answer.body is None) == ("queued", False)
+    assert execute(store, command) == answer
+    assert execute(store, queue.cancel("r00000")).status == "gone"
+    assert execute(store, queue.snapshot()).cancelled_total == 1
+
+
 def test_renewing_keeps_the_lease(store: redis.Redis, queue: FleetQueue) -> None:
     fill(store, queue, 1)
     claim(store, queue, "gpu", 1, now=100.0)
