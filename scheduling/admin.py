@@ -20,6 +20,7 @@ from scheduling.admin_base import (
     show_values,
     signed_in,
 )
+from scheduling.admin_exchange import ExchangeAdmin
 from scheduling.audit import record_action
 from scheduling.models import ApiKey, OperatorAction, PolicyRevision, Quota, ServiceLevel, Tenant
 
@@ -62,7 +63,7 @@ class ApiKeyInline(TabularInline):
 
 
 @admin.register(Tenant)
-class TenantAdmin(AuditedAdmin):
+class TenantAdmin(ExchangeAdmin):
     """Teams that send requests."""
 
     list_display = [

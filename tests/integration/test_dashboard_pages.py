@@ -11,13 +11,13 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from controlplane.config import Config
-from dashboard.export import safe_cell
 from dashboard.models import RequestRollup
 from dashboard.page import PAGES
 from dashboard.rollups import roll_up
 from dashboard.selectors.history import METRICS, choose_period, read_series
 from inference.models import BatchRecord, RequestRecord
 from scheduling.audit import record_action
+from scheduling.cells import safe_cell
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
 from scheduling.models import OperatorAction, PolicyRevision, Quota, ServiceLevel, Tenant
