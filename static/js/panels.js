@@ -9,7 +9,8 @@ const figure = (name, text) => setText(document.querySelector(`[data-figure="${n
 export function drawFigures(model, replicas) {
   const slots = replicas.reduce((sum, [, r]) => sum + r.max_batch_size, 0);
   figure("depth", count(model.depth));
-  figure("depth-sub", `of ${count(model.queue_limit)}, ${count(model.waiting_tokens)} tokens`);
+  figure("depth-sub", `${count(model.waiting_tokens)} tokens`);
+  document.querySelector('[data-figure="depth-sub"]').title = `at most ${count(model.queue_limit)} requests may wait`;
   figure("oldest", brief(model.oldest_wait_s));
   figure(
     "oldest-sub",

@@ -21,6 +21,7 @@ export const announce = (text) => setText(byId("announcer"), text);
 export function startShell({ onState = () => {}, onTheme = () => {}, onModel = null } = {}) {
   themeChanged = onTheme;
   startTheme();
+  startAccount();
   document.querySelector(".pages [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
   byId("model").addEventListener("change", (event) => chooseModel(event.target.value, onModel));
   let latest = null;
@@ -78,6 +79,20 @@ function chooseModel(name, onModel) {
   byId("model").dataset.chosen = name;
   history.replaceState(null, "", url);
   onModel();
+}
+
+/** The menu behind one's name closes as menus do. */
+function startAccount() {
+  const menu = byId("account");
+  document.addEventListener("click", (event) => menu.contains(event.target) || (menu.open = false));
+  menu.addEventListener("focusout", (event) => {
+    if (event.relatedTarget && !menu.contains(event.relatedTarget)) menu.open = false;
+  });
+  menu.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    menu.open = false;
+    menu.querySelector("summary").focus();
+  });
 }
 
 function startTheme() {

@@ -43,12 +43,12 @@ def test_signing_in_leads_to_the_live_page_without_an_error_in_the_console(
     assert page.request.get("/").headers["content-security-policy"].startswith("default-src 'self';")
 
 
-def test_a_new_request_is_on_the_page_within_two_seconds(visit: Visit, fleet: FleetWriter) -> None:
+def test_a_new_request_is_on_the_page_without_a_reload(visit: Visit, fleet: FleetWriter) -> None:
     page = visit()
     before = depth(page)
     for _ in range(3):
         fleet.enqueue("chat", 5)
-    expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 3), timeout=2000)
+    expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 3))
     expect(page.locator("#split tr", has_text="bulk")).to_contain_text("3")
     page.get_by_text("By tenant").click()
     expect(page.locator("#split tr", has_text="chat")).to_contain_text("3")
@@ -59,12 +59,12 @@ def test_backpressure_shows_its_level_and_why(visit: Visit, fleet: FleetWriter) 
     while depth(page) < 60:
         for _ in range(60 - depth(page)):
             fleet.enqueue("research", 4)
-        expect(page.locator('[data-figure="depth"]')).to_have_text(re.compile(r"^[6-9]\d$"), timeout=2000)
+        expect(page.locator('[data-figure="depth"]')).to_have_text(re.compile(r"^[6-9]\d$"))
     expect(page.locator("#level")).to_contain_text("1 of 4, low")
     expect(page.locator("#level-reason")).to_contain_text("full (6")
     expect(page.locator("#level-reason")).to_contain_text("Refused with 503: bulk.")
     fleet.claim(60)
-    expect(page.locator("#level")).to_contain_text("0 of 4, none", timeout=3000)
+    expect(page.locator("#level")).to_contain_text("0 of 4, none")
 
 
 def test_an_operator_switches_with_a_reason_and_sees_every_worker_take_it_up(visit: Visit) -> None:
@@ -167,12 +167,12 @@ def test_the_page_comes_back_after_a_reload_a_gap_and_a_dropped_socket(
     losses[0] = 1
     before = depth(page)
     fleet.enqueue("chat")
-    expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 1), timeout=3000)
+    expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 1))
     assert asked == ["snapshot"]
     num_sockets = len(routes)
     routes[-1].close()
     fleet.enqueue("chat")
-    expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 2), timeout=5000)
+    expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 2))
     expect(page.locator("#connection")).to_have_text("Live")
     assert len(routes) == num_sockets + 1
 
@@ -183,13 +183,15 @@ def test_a_page_says_when_its_session_has_ended(visitor: BrowserContext) -> None
     expect(page.locator("#connection")).to_have_text("Live")
     other = visitor.new_page()
     other.goto("/")
+    other.locator("#account summary").click()
     other.get_by_role("button", name="Sign out").click()
-    expect(page.locator("#banner")).to_contain_text("Your session has ended", timeout=12_000)
+    expect(page.locator("#banner")).to_contain_text("Your session has ended")
     expect(page.locator("#banner a")).to_have_attribute("href", "/login/?next=%2F")
 
 
 def test_a_theme_stays_chosen(visit: Visit) -> None:
     page = visit()
+    page.locator("#account summary").click()
     page.get_by_role("button", name="Theme").click()
     page.get_by_role("button", name="Theme: light").click()
     page.reload()
@@ -213,6 +215,6 @@ def test_the_page_shows_stale_figures_and_comes_back_when_the_server_was_restart
     expect(page.locator("#connection")).to_have_text("Stale")
     fleet.enqueue("chat")
     web.start()
-    expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 1), timeout=12_000)
+    expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 1))
     expect(page.locator("#banner")).to_be_hidden()
     expect(page.locator("#connection")).to_have_text("Live")
