@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 from django.contrib.auth.models import User
 from django.core.exceptions import ValidationError
 from django.http import HttpRequest
-from ninja import Field, Router, Schema
+from ninja import Field, Router, Schema, Status
 from redis.exceptions import RedisError
 
 from controlplane.api.access import ControlAuth, ViewerAuth
@@ -158,7 +158,7 @@ def show_fleet(request: HttpRequest) -> FleetAnswer:
 
 @router.post("/fleet/replicas", response={201: WishView}, auth=ControlAuth(), summary="Add a replica")
 @translated
-def add_one(request: HttpRequest, body: AddBody) -> tuple[int, WishView]:
+def add_one(request: HttpRequest, body: AddBody) -> Status[WishView]:
     """For operators. The machine starts it within seconds; one that has no memory for it is refused (`no_room`)."""
     client, keys = live_redis(), live_keys()
     deployment = ModelDeployment.objects.filter(name=body.model).first()
@@ -173,7 +173,7 @@ def add_one(request: HttpRequest, body: AddBody) -> tuple[int, WishView]:
         actor=_actor(request),
         reason=body.reason,
     )
-    return 201, _wish(row)
+    return Status(201, _wish(row))
 
 
 @router.post("/fleet/replicas/{name}/remove", response=WishView, auth=ControlAuth(), summary="Remove a replica")

@@ -9,35 +9,27 @@ import pytest
 import redis
 
 from inference.messages import DeploymentSpec, ReplicaStatus
+from inference.plan import PlannedReplica
 from inference.worker.rollout import judge_change, overridden
 from inference.worker.supervisor import EngineSupervisor, SupervisorOptions
 from scheduling.keys import Keys
-from tests.integration.engines import COMMAND, Engines, make_tiny_checkpoint
+from tests.integration.engines import COMMAND, Engines
 from tests.integration.fleet import FleetClient
+from tests.patience import PATIENCE_S
 
 SPEC = DeploymentSpec(name=Engines.model, path="/m", max_batch_size=8, kv_memory_bytes=4 * 2**20, created_s=1)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def fleet(store: redis.Redis, keys: Keys) -> FleetClient:
-    return FleetClient(store, keys, Engines.model)
 
 
 @pytest.fixture
 def supervisor(redis_url: str, keys: Keys) -> Iterator[EngineSupervisor]:
     options = SupervisorOptions(
-        command=COMMAND, replica="gpu-0", redis_url=redis_url, key_prefix=keys.prefix, device="cpu", lease_s=2.0
+        command=COMMAND, replica="gpu-0", redis_url=redis_url, key_prefix=keys.prefix, device="cpu", lease_s=60.0
     )
     supervisor = EngineSupervisor(options)
     yield supervisor
     supervisor.close(0)
     if supervisor.is_alive():
-        supervisor.join(10)
+        supervisor.join(PATIENCE_S)
 
 
 def deploy(store: redis.Redis, keys: Keys, path: Path, **fields: Any) -> None:
@@ -100,3 +92,28 @@ def test_a_sizing_that_no_engine_could_use_is_refused_before_there_is_one(superv
     assert supervisor.control("sizing", {"name": "balanced"})["ok"]
     assert "no sizing strategy" in supervisor.control("sizing", {"name": "warp"})["error"]
     assert not supervisor.control("deployment", {})["ok"]
+
+
+def test_an_engine_takes_up_what_operators_want_of_it_though_nobody_told_its_worker(
+    supervisor: EngineSupervisor, fleet: FleetClient, store: redis.Redis, keys: Keys, checkpoint: Path
+) -> None:
+    def want(**fields: Any) -> None:
+        store.hset(keys.plan, "gpu-0", msgspec.json.encode(PlannedReplica(name="gpu-0", **fields)))
+
+    deploy(store, keys, checkpoint)
+    size = ("set_batch_size", {"max_batch_size": 3})
+    want(commands={"batch size": size})
+    supervisor.start()
+    first = fleet.until_state("gpu-0", "ready")
+    fleet.until(lambda: read_status(fleet).max_batch_size == 3)
+    want(commands={"batch size": size, "gate": ("pause", {}), "other": ("reboot", {})})
+    fleet.until_state("gpu-0", "paused")
+    assert supervisor.control("resume", {})["ok"]
+    want(commands={"batch size": size, "gate": ("resume", {})})
+    # A change of the deployment takes the order back, in the plan first.
+    before = first.settings
+    want(commands={"gate": ("resume", {})})
+    deploy(store, keys, checkpoint, max_batch_size=6)
+    fleet.until(lambda: read_status(fleet).max_batch_size == 6 and read_status(fleet).settings != before)
+    status = read_status(fleet)
+    assert (status.pid, status.state, status.max_batch_size) == (first.pid, "ready", 6)
