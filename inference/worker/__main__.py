@@ -3,7 +3,6 @@
 import logging
 import os
 import threading
-import time
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +14,10 @@ from inference.engine.errors import ModelLoadError
 from inference.engine.runner import ModelRunner
 from inference.logs import make_formatter
 from inference.tokenization import Tokenizer
-from inference.worker.engine import Engine, connect
-from inference.worker.inbox import Inbox, Told
+from inference.worker.endings import await_stop, end_process, told_to_stop
+from inference.worker.engine import Engine
+from inference.worker.inbox import Inbox
+from inference.worker.membership import connect
 from inference.worker.memory import build_memory_model
 from inference.worker.nvml import torch_gpus
 from inference.worker.pipe import STOP_NOW, Pipe, watch_signals
@@ -33,8 +34,6 @@ DRIVER_PATIENCE_S = 5.0
 LOST_POLL_S = 0.25
 LEAVE_S = 5.0
 """How long an engine that lost its GPU may take to give its requests back."""
-RETRY_S = 30.0
-"""How long a process that cannot serve its checkpoint waits before it ends, to be started again."""
 
 
 def main() -> int:
@@ -45,7 +44,7 @@ def main() -> int:
     logging.getLogger().handlers[0].setFormatter(make_formatter(spec.log_format))
     inbox = Inbox()
     watch_signals(inbox)
-    threading.excepthook = _end_process
+    threading.excepthook = end_process
     pipe.follow(inbox)
     status = first_status(spec)
     telemetry = TelemetryReader()
@@ -63,7 +62,7 @@ def main() -> int:
         logger.error("%s cannot be served: %s", spec.deployment.name, error)
         reporter.publish(msgspec.structs.replace(status, state="failed", detail=str(error)))
         pipe.send(Notice(state="failed", detail=str(error)))
-        _await_stop(inbox)
+        await_stop(inbox)
         return 1
     except Exception:
         logger.exception("The engine ends; its requests go back to the queue")
@@ -85,7 +84,7 @@ def _await_gpu(spec: EngineSpec, pipe: Pipe, inbox: Inbox, reporter: Reporter, t
         detail = f"{reading.detail} The replica comes back when it does."
         reporter.publish(msgspec.structs.replace(first_status(spec), state="failed", detail=detail))
         pipe.beat()  # it waits, and does not hang
-        if _told_to_stop(inbox, LOST_POLL_S):
+        if told_to_stop(inbox, LOST_POLL_S):
             return False
         reading = telemetry.read()
     reporter.publish(first_status(spec))
@@ -127,27 +126,6 @@ def _leave(inbox: Inbox, detail: str) -> None:
     logger.error("%s The requests go back to the queue.", detail)
     inbox.tell(STOP_NOW)
     threading.Timer(LEAVE_S, os._exit, [LOST_STATUS]).start()
-
-
-def _end_process(failure: threading.ExceptHookArgs) -> None:
-    """A thread failed, and the loop cannot go on without it: end, so that the lease runs out and all starts anew."""
-    name = failure.thread.name if failure.thread else "a thread"
-    logger.critical("%s failed; the engine ends", name, exc_info=failure.exc_value)
-    logging.shutdown()
-    os._exit(2)
-
-
-def _await_stop(inbox: Inbox) -> None:
-    """Show the failed state for a while, rather than load what cannot be loaded over and over."""
-    deadline = time.monotonic() + RETRY_S
-    while (left_s := deadline - time.monotonic()) > 0:
-        if _told_to_stop(inbox, left_s):
-            return
-
-
-def _told_to_stop(inbox: Inbox, timeout_s: float) -> bool:
-    words = inbox.read(timeout_s)
-    return any(isinstance(word, Told) and word.message.command == "stop" for word in words)
 
 
 if __name__ == "__main__":

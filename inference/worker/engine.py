@@ -5,8 +5,6 @@ import secrets
 import time
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from inference.logprobs import read_logprobs
 from inference.tokenization import TextStream, Tokenizer
@@ -15,12 +13,10 @@ from inference.worker.commands import Controls
 from inference.worker.costs import StepCosts
 from inference.worker.gate import Gate
 from inference.worker.inbox import Inbox
-from inference.worker.intake import Intake
-from inference.worker.lease import Heartbeat, Lease
 from inference.worker.loop import EngineLoop, Runner
+from inference.worker.membership import Membership
 from inference.worker.memory import DeviceMemory
 from inference.worker.meters import Meters, Second
-from inference.worker.outbox import Outbox
 from inference.worker.pipe import Pipe
 from inference.worker.reporter import Reporter
 from inference.worker.sizer import Sizer
@@ -35,22 +31,9 @@ from scheduling.core.sizing.memory_model import MemoryModel
 from scheduling.core.speculation import NGrams, Source, Speculation
 from scheduling.core.swap import SwapSpace
 from scheduling.core.triggers import parse_trigger
-from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 
 logger = logging.getLogger(__name__)
-
-TIMEOUT_S = 5.0
-"""A Redis that is silent for this long counts as lost."""
-FAREWELL_S = 1.0
-"""How long the last steps may take to reach Redis at the end; what does not is computed again elsewhere."""
-
-
-def connect(spec: EngineSpec) -> redis.Redis:
-    """A client that reports a lost connection at once: each thread has its own way to go on."""
-    return store.connect(
-        spec.redis_url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0)
-    )
 
 
 class Engine:
@@ -75,40 +58,32 @@ class Engine:
         self._model = model
         self._keys = keys
         self._tokenizer = tokenizer
-        self._queue = FleetQueue(keys, model)
-        self._lease = Lease(spec.replica, spec.lease_s)
-        self._reporter = reporter
-        self._client = connect(spec)
+        member = self._member = Membership(spec, inbox, self._read_claimed)
         costs = StepCosts(
             block_bytes=runner.block_bytes, block_size=runner.block_size, swap_bytes_per_s=runner.swap_bytes_per_s
         )
         planner = self._planner = _build_planner(spec, runner, costs, draft)
         meters = Meters(Second(started_s=time.time()))
         gate = Gate(time.monotonic)
-        self._intake = Intake(
-            connect(spec), self._queue, keys.bell(model), self._lease, read=self._read_claimed, inbox=inbox
-        )
-        self._outbox = Outbox(connect(spec), keys, self._queue, lease=self._lease, inbox=inbox)
-        self._heartbeat = Heartbeat(connect(spec), self._queue, self._lease, inbox)
         memory = DeviceMemory(memory_model, planner, beside_bytes=draft.memory_bytes if draft else 0)
         sizer = Sizer(
             planner,
             meters,
             costs,
             deployment=spec.deployment,
-            num_waiting=lambda: self._intake.depth,
+            num_waiting=lambda: member.intake.depth,
             telemetry=reporter.read_telemetry,
             memory_limit=memory.limit,
         )
         board = StatusBoard(
-            first_status(spec), detail, planner=planner, meters=meters, gate=gate, intake=self._intake, sizer=sizer
+            first_status(spec), detail, planner=planner, meters=meters, gate=gate, intake=member.intake, sizer=sizer
         )
         self.loop = EngineLoop(
             planner=planner,
             runner=runner,
-            lease=self._lease,
-            intake=self._intake,
-            outbox=self._outbox,
+            lease=member.lease,
+            intake=member.intake,
+            outbox=member.outbox,
             reporter=reporter,
             inbox=inbox,
             pipe=pipe,
@@ -130,36 +105,10 @@ class Engine:
 
     def run(self) -> None:
         """Serve. However the loop ends, its last steps are sent and its requests released, where Redis answers."""
-        threads = (self._intake, self._outbox, self._heartbeat)
-        for thread in threads:
-            thread.start()
-        failed = True
-        try:
-            self.loop.run()
-            failed = False
-        finally:
-            self._outbox.close(FAREWELL_S)
-            self._release(failed)
-            self._heartbeat.close()
+        self._member.serve(self.loop.run, self._running)
 
-    def _release(self, failed: bool) -> None:
-        """Give everything back: what was claimed and not begun, and what an unfinished drain left.
-
-        After a failure those that ran are suspect, and nobody else: see `may_join`.
-        """
-        self._intake.close()
-        suspects = [sequence.id for sequence in self._planner.sequences[: self._planner.num_running]] if failed else []
-        commands = [
-            self._queue.release(self._lease.owner, suspects, failed=True),
-            self._queue.release(self._lease.owner),
-        ]
-        try:
-            num_released = sum(store.execute_many(self._client, commands))
-        except redis.RedisError as error:
-            logger.warning("Requests could not be given back, their lease will run out: %s", error)
-            return
-        if num_released:
-            logger.info("%d requests went back to the queue.", num_released)
+    def _running(self) -> list[str]:
+        return [sequence.id for sequence in self._planner.sequences[: self._planner.num_running]]
 
     def _read_claimed(self, claimed: ClaimedRequest, owner: str) -> ActiveRequest:
         active = open_request(
@@ -171,7 +120,7 @@ class Engine:
         )
         if active.num_resumed and active.request.sampling.logprobs is not None:
             try:
-                found = store.execute(self._client, read_logprobs(self._keys, self._model, claimed.id))
+                found = store.execute(self._member.client, read_logprobs(self._keys, self._model, claimed.id))
                 active.logprobs = found[: active.num_resumed]
             except redis.RedisError as error:  # then the request ends with an error, rather than the claim hang here
                 logger.warning("The log probabilities of request %s cannot be read: %s", claimed.id, error)
