@@ -24,6 +24,8 @@ INLINE_CHARACTERS = 8192
 """Longer prompts are tokenized in a thread, so that they do not hold up other clients' tokens."""
 MESSAGE_CHARACTERS = 32
 """What a chat template adds to each message, about: a hundred thousand empty ones are long too."""
+SMALL_SEED = 2**31
+"""Seeds that nobody asked for are below this where they are forwarded: some servers read no larger ones."""
 ROLES = {"developer": "system"}
 """Newer names of roles that chat templates know by the older one."""
 
@@ -78,7 +80,10 @@ async def _draft_forwarded(
         endpoint, default = "chat.completions", DEFAULT_CHAT_TOKENS
     max_tokens = asked or _rest(model, num_prompt, default)
     draft = _draft(body, caller, model, draft_id, endpoint, num_prompt, max_tokens, priority)
-    return replace(draft, forwarded=forward_body(body, draft.sampling), estimated_prompt_tokens=num_prompt)
+    sampling = (
+        draft.sampling if body.seed is not None else replace(draft.sampling, seed=draft.sampling.seed % SMALL_SEED)
+    )
+    return replace(draft, sampling=sampling, forwarded=forward_body(body, sampling), estimated_prompt_tokens=num_prompt)
 
 
 def _tokenizer_of(model: ServedModel) -> Tokenizer:
