@@ -32,6 +32,7 @@ class ConfiguredEngineStep(EngineStep):
         config: Config = settings.PENSTOCK
         return SupervisorOptions(
             command=[sys.executable, "-m", "inference.worker"],
+            upstream_command=[sys.executable, "-m", "inference.upstream"],
             replica=replica,
             redis_url=config.redis,
             key_prefix=config.key_prefix,

@@ -36,7 +36,7 @@ def main() -> int:
     watch_signals(inbox)
     threading.excepthook = end_process
     pipe.follow(inbox)
-    status = msgspec.structs.replace(first_status(spec), backend="openai", detail=describe(spec))
+    status = msgspec.structs.replace(first_status(spec), detail=describe(spec))
     reporter = Reporter(connect(spec), Keys(spec.key_prefix), status, lambda: None)
     reporter.start()
     try:

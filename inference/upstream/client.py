@@ -37,6 +37,8 @@ MAX_RETRY_S = 60.0
 PATHS = {"chat.completions": "/chat/completions", "completions": "/completions"}
 BUSY = frozenset({408, 425, 429, 502, 503, 504})
 CONTEXT = "context_length_exceeded"
+NO_MODEL = "upstream_no_model"
+"""A code of ours: the upstream does not know the model, or the address."""
 
 
 class UpstreamClient:
@@ -123,11 +125,8 @@ class UpstreamClient:
         if response.status_code != 200:
             body = await _read_bounded(response)
             raise self._problem(response.status_code, body, response.headers.get("retry-after", ""))
-        kind = response.headers.get("content-type", "")
-        if (
-            not kind.startswith("text/event-stream")
-            or response.headers.get("content-encoding", "identity") != "identity"
-        ):
+        kind, encoding = (response.headers.get(name, "") for name in ("content-type", "content-encoding"))
+        if not kind.startswith("text/event-stream") or encoding not in ("", "identity"):
             raise Failed("The upstream does not stream: it answered with another kind of content.")
 
     def _problem(self, status: int, body: bytes, retry_after: str) -> UpstreamError:
@@ -142,7 +141,8 @@ class UpstreamClient:
             return Busy(f"The upstream turns requests away ({status}).", _seconds(retry_after))
         if status >= 500:
             return Failed(f"The upstream failed ({status}).")
-        return Refused(said or f"The upstream refused the request ({status}).", CONTEXT if code == CONTEXT else "")
+        code = NO_MODEL if status == 404 else CONTEXT if code == CONTEXT else ""
+        return Refused(said or f"The upstream refused the request ({status}).", code)
 
     def _find_model(self, body: bytes) -> None:
         try:

@@ -77,7 +77,7 @@ class TooLong(UpstreamError):
 
 
 def read_message(body: bytes, *, secret: str = "") -> tuple[str, str]:
-    """Message and code of an error's body as servers write it: cleaned, bounded, without the key. Empty where unknown."""
+    """Message (cleaned, bounded, without the key) and code of an error's body as servers write it; empty if unknown."""
     try:
         fields = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

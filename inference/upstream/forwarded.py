@@ -19,8 +19,8 @@ MAX_CHARACTERS_PER_TOKEN = 256
 class ForwardedRequest(ActiveRequest):
     """An active request whose `tokens` are the characters of its answer: an upstream names no token ids.
 
-    Where an earlier attempt has sent a part of the answer, this one's must begin with the same characters; so it goes on
-    exactly, or not at all.
+    Where an earlier attempt has sent a part of the answer, this one's must begin with the same characters; so it goes
+    on exactly, or not at all.
     """
 
     def __init__(self, request: InferenceRequest, claimed: ClaimedRequest, *, owner: str, now_s: float) -> None:

@@ -3,6 +3,7 @@
 import logging
 import time
 
+from inference.upstream.client import NO_MODEL
 from inference.upstream.errors import Busy, Silent, UpstreamError
 from inference.upstream.forwarded import ForwardedRequest, check_forwarded
 from inference.upstream.health import Health
@@ -140,11 +141,9 @@ class UpstreamLoop(ServingLoop):
             return
         if gaps:
             self._gap_s = sum(gaps) / len(gaps)
+        num_active = max(1, len(self._active))
         self._meters.count_step(
-            batch_size=max(1, len(self._active)),
-            prompt_tokens=num_prompt,
-            output_tokens=num_tokens,
-            seconds=self._gap_s,
+            batch_size=num_active, prompt_tokens=num_prompt, output_tokens=num_tokens, seconds=self._gap_s
         )
 
     def _receive(self, arrived: Arrived, gaps: list[float]) -> int:
@@ -183,16 +182,15 @@ class UpstreamLoop(ServingLoop):
         """End a request, or give it back to be tried again; tokens that no delta was counted for."""
         active, error = ended.active, ended.error
         if error is None and not active.has_caught_up:
-            self._end(
-                active, "error", "upstream_interrupted", "The upstream broke off, and then answered more briefly."
-            )
+            message = "The upstream broke off within its answer, and gave a shorter one when it was asked again."
+            self._end(active, "error", "upstream_interrupted", message)
             return 0
         if error is None:
             num_uncounted = max(0, active.num_new_tokens - active.num_tokens)
             self._end(active, "length" if ended.finish == "length" else "stop")
             return num_uncounted
         if error.is_refusal:
-            self._doubts_model = self._doubts_model or error.code == "upstream_no_model"
+            self._doubts_model = self._doubts_model or error.code == NO_MODEL
             self._end(active, "error", error.code, str(error))
             return 0
         logger.warning("Request %s was not answered: %s", active.request.id, error)

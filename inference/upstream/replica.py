@@ -70,7 +70,7 @@ class UpstreamReplica:
             memory_limit=lambda _: None,
         )
         board = UpstreamBoard(
-            msgspec.structs.replace(first_status(spec), backend="openai"),
+            first_status(spec),
             describe(spec),
             planner=slots,
             meters=meters,

@@ -38,6 +38,7 @@ def first_status(spec: EngineSpec) -> ReplicaStatus:
         max_batch_size=spec.deployment.max_batch_size,
         restarts=dict(spec.restarts),
         settings=settings_digest(spec.deployment),
+        backend=spec.deployment.backend,
     )
 
 

@@ -62,6 +62,8 @@ class SupervisorOptions:
     """An engine that ends no step, idle turns included, for this long is killed."""
     load_timeout_s: float = 1800.0
     """The same while it loads its model."""
+    upstream_command: Sequence[str] = ()
+    """What takes the place of `command` for a deployment that another server computes."""
 
 
 class EngineSupervisor(threading.Thread):
@@ -92,7 +94,7 @@ class EngineSupervisor(threading.Thread):
             self._obey_orders(None)
             spec = self._spec(deployment)
             try:
-                process = self._process = EngineProcess(self._options.command, spec)
+                process = self._process = EngineProcess(self._command(deployment), spec)
             except OSError as error:  # no memory for it, no more processes
                 num_failures, pause_s = self._count_failure(num_failures)
                 self._rest(spec, pause_s, f"The engine process cannot be started: {error}. Next try in {pause_s:g} s.")
@@ -110,6 +112,9 @@ class EngineSupervisor(threading.Thread):
             self._restarts[reason] = self._restarts.get(reason, 0) + 1
             what = hung or f"The engine process {process.pid} ended with status {status}."
             self._rest(spec, pause_s, f"{what} It is started again in {pause_s:g} s.")
+
+    def _command(self, deployment: DeploymentSpec) -> Sequence[str]:
+        return self._options.upstream_command if deployment.is_upstream else self._options.command
 
     @staticmethod
     def _count_failure(num_failures: int) -> tuple[int, float]:
