@@ -19,6 +19,8 @@ RUNTIME_BYTES = 512 * 2**20
 """What torch and the driver hold beside weights and cache, as `MemoryModel` has it until it measured."""
 HOST_FRACTION = 0.25
 """Of the free host memory, what a KV cache takes at most where it is not given a size; the engine has the same."""
+UPSTREAM_BYTES = 128 * 2**20
+"""What the process of a replica takes that only forwards."""
 GIB = 2**30
 
 
@@ -54,6 +56,8 @@ def estimate_need(spec: DeploymentSpec, *, num_parameters: int | None, device: D
 
     The KV cache is as large as the engine would make it, and on a GPU, where it takes what is left, one sequence long.
     """
+    if spec.is_upstream:  # its memory is another server's
+        return Need(weights=0, kv=0, rest=UPSTREAM_BYTES)
     on_gpu = device.name != "cpu"
     dtype = spec.dtype if spec.dtype != "auto" else "bfloat16" if on_gpu else "float32"
     config = _read_config(Path(spec.path))
