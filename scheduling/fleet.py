@@ -169,8 +169,8 @@ class FleetQueue:
     def renew(self, owner: str, lease_s: float, now: float | None = None) -> Command[bool]:
         """Move the lease's end to `lease_s` from now. False: it had been lost (or `owner` has not claimed yet).
 
-        An owner that comes back after its lease ended, by this or by a claim, was not ended by what it ran: the failures
-        that `expire` counted for it are taken back.
+        An owner that comes back after its lease ended, by this or by a claim, was not ended by what it ran: the
+        failures that `expire` counted for it are taken back.
         """
         return self.script("renew", bool, owner, repr(lease_s), _time(now))
 

@@ -4,7 +4,7 @@ Each bucket holds one minute's worth, starts full and fills evenly; `scheduling.
 in Python. All charges of a request are taken, or none. Calls may be repeated: a request is charged once while it lives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -60,16 +60,19 @@ class TenantLimits:
         tokens: int,
         now: float | None = None,
         tpd: int | None = None,
+        others: Sequence[str] = (),
     ) -> Command[Admission]:
         """Charge one request, `tokens` and a concurrency slot, or nothing and say why. None: unlimited.
 
-        `tpd` is the budget of tokens of a day, which begins at midnight UTC.
+        `tpd` is the budget of tokens of a day, which begins at midnight UTC. `others` are ids of further answers to the
+        same request: each is charged as a request and has its slot, all or none, and `tokens` are those of all; to
+        acquire one of them afterwards charges nothing. Each is settled by itself.
         """
 
         def read(reply: list[Any]) -> Admission:
             return _read_admission(reply, rpm, tpm)
 
-        return self._script("acquire", read, tenant, request_id, rpm, tpm, concurrency, tokens, now, tpd)
+        return self._script("acquire", read, tenant, request_id, rpm, tpm, concurrency, tokens, now, tpd, *others)
 
     def settle(self, tenant: str, request_id: str, *, refund_tokens: int, now: float | None = None) -> Command[None]:
         """At a request's end: give back its slot and the tokens not used, up to a full bucket. Once per request.

@@ -64,11 +64,23 @@ class Draft:
     forwarded: bytes = b""
     """What an upstream server is sent in place of tokens, and how long its prompt is, as counted or guessed here."""
     estimated_prompt_tokens: int = 0
+    others: tuple[str, ...] = ()
+    """Ids of further answers to the same request, which are charged with this one: all of them or none."""
 
     @property
     def num_prompt_tokens(self) -> int:
         """Length of the prompt."""
         return self.estimated_prompt_tokens or len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """What this answer is charged: its prompt, and the longest completion."""
+        return self.num_prompt_tokens + self.max_tokens
+
+    @property
+    def num_all_tokens(self) -> int:
+        """Of all answers together."""
+        return (1 + len(self.others)) * self.num_tokens
 
 
 class AdmissionDesk:
@@ -149,36 +161,41 @@ class AdmissionDesk:
             )
         return max_depth
 
+    def _check_possible(self, draft: Draft) -> None:
+        """Refuse what the tenant's limits will never allow, however long its client waits."""
+        tenant, num = draft.tenant, 1 + len(draft.others)
+        answers, tokens = f"{num} answers", draft.num_all_tokens
+        asked = f"{tokens} tokens (prompt and max_tokens together)"
+        checks = [
+            ("tokens_per_minute", tenant.tpm, tokens, asked, "limit of {} tokens per minute", "max_tokens"),
+            ("tokens_per_day", tenant.tpd, tokens, asked, "budget of {} tokens per day", "max_tokens"),
+        ]
+        if num > 1:
+            checks += [
+                ("requests_per_minute", tenant.rpm, num, answers, "limit of {} requests per minute", "n"),
+                ("concurrency", tenant.concurrency, num, answers, "limit of {} concurrent requests", "n"),
+            ]
+        for reason, limit, amount, what, of, param in checks:
+            if limit is not None and amount > limit:
+                self.count_refusal(draft, reason)
+                raise InvalidRequest(
+                    f"The request asks for {what}, more than the {of.format(limit)} ever allows.",
+                    code=f"request_exceeds_{reason}",
+                    param=param,
+                )
+
     async def _charge(self, draft: Draft) -> Admission:
-        tenant = draft.tenant
-        tokens = draft.num_prompt_tokens + draft.max_tokens
-        if tenant.tpm is not None and tokens > tenant.tpm:
-            self.count_refusal(draft, "tokens_per_minute")
-            raise InvalidRequest(
-                f"The request asks for {tokens} tokens (prompt and max_tokens together), more than the limit of "
-                f"{tenant.tpm} tokens per minute ever allows.",
-                code="request_exceeds_tokens_per_minute",
-                param="max_tokens",
-            )
-        if tenant.tpd is not None and tokens > tenant.tpd:
-            self.count_refusal(draft, "tokens_per_day")
-            raise InvalidRequest(
-                f"The request asks for {tokens} tokens (prompt and max_tokens together), more than the budget of "
-                f"{tenant.tpd} tokens per day ever allows.",
-                code="request_exceeds_tokens_per_day",
-                param="max_tokens",
-            )
+        self._check_possible(draft)
         admission = await self._pipeline.send_within(self._charge_command(draft), REDIS_WAIT_S)
         if not admission.ok:
             self.count_refusal(draft, admission.reason)
             if admission.reason == "concurrency":
                 admission = replace(admission, retry_after_s=self._slot_time_s(draft, admission.retry_after_s))
-            raise _limit_reached(admission, tokens, tenant.tpd)
+            raise _limit_reached(admission, draft)
         return admission
 
     def _charge_command(self, draft: Draft) -> Command[Admission]:
         tenant = draft.tenant
-        tokens = draft.num_prompt_tokens + draft.max_tokens
         return self.limits.acquire(
             tenant.name,
             draft.id,
@@ -186,7 +203,8 @@ class AdmissionDesk:
             tpm=tenant.tpm,
             tpd=tenant.tpd,
             concurrency=tenant.concurrency,
-            tokens=tokens,
+            tokens=draft.num_all_tokens,
+            others=draft.others,
         )
 
     async def _enqueue(self, draft: Draft, request: InferenceRequest, max_depth: int) -> None:
@@ -279,9 +297,9 @@ class AdmissionDesk:
 def check_length(draft: Draft) -> None:
     """Raises ContextLengthExceeded where prompt and completion do not fit the model's context."""
     num_prompt, limit = draft.num_prompt_tokens, draft.model.max_model_len
-    if num_prompt + draft.max_tokens > limit:
+    if draft.num_tokens > limit:
         raise ContextLengthExceeded(
-            f"This model's maximum context length is {limit} tokens. You requested {num_prompt + draft.max_tokens} "
+            f"This model's maximum context length is {limit} tokens. You requested {draft.num_tokens} "
             f"tokens ({num_prompt} in the prompt, {draft.max_tokens} for the completion).",
             param="messages" if draft.endpoint == "chat.completions" else "prompt",
         )
@@ -302,7 +320,7 @@ def to_request(draft: Draft) -> InferenceRequest:
         endpoint=draft.endpoint,
         deadline_s=draft.deadline_s,
         user=draft.user,
-        charged_tokens=draft.num_prompt_tokens + draft.max_tokens,
+        charged_tokens=draft.num_tokens,
         keep_s=draft.keep_s,
         traceparent=current_traceparent.get(),
         forwarded=draft.forwarded,
@@ -314,7 +332,8 @@ def _is_unlimited(tenant: TenantConfig) -> bool:
     return tenant.rpm is tenant.tpm is tenant.tpd is tenant.concurrency is None
 
 
-def _limit_reached(admission: Admission, tokens: int, tpd: int | None) -> RateLimited:
+def _limit_reached(admission: Admission, draft: Draft) -> RateLimited:
+    tokens, tpd = draft.num_all_tokens, draft.tenant.tpd
     sentences = {
         "requests_per_minute": f"The limit of {admission.limit_requests} requests per minute is reached.",
         "tokens_per_minute": f"The limit of {admission.limit_tokens} tokens per minute is reached: this request asks "

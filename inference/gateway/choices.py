@@ -13,25 +13,31 @@ from inference.gateway.reply import Reply
 async def submit_choices(gateway: Gateway, drafts: Sequence[Draft], key: IdempotencyKey | None) -> list[Reply]:
     """Let each answer's draft in; where one is refused all are withdrawn. Raises GatewayError, of the first refused.
 
-    Each is a request of its own for queue, engine and limits. An idempotency key stands for all of them; the first one
-    says alone whether it was used before, so that no other comes in under a key of another body.
+    Each is a request of its own for queue and engine. The first one is charged for all of them, in one script: the
+    tenant's limits let them all in, or none. An idempotency key stands for all of them too; the first one says whether
+    it was used before, so that no other comes in under a key of another body.
     """
     if len(drafts) == 1:
         return [await gateway.submit(drafts[0], key)]
     keys = [replace(key, digest=f"{key.digest}-{i}") if key and i else key for i in range(len(drafts))]
+    first = replace(drafts[0], others=tuple(draft.id for draft in drafts[1:]))
     tasks: list[asyncio.Task[Reply]] = []
     try:
-        for draft, key_of in zip(drafts, keys, strict=True):
+        for draft, key_of in zip((first, *drafts[1:]), keys, strict=True):
             tasks.append(asyncio.create_task(gateway.submit(draft, key_of)))
-            if key is not None and len(tasks) == 1:
+            if len(tasks) == 1:
                 await tasks[0]
         return list(await asyncio.gather(*tasks))
     except BaseException:
         for task in tasks:
             task.cancel()
-        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(outcome, Reply):
-                outcome.withdraw()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        replies = [outcome if isinstance(outcome, Reply) else None for outcome in outcomes]
+        for reply in replies:
+            if reply is not None:
+                reply.withdraw()
+        replies += [None] * (len(drafts) - len(replies))
+        gateway.give_back([draft for draft, reply in zip(drafts, replies, strict=True) if reply is None])
         raise
 
 

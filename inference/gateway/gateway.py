@@ -5,7 +5,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -252,6 +252,16 @@ class Gateway:
 
     def _all_replies(self) -> list[Reply]:
         return [*self._replies.values(), *self._shared]
+
+    def give_back(self, drafts: Sequence[Draft]) -> None:
+        """Refund answers that were charged with another one and are not let in after all. Returns at once."""
+        self._spawn(self._give_back(drafts))
+
+    async def _give_back(self, drafts: Sequence[Draft]) -> None:
+        limits = self.desk.limits
+        commands = [limits.cancel_charge(one.tenant.name, one.id, tokens=one.num_tokens) for one in drafts]
+        with contextlib.suppress(RedisUnavailable):  # then their slots are freed as lost ones
+            await asyncio.gather(*(self.pipeline.send_within(command, PATIENCE_S) for command in commands))
 
     async def cancel(
         self, model: ServedModel, request: InferenceRequest, *, withdrawn: bool = False, token: str = ""

@@ -1,8 +1,8 @@
--- request id, rpm, tpm, concurrency ('' is no limit), tokens, now, tokens a day
+-- request id, rpm, tpm, concurrency ('' is no limit), tokens of all, now, tokens a day, ids of further answers to it...
 --   -> {reason, retry after, requests left, tokens left, seconds until full, seconds until full}
 -- :buckets holds level, time and size of `requests` and `tokens`; :running is request ids by the time they took their slot;
 -- :day the day (UTC, since 1970) and the tokens charged on it.
-local id, now = ARGV[1], clock(ARGV[6])
+local id, now, num = ARGV[1], clock(ARGV[6]), math.max(1, #ARGV - 6)
 local buckets, slots = Q .. ':buckets', Q .. ':running'
 local concurrency, tokens, daily = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[7])
 local day, used = math.floor(now / 86400), 0
@@ -46,17 +46,18 @@ local function answer(reason, retry_after)
 end
 
 if call('ZSCORE', slots, id) then return answer('', 0) end
-if concurrency and call('ZCARD', slots) >= concurrency then return answer('concurrency', 1) end
-if requests and requests.level < 1 then return answer('requests_per_minute', wait(requests, 1)) end
+if concurrency and call('ZCARD', slots) + num > concurrency then return answer('concurrency', 1) end
+if requests and requests.level < num then return answer('requests_per_minute', wait(requests, num)) end
 if budget and budget.level < tokens then return answer('tokens_per_minute', wait(budget, tokens)) end
 if daily and used + tokens > daily then return answer('tokens_per_day', (day + 1) * 86400 - now) end
-take(requests, 1)
+take(requests, num)
 take(budget, tokens)
 if daily then
   call('HSET', Q .. ':day', 'day', day, 'tokens', used + tokens)
   call('EXPIRE', Q .. ':day', 2 * 86400)
 end
 call('ZADD', slots, now, id)
+for i = 8, #ARGV do call('ZADD', slots, now, ARGV[i]) end
 if #taken > 0 then
   call('HSET', buckets, unpack(taken))
   -- After a minute without traffic a bucket is full, which is also what a missing one means. A look costs less than a

@@ -83,7 +83,8 @@ def test_an_owner_that_comes_back_after_its_lease_ended_takes_the_failures_of_it
     fill(store, queue, 3)
     claim(store, queue, "away", 2, now=100.0)
     claim(store, queue, "dead", 1, now=100.0)
-    assert sorted(execute(store, queue.expire(200.0))) == [("away", 2), ("dead", 1)]
+    expired = execute(store, queue.expire(200.0))
+    assert sorted(expired) == [("away", 2), ("dead", 1)]
     if by_claim:
         execute(store, queue.claim("away", max_requests=0, max_tokens=0, lease_s=5.0, now=200.0))
     else:

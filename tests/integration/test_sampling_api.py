@@ -171,10 +171,10 @@ def test_each_answer_counts_against_the_tenant_s_limits(stack: Stack, engines: E
     assert api.complete("pair", n=2, max_tokens=3).status_code == 200
     wait_until(lambda: api.snapshot().running == 0)
     refused = api.complete("pair", n=3, max_tokens=3)
-    assert (refused.status_code, code_of(refused)) == (429, "concurrency_exceeded")
+    assert (refused.status_code, code_of(refused)) == (400, "request_exceeds_concurrency")
     wait_until(lambda: api.snapshot().running == 0 and api.complete("pair", n=2, max_tokens=3).status_code == 200)
     refused = api.complete("small", prompt=PROMPT, n=2, max_tokens=50)
-    assert (refused.status_code, code_of(refused)) == (429, "tokens_per_minute_exceeded")
+    assert (refused.status_code, code_of(refused)) == (400, "request_exceeds_tokens_per_minute")
 
 
 def test_options_change_what_is_said(client: openai.OpenAI, checkpoint: Path) -> None:
