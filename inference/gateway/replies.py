@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import msgspec
@@ -126,7 +127,7 @@ class Mailbox:
         return taken
 
 
-class StreamReader:
+class StreamReader(ABC):
     """Reads streams of updates for as long as the process lives; subclasses say which, and take what comes.
 
     `on_return()` is called after the server was away.
@@ -136,17 +137,17 @@ class StreamReader:
         self._client = client
         self._on_return = on_return
 
+    @abstractmethod
     async def choose(self) -> dict[str, bytes]:
         """The streams to read now, each with the id after which to go on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, stream: str, after_id: bytes, last_id: bytes, messages: list[bytes]) -> None:
         """Take messages (MessagePack lists of SequenceUpdate) that came after one id and end with another."""
-        raise NotImplementedError
 
+    @abstractmethod
     def num_waiting(self) -> int:
         """Requests that are waited for."""
-        raise NotImplementedError
 
     async def run(self) -> None:
         """Read for ever."""
