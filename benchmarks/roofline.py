@@ -63,7 +63,8 @@ class MeteredRunner:
         self.max_model_len = runner.max_model_len
         self._work, self._rates, self._weight_bytes = work, rates, weight_bytes
         runner._forward = self._timed("forward", runner._forward)
-        runner._sampler.sample = self._timed("sampling", runner._sampler.sample)  # type: ignore[method-assign]
+        launch = self._timed("sampling", runner._sampler.launch)
+        runner._sampler.launch = lambda *given: self._timed("sampling", launch(*given))  # type: ignore[method-assign]
         self.reset()
 
     def reset(self) -> None:

@@ -85,6 +85,7 @@ def run(runner: ModelRunner, sequences: list[Sequence], speculation: Speculation
         results = runner.step(parts)
         seconds = time.perf_counter() - started
         if speculation:
+            seconds += speculation.spent_s
             speculation.observe(parts, results, seconds)
         planner.apply(parts, results)
         if not any(part.sequence.num_output_tokens <= 1 for part in parts):
@@ -94,13 +95,13 @@ def run(runner: ModelRunner, sequences: list[Sequence], speculation: Speculation
 
 def measure_shares(runner: ModelRunner) -> dict[str, dict[str, float]]:
     """Median milliseconds of a decode step of 16, and of its sampling."""
-    sample, shares = runner._sampler.sample, {}
+    launch, shares = runner._sampler.launch, {}
     for name, options in OPTIONS.items():
-        runner._sampler.sample = chosen = Clock(sample)  # type: ignore[assignment,method-assign]
+        runner._sampler.launch = chosen = Clock(launch)  # type: ignore[assignment,method-assign]
         step = Clock(runner.step)
         runner.step = step  # type: ignore[assignment,method-assign]
         run(runner, make_batch(SLOTS, STEPS, runner.vocab_size, **options))
-        del runner.step, runner._sampler.sample
+        del runner.step, runner._sampler.launch
         step_ms, sample_ms = (1000 * median(clock.times_s[5:]) for clock in (step, chosen))
         shares[name] = {"step_ms": step_ms, "sampling_ms": sample_ms, "percent": 100 * sample_ms / step_ms}
         print(f"{name:34s} step {step_ms:7.2f} ms, sampling {sample_ms:6.2f} ms, {shares[name]['percent']:5.1f} %")

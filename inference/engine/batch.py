@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inference.engine.errors import InvalidPart
-from scheduling.core.sequence import StepPart
+from scheduling.core.sequence import Sequence, StepPart
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -55,6 +55,30 @@ def check_part(part: StepPart, *, vocab_size: int, max_model_len: int, num_block
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         bad = next(t for t in tokens if not 0 <= t < vocab_size)
         raise InvalidPart(f"Token id {bad} is outside the vocabulary of {vocab_size}.")
+
+
+def foresee_batch(sequences: Seq[Sequence], block_size: int) -> StepBatch:
+    """The decode step that follows when each of these has got one more token; `token_ids` are left open.
+
+    Their blocks have room for that token, whose key and value the step writes.
+    """
+    num_parts = len(sequences)
+    tables = np.zeros((num_parts, max(len(s.block_table) for s in sequences)), np.int32)
+    for i, sequence in enumerate(sequences):
+        tables[i, : len(sequence.block_table)] = sequence.block_table
+    positions = np.array([len(s.tokens) for s in sequences], np.int64)
+    owner = np.arange(num_parts, dtype=np.int32)
+    return StepBatch(
+        token_ids=np.zeros(num_parts, np.int64),
+        positions=positions,
+        slots=tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size,
+        query_starts=np.arange(num_parts + 1, dtype=np.int32),
+        context_lens=positions.astype(np.int32) + 1,
+        block_tables=tables,
+        sample_rows=np.arange(num_parts, dtype=np.int64),
+        sample_parts=list(range(num_parts)),
+        part_of=owner,
+    )
 
 
 def build_batch(parts: Seq[StepPart], block_size: int) -> StepBatch:

@@ -1,6 +1,7 @@
 """Decode steps as CUDA graphs over padded batch sizes; other steps run as they come."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,19 @@ class DecodeContext:
         return self._attend(asked, keys, values, self._tables, self._contexts, rule)
 
 
+@dataclass(slots=True)
+class _Step:
+    """Decode steps of one size."""
+
+    staging: list[torch.Tensor]
+    """Host memory for the inputs, twice: the latter is filled next, while the former may still be read."""
+    tokens: torch.Tensor
+    inputs: torch.Tensor
+    """On the device, see DecodeContext."""
+    run: Callable[[], torch.Tensor]
+    """Computes the logits of the inputs."""
+
+
 class GraphedForward:
     """A forward pass whose decode steps are replayed. `capture=False` runs them without graphs, on any device."""
 
@@ -60,7 +74,9 @@ class GraphedForward:
         self._modules, self._model, self._cache, self._attend = modules, model, cache, attend
         self._width = 4 + -(-max_model_len // BLOCK_SIZE)
         self._capture = capture
-        self._steps: dict[int, tuple[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]] = {}
+        self._steps: dict[int, _Step] = {}
+        self._prepared: StepBatch | None = None
+        """Whose tables are on the device, or on their way there."""
         self._pool: Any = None
 
     def __call__(self, batch: StepBatch) -> torch.Tensor:
@@ -71,14 +87,31 @@ class GraphedForward:
             return self._modules(batch)
         size = next(size for size in SIZES if size >= num_parts)
         if size not in self._steps:
-            self._steps[size] = self._prepare(size)
-        staging, inputs, run = self._steps[size]
-        self._fill(staging.numpy(), batch)
-        inputs.copy_(staging, non_blocking=True)
-        logits = run()[:num_parts]
+            self._steps[size] = self._capture_step(size)
+        step = self._steps[size]
+        if batch is self._prepared:
+            step.tokens[:num_parts] = torch.from_numpy(batch.token_ids)
+            step.inputs[:num_parts, 0].copy_(step.tokens[:num_parts], non_blocking=True)
+        else:
+            self._upload(step, batch)
+        self._prepared = None
+        logits = step.run()[:num_parts]
         if len(batch.sample_rows) == num_parts:
             return logits
         return logits[torch.from_numpy(batch.sample_rows).to(logits.device)]
+
+    def prepare(self, batch: StepBatch) -> None:
+        """Send a decode step's tables ahead, behind the step that runs; its tokens come with the call."""
+        num_parts = len(batch.context_lens)
+        step = next((self._steps.get(size) for size in SIZES if size >= num_parts), None)
+        self._prepared = batch if step is not None else None
+        if step is not None:
+            self._upload(step, batch)
+
+    def _upload(self, step: _Step, batch: StepBatch) -> None:
+        step.staging.reverse()  # the other one may still be on its way
+        self._fill(step.staging[0].numpy(), batch)
+        step.inputs.copy_(step.staging[0], non_blocking=True)
 
     def _fill(self, rows: Any, batch: StepBatch) -> None:
         """The step's inputs; what fills it up writes to the spare block, where nobody reads."""
@@ -93,12 +126,14 @@ class GraphedForward:
         row[2], row[3], row[4] = self._cache.num_blocks * BLOCK_SIZE, 1, self._cache.num_blocks
         return row
 
-    def _prepare(self, size: int) -> tuple[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]:
-        """Staging memory, the inputs on the device, and what computes the logits of those inputs."""
+    def _capture_step(self, size: int) -> _Step:
+        """Captured with idle rows only."""
         device = self._cache.device
-        staging = torch.zeros((size, self._width), dtype=torch.int64, pin_memory=device.type == "cuda")
-        staging[:] = torch.from_numpy(self._idle_row())
-        inputs = staging.to(device, copy=True)
+        pinned = device.type == "cuda"
+        staging = [torch.zeros((size, self._width), dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        staging[0][:] = torch.from_numpy(self._idle_row())
+        inputs = staging[0].to(device, copy=True)
+        tokens = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
 
         def run() -> torch.Tensor:
             context = DecodeContext(inputs, self._cache, self._attend)
@@ -108,7 +143,7 @@ class GraphedForward:
             return logits.float()
 
         if not self._capture:
-            return staging, inputs, run
+            return _Step(staging, tokens, inputs, run)
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
@@ -124,4 +159,4 @@ class GraphedForward:
             graph.replay()
             return logits
 
-        return staging, inputs, replay
+        return _Step(staging, tokens, inputs, replay)

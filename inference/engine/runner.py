@@ -3,20 +3,27 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
 
 import torch
 
 from inference.engine.assembly import assemble
-from inference.engine.batch import build_batch, check_part
+from inference.engine.batch import StepBatch, build_batch, check_part, foresee_batch
 from inference.engine.errors import DeviceLost, InvalidPart, OutOfDeviceMemory
+from inference.engine.graphs import GraphedForward
 from inference.engine.kv_cache import BLOCK_SIZE
-from inference.engine.sampler import Ask, Choice, Sampler
+from inference.engine.sampler import Ask, Choice, Chosen, Sampler
 from inference.messages import DeploymentSpec
-from scheduling.core.sequence import PartResult, StepPart
+from scheduling.core.sequence import PartResult, Sequence, StepPart
 
 logger = logging.getLogger(__name__)
 
+Results = Callable[[], list[PartResult]]
+"""Waits for what a step gave its parts."""
 PROBE_BLOCKS = 64
 """KV blocks that are moved to see how fast the way to host memory is."""
 
@@ -38,11 +45,13 @@ class ModelRunner:
         num_threads: int | None = None,
         native: bool = True,
         fused: bool = True,
+        runs_ahead: bool | None = None,
     ) -> None:
         """Load the checkpoint. Raises ModelLoadError or CheckpointError with a sentence that says what to do.
 
         `num_threads`: CPU threads of a forward pass, by default all physical cores. `native=False` does without
-        compiled kernels, `fused=False` without the Llama family's own forward pass.
+        compiled kernels, `fused=False` without the Llama family's own forward pass. `runs_ahead`: `start` computes,
+        rather than the call it returns; by default on CUDA, where computing is only begun.
         """
         if num_threads:
             torch.set_num_threads(num_threads)
@@ -58,6 +67,10 @@ class ModelRunner:
         # Configurations name ids, of a tokenizer's added tokens, that the model has no logit for.
         self._sampler = Sampler(frozenset(i for i in self.eos_token_ids if i < self.vocab_size))
         self._cache, self._forward, self._description = assembly.cache, assembly.forward, assembly.description
+        self.runs_ahead = self.device.type == "cuda" if runs_ahead is None else runs_ahead
+        self.num_foreseen = 0
+        """Steps that began as they were foreseen."""
+        self._foreseen: Foreseen | None = None
         self.swap_bytes_per_s = self._measure_swap()
 
     def describe(self) -> str:
@@ -70,9 +83,17 @@ class ModelRunner:
         Does not change the sequences. A part that fails gets its error and the others their tokens. Raises
         OutOfDeviceMemory (plan less and try again) and DeviceLost.
         """
-        results: list[PartResult] = [PartResult()] * len(parts)
-        valid = []
-        for i, part in enumerate(parts):
+        return self.start(parts)()
+
+    def start(self, parts: Seq[StepPart]) -> Results:
+        """Begin a step; the call that is returned gives what `step` does, once.
+
+        All that is read of the sequences is read now, so that they may change or lose their blocks meanwhile; nobody
+        else may be given those before the end. Where the runner `runs_ahead` the device computes from now on.
+        """
+        errors: list[PartResult | None] = []
+        good = []
+        for part in parts:
             try:
                 check_part(
                     part,
@@ -81,18 +102,63 @@ class ModelRunner:
                     num_blocks=self.num_blocks,
                     block_size=self.block_size,
                 )
-                valid.append(i)
+                good.append(part)
+                errors.append(None)
             except InvalidPart as error:
-                results[i] = PartResult(error=str(error))
-        if valid:
-            for i, result in zip(valid, self._run([parts[i] for i in valid]), strict=True):
-                results[i] = result
+                errors.append(PartResult(error=str(error)))
+        compute = self._begin(good) if good else list
+
+        def wait() -> list[PartResult]:
+            found = iter(self._finish(good, compute))
+            return [error or next(found) for error in errors]
+
+        return wait
+
+    def foresee(self, sequences: Seq[Sequence]) -> None:
+        """Lay out, while a step runs, the one that follows if these get a token each in it and nobody else takes part.
+
+        A step that begins otherwise is laid out when it begins.
+        """
+        self._foreseen = None
+        if sequences:
+            batch = foresee_batch(sequences, self.block_size)
+            self._foreseen = Foreseen(list(sequences), [len(s.block_table) for s in sequences], batch)
+            if isinstance(self._forward, GraphedForward):
+                self._forward.prepare(batch)
+
+    def _begin(self, parts: Seq[StepPart]) -> Results:
+        """Lay parts out and, where the runner runs ahead, launch them."""
+        foreseen, self._foreseen = self._foreseen, None
+        batch = foreseen.take(parts) if foreseen else None
+        if batch is None:
+            batch = build_batch(parts, self.block_size)
+        else:
+            self.num_foreseen += 1
+        asks = [Ask(parts[i].sequence, parts[i].draft) for i in batch.sample_parts]
+        if not self.runs_ahead:
+            return lambda: self._launch(batch, asks)()
+        try:
+            return self._launch(batch, asks)
+        except Exception as error:
+            return partial(_fail, error)
+
+    @torch.inference_mode()
+    def _launch(self, batch: StepBatch, asks: list[Ask]) -> Results:
+        logits = self._forward(batch)
+        chosen = self._sampler.launch(logits, asks) if asks else list
+        return partial(self._collect, batch, chosen)
+
+    @torch.inference_mode()
+    def _collect(self, batch: StepBatch, chosen: Chosen) -> list[PartResult]:
+        results = [PartResult()] * len(batch.context_lens)
+        for i, choices in zip(batch.sample_parts, chosen(), strict=True):
+            results[i] = _result(choices)
         return results
 
-    def _run(self, parts: Seq[StepPart]) -> list[PartResult]:
-        """Run parts together; where that fails, each half by itself, down to the part that is to blame."""
+    def _finish(self, parts: Seq[StepPart], compute: Results) -> list[PartResult]:
+        """Results of parts together; where that fails, of each half by itself, down to the part that is to blame."""
         try:
-            return self._run_batch(parts)
+            return compute()
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory from error
         except torch.AcceleratorError as error:
@@ -102,19 +168,7 @@ class ModelRunner:
                 logger.exception("Request %s failed in the forward pass", parts[0].sequence.id)
                 return [PartResult(error=f"The forward pass failed ({type(error).__name__}).")]
         half = len(parts) // 2
-        return self._run(parts[:half]) + self._run(parts[half:])
-
-    @torch.inference_mode()
-    def _run_batch(self, parts: Seq[StepPart]) -> list[PartResult]:
-        batch = build_batch(parts, self.block_size)
-        logits = self._forward(batch)
-        results = [PartResult()] * len(parts)
-        if not batch.sample_parts:
-            return results
-        asks = [Ask(parts[i].sequence, parts[i].draft) for i in batch.sample_parts]
-        for i, choices in zip(batch.sample_parts, self._sampler.sample(logits, asks), strict=True):
-            results[i] = _result(choices)
-        return results
+        return self.step(parts[:half]) + self.step(parts[half:])
 
     def swap_out(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy (device block, host block) pairs to host memory, of which there are `num_host_blocks` blocks.
@@ -142,6 +196,35 @@ class ModelRunner:
                 torch.cuda.synchronize(self.device)
             best_s = min(best_s, time.perf_counter() - started)
         return 2 * num_blocks * self.block_bytes / best_s
+
+
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """A decode step that was laid out before its tokens were known."""
+
+    sequences: list[Sequence]
+    num_blocks: list[int]
+    batch: StepBatch
+
+    def take(self, parts: Seq[StepPart]) -> StepBatch | None:
+        """The batch with its tokens, if these parts are what was foreseen; else None."""
+        positions = self.batch.positions.tolist()
+        expected = zip(parts, self.sequences, positions, self.num_blocks, strict=False)
+        if len(parts) != len(positions) or not all(
+            part.sequence is sequence
+            and part.num_tokens == 1
+            and part.samples
+            and sequence.num_computed == position == len(sequence.tokens) - 1
+            and len(sequence.block_table) == num_blocks
+            for part, sequence, position, num_blocks in expected
+        ):
+            return None
+        self.batch.token_ids[:] = [sequence.tokens[-1] for sequence in self.sequences]
+        return self.batch
+
+
+def _fail(error: Exception) -> NoReturn:
+    raise error
 
 
 def _result(choices: list[Choice]) -> PartResult:

@@ -2,7 +2,9 @@
 
 import logging
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +35,10 @@ class Choice(NamedTuple):
     error: str | None = None
 
 
+Chosen = Callable[[], list[list[Choice]]]
+"""Waits for the tokens of a step."""
+
+
 class Sampler:
     """Chooses tokens. Nothing depends on the other sequences of a step, and what fails in one fails in it alone."""
 
@@ -45,10 +51,30 @@ class Sampler:
         A draft is a guess at what would be chosen: its tokens stand as long as they are what is chosen at their place,
         so that the text is the one without drafts, for sampled requests too.
         """
+        return self.launch(logits, asks)()
+
+    def launch(self, logits: torch.Tensor, asks: Seq[Ask]) -> Chosen:
+        """The same, begun: an accelerator is given its work, and the call that is returned waits for the tokens.
+
+        What they depend on is read of the sequences now.
+        """
         if logits.device.type == "cpu":
-            return self._on_host(logits.float().numpy(), asks)
+            answers = self._on_host(logits.float().numpy(), asks)
+            return lambda: answers
+        return partial(self._finish, logits, asks, self._try_launch(logits, asks))
+
+    def _try_launch(self, logits: torch.Tensor, asks: Seq[Ask]) -> Chosen | None:
         try:
             return self._on_device(logits, asks)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception:
+            logger.exception("A batch cannot be sampled; its sequences are sampled one by one")
+            return None
+
+    def _finish(self, logits: torch.Tensor, asks: Seq[Ask], chosen: Chosen | None) -> list[list[Choice]]:
+        try:
+            return chosen() if chosen is not None else self._one_by_one(logits, asks)
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception:
@@ -98,7 +124,7 @@ class Sampler:
             return Choice(token_id)
         return Choice(token_id, measure(row, token_id, params.logprobs))
 
-    def _on_device(self, logits: torch.Tensor, asks: Seq[Ask]) -> list[list[Choice]]:
+    def _on_device(self, logits: torch.Tensor, asks: Seq[Ask]) -> Chosen:
         """All rows at once; those with changes to their logits cost a few small operations each."""
         rows = [(ask.sequence, len(ask.sequence.tokens) + j) for ask in asks for j in range(len(ask.draft) + 1)]
         logits, raw = logits.float(), logits
@@ -108,8 +134,19 @@ class Sampler:
                     logits = raw.clone()
                 change_tensor(logits[i], change)
         best, argmax = logits.max(-1)
-        packed = torch.stack([argmax, torch.isfinite(best).long()]).tolist()  # one wait for the device
-        tokens, finite = packed
+        packed = torch.stack([argmax, torch.isfinite(best).long()])
+        return partial(self._take, packed, logits, raw, rows, asks)
+
+    def _take(
+        self,
+        packed: torch.Tensor,
+        logits: torch.Tensor,
+        raw: torch.Tensor,
+        rows: list[tuple[Sequence, int]],
+        asks: Seq[Ask],
+    ) -> list[list[Choice]]:
+        """Wait for the likeliest tokens [2, N], beside which stands whether they are finite; draw what is drawn."""
+        tokens, finite = packed.tolist()  # the one wait for the device
         drawn = [i for i, (sequence, _) in enumerate(rows) if finite[i] and not is_greedy(sequence.sampling)]
         if drawn:
             params, positions = [rows[i][0].sampling for i in drawn], [rows[i][1] for i in drawn]
@@ -128,7 +165,7 @@ class Sampler:
         for ask in asks:
             end = start + len(ask.draft) + 1
             try:
-                answers += self._on_device(logits[start:end], [ask])
+                answers += self._on_device(logits[start:end], [ask])()
             except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
             except Exception as error:

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 from inference.engine.errors import OutOfDeviceMemory
 from inference.worker.active import ActiveRequest, RequestRefusedError, check_request
@@ -23,7 +23,8 @@ from inference.worker.status import StatusBoard
 from scheduling.core.planner import RequestTooLongError, StepOutput, StepPlanner
 from scheduling.core.room import NO_ROOM, UrgentRoom
 from scheduling.core.sequence import PartResult, StepPart
-from scheduling.core.sizing.cost_model import measure_parts
+from scheduling.core.sequence import Sequence as Running
+from scheduling.core.sizing.cost_model import StepFeatures, measure_parts
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,25 @@ class Runner(Protocol):
         """Copy (host block, device block) pairs back."""
         ...
 
-    def step(self, parts: Sequence[StepPart]) -> list[PartResult]:
-        """One forward pass."""
+    runs_ahead: bool
+    """Whether a step that was started is computed while the loop goes on."""
+
+    def start(self, parts: Sequence[StepPart]) -> Callable[[], list[PartResult]]:
+        """Begin a forward pass; the call that is returned waits for its results."""
         ...
+
+    def foresee(self, sequences: Sequence[Running]) -> None:
+        """Make ready, while a step runs, for one in which these decode."""
+        ...
+
+
+class Step(NamedTuple):
+    """A forward pass that was begun."""
+
+    wait: Callable[[], list[PartResult]]
+    features: StepFeatures
+    started_s: float
+    """Seconds that it took to begin."""
 
 
 class EngineLoop(ServingLoop):
@@ -103,6 +120,7 @@ class EngineLoop(ServingLoop):
     def run(self) -> None:
         """Step until told to end. What is held then belongs to the caller to release."""
         timeout_s = 0.0
+        outputs: list[StepOutput] = []
         while not self._gate.is_over:
             self._heed(self._inbox.read(timeout_s))
             started = time.perf_counter()
@@ -112,14 +130,16 @@ class EngineLoop(ServingLoop):
             parts = self._planner.plan(time.monotonic())
             self._note_turns(parts)
             self._move_blocks()
-            if parts:
-                self._collect(self._compute(parts))
+            step = self._start(parts) if parts else None
+            is_busy = bool(parts or outputs)
+            self._collect(outputs)  # of the step before, while the device computes this one
             self._hand_over()
             self._offer_room()
-            if parts:
+            outputs = self._finish(parts, step) if step else []
+            if is_busy:
                 self._meters.count_busy(time.perf_counter() - started)
             self._board.update(self._reporter, self._active.values())
-            timeout_s = 0.0 if parts else self._idle_s()
+            timeout_s = 0.0 if is_busy else self._idle_s()
 
     def _admit(self, active: ActiveRequest) -> None:
         """Give a request to the planner, unless what its journal has is all."""
@@ -178,31 +198,43 @@ class EngineLoop(ServingLoop):
             else:
                 self._runner.swap_in(pairs)
 
-    def _compute(self, parts: list[StepPart]) -> list[StepOutput]:
-        """One forward pass. Where memory lacks, the planner plans less; a request that runs alone then fails."""
+    def _start(self, parts: list[StepPart]) -> Step:
+        """Begin a forward pass and, where it runs while the loop goes on, make ready for the one after it."""
+        started = time.perf_counter()
+        wait = self._runner.start(parts)
+        step = Step(wait, measure_parts(parts), time.perf_counter() - started)
+        if self._runner.runs_ahead:
+            self._runner.foresee(self._planner.foresee(parts))
+        return step
+
+    def _finish(self, parts: list[StepPart], step: Step) -> list[StepOutput]:
+        """Wait for a step. Where memory lacks, the planner plans less; a request that runs alone then fails.
+
+        What became of requests that ended meanwhile counts no more.
+        """
         prompt_tokens = sum(p.num_tokens for p in parts if p.sequence.num_computed < p.sequence.num_prompt_tokens)
-        features = measure_parts(parts)
         started = time.perf_counter()
         try:
-            results = self._runner.step(parts)
+            results = step.wait()
         except OutOfDeviceMemory as error:
             if self._planner.shrink():
                 logger.warning("The device is out of memory; the batch is made smaller.")
                 return []
             results = [PartResult(error=str(error))] * len(parts)
-        seconds, drafter = time.perf_counter() - started, self._planner.drafter
+        seconds, drafter = step.started_s + time.perf_counter() - started, self._planner.drafter
         if drafter:
             seconds += drafter.spent_s
             drafter.observe(parts, results, seconds)
-        self._costs.note(features, seconds)
-        outputs = self._planner.apply(parts, results)
+        self._costs.note(step.features, seconds)
+        kept = [pair for pair in zip(parts, results, strict=True) if self._holds(pair[0].sequence)]
+        outputs = self._planner.apply(*zip(*kept, strict=True)) if kept else []
         num_sampled = sum(output.token_id is not None for output in outputs)
         self._meters.count_step(
             batch_size=len(parts),
             prompt_tokens=prompt_tokens,
             output_tokens=num_sampled,
             seconds=seconds,
-            features=features,
+            features=step.features,
         )
         return outputs
 
@@ -210,9 +242,9 @@ class EngineLoop(ServingLoop):
         """Turn tokens into text, and see who has ended; whose text cannot be made ends alone."""
         now_s = time.time()
         for output in outputs:
-            active = self._active.get(output.sequence.id)
-            if active is None:  # it ended at a stop string before this token of the same step
+            if not self._holds(output.sequence):  # it ended at a stop string before this token of the same step
                 continue
+            active = self._active[output.sequence.id]
             if output.token_id is None:
                 self._end(active, "error", "engine_error", output.error or "")
                 continue
@@ -234,6 +266,11 @@ class EngineLoop(ServingLoop):
         self._handover.outputs.append(Output(active, start, [output.token_id], [text], logprobs=logprobs))
         if active.stream.stopped or output.finish is not None:
             self._end(active, "stop" if active.stream.stopped else output.finish or "stop")
+
+    def _holds(self, sequence: Running) -> bool:
+        """Whether its request has not ended, been cancelled or been given away."""
+        active = self._active.get(sequence.id)
+        return active is not None and active.sequence is sequence
 
     def _forget(self, active: ActiveRequest) -> None:
         super()._forget(active)

@@ -111,6 +111,23 @@ class StepPlanner:
         self._plan_prefills(parts, budget)
         return parts
 
+    def foresee(self, parts: Items[StepPart]) -> list[Sequence]:
+        """Who decodes in the step after this one, if each part gives a token that ends nobody; with a block for it.
+
+        Nobody where more may happen: somebody waits, reads a prompt or is guessed for. Takes blocks that nobody needs,
+        and decides nothing: the plan is made when the tokens are known.
+        """
+        allocator, roster = self.allocator, self._roster
+        if self.drafter is not None or roster.waiting or not all(part.samples for part in parts):
+            return []
+        going = [p.sequence for p in parts if p.sequence.num_output_tokens + 1 < p.sequence.max_tokens]
+        for sequence in going:
+            if len(sequence.block_table) * allocator.block_size <= len(sequence.tokens):
+                if not allocator.can_allocate(roster.watermark_blocks + 1):
+                    return []
+                sequence.block_table += allocator.allocate(1)
+        return going
+
     def take_moves(self) -> list[SwapMove]:
         """KV blocks to copy from or to host memory before the planned step runs, in this order."""
         return self.swap.take_moves() if self.swap else []

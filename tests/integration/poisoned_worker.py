@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import inference.worker.__main__ as worker
 from inference.engine.errors import DeviceLost
-from inference.engine.runner import ModelRunner
-from scheduling.core.sequence import PartResult, StepPart
+from inference.engine.runner import ModelRunner, Results
+from scheduling.core.sequence import StepPart
 
 POISON = 319
 
@@ -14,11 +14,11 @@ POISON = 319
 class PoisonedRunner(ModelRunner):
     """A real runner, until it is given the poison."""
 
-    def step(self, parts: Sequence[StepPart]) -> list[PartResult]:
-        """One forward pass. Raises DeviceLost."""
+    def start(self, parts: Sequence[StepPart]) -> Results:
+        """Begin a step. Raises DeviceLost."""
         if any(part.sequence.tokens[0] == POISON for part in parts):
             raise DeviceLost
-        return super().step(parts)
+        return super().start(parts)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from inference.engine.attention import Rule
-from inference.engine.batch import build_batch
+from inference.engine.batch import build_batch, foresee_batch
 from inference.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from inference.engine.loading import load_config, load_model
 from inference.engine.runner import ModelRunner
@@ -21,6 +21,7 @@ from scheduling.core.sequence import Sequence, StepPart
 from tests.checkpoints import make_checkpoint
 from tests.integration.test_engine_parity import Traffic, generate_alone, make_prompts, make_sequence
 
+LAID_OUT = ("positions", "slots", "query_starts", "context_lens", "block_tables", "sample_rows", "part_of")
 ON_GPU = torch.cuda.is_available()
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")]
 CASES = [
@@ -92,10 +93,18 @@ def check_padded_decodes(folder: Path, tokens: list[list[int]]) -> None:
     with torch.inference_mode():
         forward(build_batch([StepPart(s, 1, samples=False) for s in sequences], BLOCK_SIZE))
         assert not forward._steps, "what samples nothing is not captured"
+        ahead = None
         for _ in range(3):
             parts = [StepPart(s, len(s.tokens) - s.num_computed, samples=True) for s in sequences]
-            logits = forward(build_batch(parts, BLOCK_SIZE))
+            batch = build_batch(parts, BLOCK_SIZE)
+            if ahead is not None:
+                assert all(np.array_equal(getattr(batch, n), getattr(ahead, n)) for n in LAID_OUT)
+                ahead.token_ids[:] = batch.token_ids
+            logits = forward(ahead or batch)
             assert logits.shape[0] == len(parts)
+            ahead = foresee_batch(sequences, BLOCK_SIZE)
+            forward.prepare(ahead)
+            assert (forward._prepared is ahead) == bool(forward._steps), "its tables are there before its tokens"
             for sequence, row in zip(sequences, logits, strict=True):
                 sequence.num_computed = len(sequence.tokens)
                 sequence.tokens.append(int(row.argmax()))

@@ -1,6 +1,7 @@
 """Sampling depends on logits, seed and position of its own row only, and follows the distribution asked for."""
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from inference.engine import draw, draw_device
 from inference.engine.draw import uniforms
-from inference.engine.sampler import Ask, Choice, Sampler
+from inference.engine.sampler import Ask, Choice, Chosen, Sampler
 from scheduling.core.sequence import SamplingParams, Sequence
 from tests.integration.test_engine_parity import make_sequence
 
@@ -24,8 +25,8 @@ GREEDY = SamplingParams(temperature=0.0)
 class DeviceSampler(Sampler):
     """Samples as it would on an accelerator."""
 
-    def sample(self, logits: torch.Tensor, asks: Any) -> list[list[Choice]]:
-        return self._on_device(logits, asks)
+    def launch(self, logits: torch.Tensor, asks: Any) -> Chosen:
+        return partial(self._finish, logits, asks, self._try_launch(logits, asks))
 
 
 SAMPLERS = {"host": Sampler, "device": DeviceSampler}
