@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 PORTS = {"http": 80, "https": 443}
+MAX_ADDRESSES = 4
 
 
 class AddressError(ValueError):
@@ -52,10 +53,10 @@ def check_url(url: str) -> Target:
     return Target(scheme=parts.scheme, host=host, port=port or PORTS[parts.scheme], path=path)
 
 
-def find_address(target: Target, allowed: Sequence[Network]) -> tuple[Address, int]:
-    """The address to connect to, and its port. Raises AddressError where one of the host's addresses may not be used.
+def find_addresses(target: Target, allowed: Sequence[Network]) -> list[Address]:
+    """The addresses to connect to, in order. Raises AddressError where one of them may not be used.
 
-    The caller connects to this very address: a name that is looked up twice may answer differently (DNS rebinding).
+    The caller connects to these very addresses: a name that is looked up twice may answer differently (DNS rebinding).
     """
     try:
         found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
@@ -67,7 +68,7 @@ def find_address(target: Target, allowed: Sequence[Network]) -> tuple[Address, i
             raise AddressError(
                 f"{target.host} is {address}, no public address. Name its network in PENSTOCK_WEBHOOK_NETWORKS."
             )
-    return addresses[0], target.port
+    return addresses[:MAX_ADDRESSES]
 
 
 def may_connect(address: Address, allowed: Sequence[Network]) -> bool:

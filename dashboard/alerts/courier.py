@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from django.conf import settings
 from django.db import Error as DatabaseError
 from django.db import connection
-from django.db.models import F
+from django.db.models import Exists, F, OuterRef, QuerySet
 from django.utils import timezone
 
 from dashboard.alerts.mail import mail_notice
@@ -59,8 +59,19 @@ def _run(channel_id: int) -> None:
 
 def due_channels(now: datetime) -> list[int]:
     """Channels with a notice to deliver now."""
-    due = Delivery.objects.filter(state=State.WAITING, next_try_at__lte=now, channel__enabled=True).order_by()
-    return list(due.values_list("channel_id", flat=True).distinct())
+    return list(_due(now).order_by().values_list("channel_id", flat=True).distinct())
+
+
+def _due(now: datetime) -> QuerySet[Delivery]:
+    """What may be tried now. That an alert resolved waits until that it fired was told: else it would seem to fire."""
+    earlier = Delivery.objects.filter(
+        channel=OuterRef("channel"),
+        notice__alert=OuterRef("notice__alert"),
+        state=State.WAITING,
+        id__lt=OuterRef("id"),
+    )
+    due = Delivery.objects.filter(state=State.WAITING, next_try_at__lte=now, channel__enabled=True)
+    return due.filter(~Exists(earlier))
 
 
 def deliver_channel(channel_id: int, clock: Clock = timezone.now) -> int:
@@ -83,9 +94,7 @@ def deliver_channel(channel_id: int, clock: Clock = timezone.now) -> int:
 def _claim(channel_id: int, now: datetime) -> Delivery | None:
     """The next delivery, leased: another process that looks meanwhile finds it later."""
     while True:
-        due = Delivery.objects.filter(
-            channel_id=channel_id, channel__enabled=True, state=State.WAITING, next_try_at__lte=now
-        )
+        due = _due(now).filter(channel_id=channel_id)
         found = due.select_related("notice", "channel").order_by("id").first()
         if found is None:
             return None

@@ -21,7 +21,7 @@ from dashboard.alerts.readings import (
     RequestWindow,
 )
 from dashboard.models import RequestRollup, Resolution
-from inference.messages import ReplicaStatus
+from inference.messages import DeploymentSpec, ReplicaStatus
 from inference.models import BatchRecord, Replica
 from inference.services import read_replicas
 from scheduling.connection import live_keys, live_redis
@@ -56,23 +56,31 @@ def read_live(now: datetime) -> Live | None:
     """Queues of offered models, and replicas that are there or fell silent; None while Redis is away."""
     client, keys = live_redis(), live_keys()
     try:
-        names: Any = client.hkeys(keys.deployments)
-        models = sorted(name.decode() for name in names)
+        offered: Any = client.hgetall(keys.deployments)
+        specs = {name.decode(): msgspec.json.decode(value, type=DeploymentSpec) for name, value in offered.items()}
+        models = sorted(specs)
         snapshots = execute_many(client, [FleetQueue(keys, model).snapshot() for model in models]) if models else []
         statuses = read_replicas(client, keys)
     except (RedisError, OSError, msgspec.MsgspecError) as error:
         log.warning("Queues and workers cannot be read (%s); alerts about them stand as they are.", error)
         return None
-    replicas = {status.replica: _replica(status, now.timestamp()) for status in statuses}
+    forwarding = {name for name, spec in specs.items() if spec.is_upstream}
+    replicas = {
+        status.replica: _replica(status, now.timestamp(), has_device=status.model not in forwarding)
+        for status in statuses
+    }
     return Live(
         queues={model: QueueNow(depth=at.depth) for model, at in zip(models, snapshots, strict=True)},
         replicas={**_silent(replicas.keys(), now), **replicas},
     )
 
 
-def _replica(status: ReplicaStatus, now_s: float) -> ReplicaNow:
+def _replica(status: ReplicaStatus, now_s: float, *, has_device: bool) -> ReplicaNow:
+    """`has_device`: false for one that forwards to another server, and so owes no telemetry."""
     telemetry = status.telemetry
-    if telemetry is None:
+    if telemetry is None and not has_device:
+        silent_s, why = 0.0, ""
+    elif telemetry is None:
         silent_s, why = max(0.0, now_s - status.started_s), "The worker started and told nothing of its device."
     elif telemetry.lost:
         silent_s = max(telemetry.stale_s, now_s - telemetry.time_s if telemetry.time_s else 0.0)

@@ -6,9 +6,10 @@ import http.client
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Sequence
 
-from dashboard.alerts.address import Address, AddressError, Network, Target, check_url, find_address
+from dashboard.alerts.address import Address, AddressError, Network, Target, check_url, find_addresses
 
 TIMEOUT_S = 10.0
 """For all of it: connecting, TLS, sending, and the answer, however slowly it drips."""
@@ -29,10 +30,9 @@ def post_notice(url: str, body: bytes, headers: dict[str, str], allowed: Sequenc
     """One try. Raises DeliveryError unless the receiver answers with a status of 200 to 299."""
     try:
         target = check_url(url)
-        address, _ = find_address(target, allowed)
+        connection = _Connection(target, find_addresses(target, allowed))
     except AddressError as error:
         raise DeliveryError(str(error)) from error
-    connection = _Connection(target, address)
     # The socket's own timeout holds for each read alone.
     watchdog = threading.Timer(TIMEOUT_S, connection.cut)
     watchdog.start()
@@ -53,21 +53,33 @@ def post_notice(url: str, body: bytes, headers: dict[str, str], allowed: Sequenc
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to one address, under the host's name: the name is not looked up again."""
+    """A connection to one of these addresses, under the host's name: the name is not looked up again."""
 
-    def __init__(self, target: Target, address: Address) -> None:
+    def __init__(self, target: Target, addresses: Sequence[Address]) -> None:
         super().__init__(target.host, target.port, timeout=TIMEOUT_S)
         self._target = target
-        self._address = address
+        self._addresses = addresses
         self.was_cut = False
 
     def connect(self) -> None:
         """Connect, and check the certificate against the host's name."""
-        self.sock = socket.create_connection((str(self._address), self.port), TIMEOUT_S)
+        self.sock = self._connect_any(time.monotonic() + TIMEOUT_S)
         if self._target.scheme == "https":
             context = ssl.create_default_context()
             self.sock = context.wrap_socket(self.sock, server_hostname=self._target.host, do_handshake_on_connect=False)
             self.sock.do_handshake()
+
+    def _connect_any(self, end_s: float) -> socket.socket:
+        """The first address that answers: a host may have one of a family that this machine has no route for."""
+        problem: OSError = TimeoutError()
+        for address in self._addresses:
+            if (left_s := end_s - time.monotonic()) <= 0:
+                break
+            try:
+                return socket.create_connection((str(address), self._target.port), left_s)
+            except OSError as error:
+                problem = error
+        raise problem
 
     def cut(self) -> None:
         """End it from another thread; whoever waits for the socket gets an error."""

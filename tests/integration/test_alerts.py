@@ -3,14 +3,18 @@
 import hashlib
 import hmac
 import json
+import shutil
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 from django.apps import apps
@@ -26,12 +30,13 @@ from dashboard.alerts.reader import read_all
 from dashboard.alerts.services import prune_alerts, send_again
 from dashboard.alerts.watch import MAX_OPEN, watch_alerts
 from dashboard.rollups import roll_up
-from inference.messages import Telemetry
+from inference.messages import DeploymentSpec, Telemetry
 from inference.models import BatchRecord, Replica, RequestRecord
 from scheduling.keys import Keys
 from scheduling.models import ServiceLevel
 from tests.fleet_data import FleetWriter
 from tests.history_data import make_batches, make_requests
+from tests.integration.test_redis_tls import make_certificate
 
 pytestmark = pytest.mark.django_db
 PATIENCE_S = 60.0
@@ -314,6 +319,18 @@ def test_a_power_cap_is_no_throttling_and_a_worker_that_fell_silent_is_told_unti
     assert Alert.objects.get().state == "resolved"
 
 
+def test_a_worker_that_forwards_to_another_server_owes_no_telemetry(fleet: FleetWriter, clock: SteppedClock) -> None:
+    make_rule(name="Silent", kind="telemetry", threshold=30, hold_s=0)
+    status = msgspec.structs.replace(fleet.status(), telemetry=None, started_s=clock.now.timestamp() - 99)
+    fleet.publish(status)
+    spec = DeploymentSpec(name="demo", path="", backend="openai", upstream_url="http://127.0.0.1:1/v1")
+    fleet.client.hset(fleet.keys.deployments, "demo", msgspec.json.encode(spec))
+    assert watch(clock) == 0
+    fleet.deploy()
+    assert watch(clock) == 1
+    assert "told nothing of its device" in Alert.objects.get().reason
+
+
 def test_old_alerts_go_with_their_notices_and_open_ones_stay(fleet: FleetWriter, clock: SteppedClock) -> None:
     alert = fire(fleet, clock)
     clock.tick(86_400 * 10)
@@ -386,6 +403,43 @@ def test_a_notice_is_given_up_after_a_day_said_and_can_be_sent_again(
     assert due_channels(clock.now + GIVE_UP_AFTER) == []
     send_again(Delivery.objects.get())
     assert deliver_channel(channel.pk, clock) == 1
+
+
+def test_a_receiver_that_comes_back_hears_first_that_an_alert_fired_and_then_that_it_resolved(
+    fleet: FleetWriter, clock: SteppedClock, channel: AlertChannel, receiver: Receiver
+) -> None:
+    receiver.statuses = [503]
+    fire(fleet, clock)
+    deliver_channel(channel.pk, clock)
+    AlertRule.objects.all().delete()
+    watch(clock)
+    assert (due_channels(clock.now), deliver_channel(channel.pk, clock)) == ([], 0)
+    clock.tick(5)
+    assert deliver_channel(channel.pk, clock) == 2
+    assert [notice["event"] for notice in receiver.notices] == ["firing", "firing", "resolved"]
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_a_webhook_by_https_is_called_where_its_certificate_can_be_checked(
+    fleet: FleetWriter,
+    clock: SteppedClock,
+    channel: AlertChannel,
+    receiver: Receiver,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    certificate = make_certificate(tmp_path, "hook")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, tmp_path / "hook.key")
+    receiver.server.socket = context.wrap_socket(receiver.server.socket, server_side=True)
+    AlertChannel.objects.update(url=receiver.url.replace("http:", "https:"))
+    fire(fleet, clock)
+    assert deliver_channel(channel.pk, clock) == 0
+    assert "SSLCertVerificationError" in Delivery.objects.get().error
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    clock.tick(5)
+    assert deliver_channel(channel.pk, clock) == 1
+    assert [notice["event"] for notice in receiver.notices] == ["firing"]
 
 
 def test_what_a_process_had_in_its_hand_when_it_died_is_sent_again_by_the_next(
