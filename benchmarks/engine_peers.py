@@ -1,10 +1,16 @@
-"""Engines that ours is compared with, each in an environment of its own: vLLM for CPUs, and llama.cpp's server."""
+"""Engines that ours is compared with, each in an environment of its own: vLLM for CPUs, and llama.cpp's server.
+
+`python -m benchmarks.engine_peers [SIZES]` installs both and lets vLLM compile for these sizes (`demo,100m`), so that
+a run of `python -m benchmarks.engine --peers` finds that done; what was compiled is kept under `var/peers`.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +19,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.modes import MAX_MODEL_LEN, SIZES, SLOTS, STEP_TOKENS, Answer, Answers, Request
+from benchmarks.modes import (
+    MAX_MODEL_LEN,
+    SIZES,
+    SLOTS,
+    STEP_TOKENS,
+    Answer,
+    Answers,
+    Request,
+    make_checkpoint,
+    make_workload,
+)
 from benchmarks.peers import FOLDER, install
 from benchmarks.stack import ROOT, ended, free_port, wait_for_http
 
@@ -31,14 +47,15 @@ def run_vllm(checkpoint: Path, workload: list[Request], *, compiled: bool, round
     """Seconds and answers of each round. Raises PeerMissingError."""
     python = _installed(install_vllm)
     job = {
-        "path": str(checkpoint), "slots": SLOTS, "step_tokens": STEP_TOKENS, "max_model_len": MAX_MODEL_LEN,
+        "path": str(_keep(checkpoint)), "slots": SLOTS, "step_tokens": STEP_TOKENS, "max_model_len": MAX_MODEL_LEN,
         "compiled": compiled, "rounds": rounds, "requests": workload,
     }  # fmt: skip
     environment = os.environ | {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[: torch.get_num_threads()])),
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()), "VLLM_CACHE_ROOT": str(FOLDER / "vllm-cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(FOLDER / "vllm-cache" / "inductor"),
     }  # fmt: skip
     try:
         done = subprocess.run(
@@ -46,11 +63,25 @@ def run_vllm(checkpoint: Path, workload: list[Request], *, compiled: bool, round
             cwd=FOLDER, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise PeerMissingError(f"vLLM had no result after {PATIENCE_S} s.") from error
+        raise PeerMissingError(f"vLLM {_last_stage(error.stdout)} after {PATIENCE_S} s.") from error
     found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if len(found) < rounds:
         raise PeerMissingError(f"vLLM ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
     return [(f["seconds"], [Answer(tokens, times) for tokens, times in f["answers"]]) for f in found]
+
+
+def _keep(checkpoint: Path) -> Path:
+    """The checkpoint at a path that is the same every time: what vLLM compiles is kept for that path."""
+    place = FOLDER / "checkpoints" / checkpoint.name
+    shutil.copytree(checkpoint, place, dirs_exist_ok=True)
+    return place
+
+
+def _last_stage(output: bytes | str | None) -> str:
+    """How far a run came that was stopped."""
+    text = output.decode() if isinstance(output, bytes) else output or ""
+    stages = [line[6:] for line in text.splitlines() if line.startswith("STAGE ")]
+    return f"had got as far as this: {stages[-1]}," if stages else "was still loading or compiling"
 
 
 def install_vllm() -> Path:
@@ -202,9 +233,25 @@ def _rotated(name: str, tensor: torch.Tensor, heads: int, kv_heads: int) -> torc
     return tensor.reshape(count, 2, rows // count // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
+def warm_up(sizes: list[str]) -> None:
+    """Install the peers, and let vLLM compile for each size, so that a run with `--peers` finds it done."""
+    for name, make in (("vLLM", install_vllm), ("llama.cpp", install_llama_server)):
+        print(f"{name}: {make()}", flush=True)
+    for size in sizes:
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = make_checkpoint(size, Path(folder))
+            run_vllm(checkpoint, make_workload(2, SIZES[size]["vocab_size"]), compiled=True, rounds=1)
+        print(f"{size}: vLLM compiled and ran in {time.perf_counter() - start:.0f} s", flush=True)
+
+
 def _installed(make: Any) -> Any:
     """What `make` gives; PeerMissingError with a sentence where it cannot be had."""
     try:
         return make()
     except (OSError, RuntimeError, subprocess.CalledProcessError, StopIteration, ImportError) as error:
         raise PeerMissingError(f"{type(error).__name__}: {error}"[:300]) from error
+
+
+if __name__ == "__main__":
+    warm_up((sys.argv[1] if len(sys.argv) > 1 else "demo,100m").split(","))

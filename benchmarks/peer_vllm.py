@@ -11,6 +11,7 @@ import time
 
 def main() -> None:
     """Load, run a short warm-up, then the workload."""
+    began = time.perf_counter()
     job = json.load(sys.stdin)
     from vllm import EngineArgs, LLMEngine, SamplingParams
 
@@ -40,8 +41,10 @@ def main() -> None:
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "answers": [found[str(i)] for i in range(len(requests))]}
 
+    print(f"STAGE loaded and compiled in {time.perf_counter() - began:.0f} s", flush=True)
     run([[prompt[:32], 4] for prompt, _ in job["requests"][: job["slots"]]])
-    for _ in range(job["rounds"]):
+    for number in range(job["rounds"]):
+        print(f"STAGE {number} rounds of {job['rounds']} run", flush=True)
         print("RESULT " + json.dumps(run(job["requests"])), flush=True)
 
 
