@@ -118,8 +118,8 @@ class Sweeper:
             for request_id in execute(self._client, queue.reply_to_requests(web)):
                 answer = execute(self._client, queue.cancel(request_id))
                 num_running += answer.status == "running"
-                if answer.status == "queued" and answer.body is not None:
-                    self._end(msgspec.msgpack.decode(answer.body, type=InferenceRequest))
+                if answer.status == "queued":
+                    self._end(request_id, answer.body or b"")
                     num_cancelled += 1
         if num_cancelled:
             logger.warning("Nobody waits at %s any more; %d waiting requests are cancelled.", web, num_cancelled)
@@ -129,8 +129,16 @@ class Sweeper:
                 pipe.delete(self._keys.replies(web))
                 pipe.execute()
 
-    def _end(self, request: InferenceRequest) -> None:
-        """Settle a cancelled request's limits and write its history, as its web process would have."""
+    def _end(self, request_id: str, body: bytes) -> None:
+        """Settle a cancelled request's limits and write its history, as its web process would have.
+
+        One that another version wrote so that it cannot be read ends without; its slot is freed as a lost one.
+        """
+        try:
+            request = msgspec.msgpack.decode(body, type=InferenceRequest)
+        except msgspec.MsgspecError as error:
+            logger.error("Request %s was cancelled, and cannot be read: %s", request_id, error)
+            return
         execute(
             self._client,
             self._limits.settle(request.tenant, request.id, refund_tokens=request.charged_tokens),

@@ -165,6 +165,11 @@ class Flows:
             return
         self._remember(name, max(self.vt, self._idle.pop(name, 0.0)) + delta)
 
+    def weight_of(self, name: str) -> float | None:
+        """A backlogged flow's weight; None where it is not backlogged."""
+        flow = self._flows.get(name)
+        return None if flow is None else flow.weight
+
     def set_weight(self, name: str, weight: float) -> bool:
         """Change a backlogged flow's weight; False where it is not backlogged."""
         flow = self._flows.get(name)

@@ -360,7 +360,9 @@ class FlowQueue:
         placement = None
         if record.epoch == self._epoch:
             self._backlog.flows.correct(record.flow, -self._charge(record.entry) / record.weight)
-            placement = Placement(flow=record.flow, weight=record.weight, rank=record.rank)
+            # While others of the flow wait, theirs is the later word on its weight.
+            weight = self._backlog.flows.weight_of(record.flow) or record.weight
+            placement = Placement(flow=record.flow, weight=weight, rank=record.rank)
         self._backlog.put_back(record, placement)
         self._totals["requeued"] += 1
 

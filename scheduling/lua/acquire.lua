@@ -1,23 +1,29 @@
 -- request id, rpm, tpm, concurrency ('' is no limit), tokens of all, now, tokens a day, ids of further answers to it...
 --   -> {reason, retry after, requests left, tokens left, seconds until full, seconds until full}
--- :buckets holds level, time and size of `requests` and `tokens`; :running is request ids by the time they took their slot;
--- :day the day (UTC, since 1970) and the tokens charged on it.
+-- :buckets holds level, time, size and beginning of `requests` and `tokens`; :running is request ids by the time they took
+-- their slot; :day the day (UTC, since 1970), the tokens charged on it, and since when. Who took a slot before a limit
+-- began was not charged for it, and is given nothing back.
 local id, now, num = ARGV[1], clock(ARGV[6]), math.max(1, #ARGV - 6)
 local buckets, slots = Q .. ':buckets', Q .. ':running'
 local concurrency, tokens, daily = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[7])
-local day, used = math.floor(now / 86400), 0
+local day, used, daily_since = math.floor(now / 86400), 0, now
 if daily then
-  local d = call('HMGET', Q .. ':day', 'day', 'tokens')
-  if tonumber(d[1]) == day then used = tonumber(d[2]) end
+  local d = call('HMGET', Q .. ':day', 'day', 'tokens', 'since')
+  if tonumber(d[1]) == day then used, daily_since = tonumber(d[2]), tonumber(d[3] or 0) end
 end
 
 local b = call('HMGET', buckets, 'requests', 'requests_s', 'tokens', 'tokens_s')
 
 local function load_bucket(name, size, level, time)
-  if not size then return nil end
+  if not size then
+    -- No limit any more: one that is set later begins anew.
+    if level then call('HDEL', buckets, name) end
+    return nil
+  end
+  local since = not level and now
   level, time = tonumber(level or size), tonumber(time or now)
   level = math.min(size, level + math.max(0, now - time) * size / 60)
-  return { name = name, size = size, level = level, time = math.max(now, time) }
+  return { name = name, size = size, level = level, time = math.max(now, time), since = since }
 end
 
 local function wait(bucket, amount)
@@ -33,6 +39,10 @@ local function take(bucket, amount)
   local name = bucket.name
   for _, word in ipairs({ name, bucket.level, name .. '_s', bucket.time, name .. '_size', bucket.size }) do
     taken[#taken + 1] = word
+  end
+  if bucket.since then
+    taken[#taken + 1] = name .. '_since'
+    taken[#taken + 1] = bucket.since
   end
 end
 
@@ -53,7 +63,7 @@ if daily and used + tokens > daily then return answer('tokens_per_day', (day + 1
 take(requests, num)
 take(budget, tokens)
 if daily then
-  call('HSET', Q .. ':day', 'day', day, 'tokens', used + tokens)
+  call('HSET', Q .. ':day', 'day', day, 'tokens', used + tokens, 'since', daily_since)
   call('EXPIRE', Q .. ':day', 2 * 86400)
 end
 call('ZADD', slots, now, id)

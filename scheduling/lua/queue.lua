@@ -274,7 +274,8 @@ local function requeue(queue, owner, id, lease, failed)
   count_waiting(queue, entry, 1)
   if lease[EPOCH] == queue.epoch then
     correct(queue, lease[FLOW], -charge(queue, entry[PROMPT], entry[MAXIMUM]) / lease[WEIGHT])
-    place(queue, id, entry[NUMBER], lease[FLOW], lease[WEIGHT], lease[RANK])
+    -- While others of the flow wait, theirs is the later word on its weight.
+    place(queue, id, entry[NUMBER], lease[FLOW], weight_of(queue, lease[FLOW]) or lease[WEIGHT], lease[RANK])
   else
     call('SADD', Q .. ':unplaced', id)
   end

@@ -56,6 +56,19 @@ def history(store: redis.Redis, keys: Keys) -> list[RequestEvent]:
     return [event for _, f in entries for event in msgspec.msgpack.decode(f[b"m"], type=list[RequestEvent])]
 
 
+def test_a_request_that_cannot_be_read_stops_no_round(store: redis.Redis, keys: Keys, queue: FleetQueue) -> None:
+    enqueue(store, queue, "r1", "web-dead")
+    enqueue(store, queue, "r2", "web-dead")
+    store.hset(keys.request("demo", "r1"), "body", b"\xc1 of another version")
+    store.zadd(keys.webs, {"web-dead": NOW_S - 1})
+    sweeper = Sweeper(store, keys, clock=looks(NOW_S, NOW_S + SECOND_LOOK_S))
+    for _ in range(3):
+        sweeper.run_once()
+    assert execute(store, queue.snapshot()).depth == 0
+    assert [event.id for event in history(store, keys)] == ["r2"]
+    assert store.zscore(keys.webs, "web-dead") is None
+
+
 def test_waiting_requests_of_a_dead_web_process_are_cancelled_settled_and_recorded(
     store: redis.Redis, keys: Keys, queue: FleetQueue
 ) -> None:
