@@ -1,4 +1,4 @@
-"""One per web process: reads the fleet ten times a second and feeds all open sockets, each update serialised once."""
+"""One per web process: reads the fleet when a worker has news, and feeds all sockets, each update serialised once."""
 
 import asyncio
 import logging
@@ -20,7 +20,10 @@ from dashboard.state import Document, diff, extend_history
 
 log = logging.getLogger(__name__)
 
-PERIOD_S = 0.1
+PERIOD_S = 0.25
+"""Time between two looks while nobody has news; the queue itself rings no bell here."""
+LEAST_S = 0.05
+"""Time between two looks at least."""
 IDLE_PERIOD_S = 1.0
 """Nobody watches: only the history goes on."""
 ROW_PERIOD_S = 1.0
@@ -118,6 +121,7 @@ class Aggregator:
         for task in tasks:
             with suppress(asyncio.CancelledError):
                 await task
+        await self._reader.close()
 
     def subscribe(self) -> Subscription:
         """A new socket's feed."""
@@ -207,7 +211,8 @@ class Aggregator:
     async def _pause(self, began: float) -> None:
         """Until the next tick is due; a first watcher ends the slow pace at once."""
         if self._watched.is_set():
-            await asyncio.sleep(max(0.0, PERIOD_S - (time.monotonic() - began)))
+            await asyncio.sleep(max(0.0, LEAST_S - (time.monotonic() - began)))
+            await self._reader.await_word(max(0.001, PERIOD_S - (time.monotonic() - began)))
             return
         with suppress(TimeoutError):
             await asyncio.wait_for(self._watched.wait(), IDLE_PERIOD_S)

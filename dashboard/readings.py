@@ -1,12 +1,16 @@
 """One look at Redis: what is deployed, what waits, and what every replica says of itself."""
 
 import asyncio
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import redis.asyncio
+from redis.asyncio.client import PubSub
+from redis.exceptions import RedisError
 
 from inference.gateway.monitor import read_level
 from inference.messages import DeploymentSpec, ReplicaStatus
@@ -44,6 +48,7 @@ class FleetReader:
     def __init__(self, client: redis.asyncio.Redis, keys: Keys) -> None:
         self._client = client
         self._keys = keys
+        self._words: PubSub | None = None
         self._known: dict[str, tuple[float, ReplicaStatus]] = {}
         self._decode_status = msgspec.msgpack.Decoder(ReplicaStatus).decode
         self._decode_spec = msgspec.json.Decoder(DeploymentSpec).decode
@@ -80,6 +85,29 @@ class FleetReader:
             plan=plan,
             machines=machines,
         )
+
+    async def await_word(self, timeout_s: float) -> None:
+        """Until a worker says that it has told something new, or the time is over. Never raises RedisError."""
+        try:
+            if self._words is None:
+                self._words = self._client.pubsub(ignore_subscribe_messages=True)
+                await self._words.subscribe(self._keys.told)
+            end_s = time.monotonic() + timeout_s
+            while (left_s := end_s - time.monotonic()) > 0:
+                if await self._words.get_message(timeout=left_s) is not None:
+                    while await self._words.get_message(timeout=0) is not None:
+                        pass  # one look answers all of them
+                    return
+        except (RedisError, OSError):  # what reads the fleet says so
+            await self.close()
+            await asyncio.sleep(timeout_s)
+
+    async def close(self) -> None:
+        """Hear no more words."""
+        words, self._words = self._words, None
+        if words is not None:
+            with suppress(RedisError, OSError):
+                await words.aclose()
 
     async def _ask(self, *words: Any) -> Any:
         return await aexecute(self._client, Command(words, lambda reply: reply))

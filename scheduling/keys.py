@@ -106,6 +106,11 @@ class Keys:
         return f"{self.prefix}:sign_in:{kind}:{digest}"
 
     @property
+    def told(self) -> str:
+        """Channel: the name of a replica that has a new status. Who misses a word reads it a little later."""
+        return f"{self.prefix}:told"
+
+    @property
     def config_version(self) -> str:
         """Counter: bumped when tenants, keys, quotas or deployments changed; web processes reload on a new value."""
         return f"{self.prefix}:config_version"

@@ -17,7 +17,7 @@ from inference.worker.batch import Batch
 from inference.worker.gate import Gate
 from inference.worker.intake import Intake
 from inference.worker.meters import Meters
-from inference.worker.reporter import PERIOD_S, Reporter
+from inference.worker.reporter import NEWS_PERIOD_S, PERIOD_S, Reporter
 from inference.worker.sizer import Sizer
 from inference.worker.spec import EngineSpec
 
@@ -85,6 +85,8 @@ class StatusBoard:
         self._fired: Counter[str] = Counter()
         self._due_s = 0.0
         self._shown: tuple[object, ...] = ()
+        self._batch = (0, 0)
+        self._told_s = 0.0
         self._announced = ("", 0)
 
     def announce(self, policy: str, revision: int) -> None:
@@ -100,8 +102,11 @@ class StatusBoard:
         now = time.time()
         sizing = (self._planner.mode, self._planner.max_batch_size, self._sizer.name)
         shown = (self._gate.state, sizing, self.current_policy())
-        if 0 <= self._due_s - now <= PERIOD_S and shown == self._shown:
+        batch = (len(active), sum(self._meters.finished.values()))
+        is_news = shown != self._shown or (batch != self._batch and not 0 <= now - self._told_s < NEWS_PERIOD_S)
+        if 0 <= self._due_s - now <= PERIOD_S and not is_news:
             return
+        self._batch, self._told_s = batch, now
         self._due_s = (now // PERIOD_S + 1) * PERIOD_S  # so that seconds end with the clock's
         self._shown = shown
         self._close_second(reporter, now)
