@@ -162,10 +162,13 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]
 
 
 @contextmanager
-def running_stack(tenants: Mapping[str, Mapping[str, int]] | None = None, **settings: str) -> Iterator[Stack]:
+def running_stack(
+    tenants: Mapping[str, Mapping[str, int]] | None = None, *, checkpoint: Path | None = None, **settings: str
+) -> Iterator[Stack]:
     """Redis, a prepared database with a key per tenant (of that quota), and a web process.
 
-    `settings` are environment variables.
+    `checkpoint` is what is deployed, a tokenizer with weights that nobody runs by default; `settings` are environment
+    variables.
     """
     tenants = tenants or {"team": {}}
     folder = Path(tempfile.mkdtemp(prefix="psb-"))
@@ -174,7 +177,8 @@ def running_stack(tenants: Mapping[str, Mapping[str, int]] | None = None, **sett
         server = RedisServer(folder)
         server.start()
         stack.callback(server.stop)
-        running = Stack(var=folder, redis=server, checkpoint=write_tiny_checkpoint(folder / "tiny"), port=free_port())
+        deployed = checkpoint or write_tiny_checkpoint(folder / "tiny")
+        running = Stack(var=folder, redis=server, checkpoint=deployed, port=free_port())
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PENSTOCK_", "DJANGO_"))}
         running.environment = kept | {
             "DJANGO_SETTINGS_MODULE": "controlplane.settings",
