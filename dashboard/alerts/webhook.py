@@ -40,6 +40,8 @@ def post_notice(url: str, body: bytes, headers: dict[str, str], allowed: Sequenc
         connection.request("POST", target.path, body, {"Host": target.netloc, **headers})
         answer = connection.getresponse()
         answer.read(MAX_ANSWER)
+        if connection.was_cut:  # what was read until then looks like the end of an answer
+            raise TimeoutError
     except (OSError, http.client.HTTPException) as error:
         late = " in time" if connection.was_cut or isinstance(error, TimeoutError) else ""
         raise DeliveryError(f"{target.host} did not take it{late} ({type(error).__name__}).") from error

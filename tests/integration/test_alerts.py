@@ -4,9 +4,11 @@ import hashlib
 import hmac
 import json
 import shutil
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
@@ -490,19 +492,44 @@ def test_a_webhook_does_not_reach_into_the_network_that_it_is_called_from(
     assert "no public address. Name its network in PENSTOCK_WEBHOOK_NETWORKS" in Delivery.objects.get().error
 
 
-def test_a_receiver_that_nobody_hears_and_one_that_is_not_there_are_said(
+def test_a_receiver_that_does_not_answer_and_one_that_is_not_there_are_said(
     fleet: FleetWriter, clock: SteppedClock, channel: AlertChannel, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dashboard.alerts.webhook.TIMEOUT_S", 0.2)
     receiver.gate.clear()
     fire(fleet, clock)
-    assert deliver_channel(channel.pk, clock) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("dashboard.alerts.webhook.TIMEOUT_S", 0.2)
+        assert deliver_channel(channel.pk, clock) == 0
     assert "did not take it in time" in Delivery.objects.get().error
     receiver.gate.set()
     AlertChannel.objects.filter(pk=channel.pk).update(url="http://127.0.0.1:1/")
     clock.tick(5)
     deliver_channel(channel.pk, clock)
     assert "127.0.0.1 did not take it (ConnectionRefusedError)" in Delivery.objects.get().error
+
+
+def test_a_receiver_whose_answer_drips_is_cut_off(
+    fleet: FleetWriter, clock: SteppedClock, channel: AlertChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dashboard.alerts.webhook.TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            pace = threading.Event()
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+                for _ in range(400):
+                    connection.sendall(b"z")
+                    pace.wait(0.05)
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        AlertChannel.objects.update(url=f"http://127.0.0.1:{server.getsockname()[1]}/")
+        fire(fleet, clock)
+        assert deliver_channel(channel.pk, clock) == 0
+        dripping.join(PATIENCE_S)
+    assert "did not take it in time" in Delivery.objects.get().error
 
 
 @pytest.mark.django_db(transaction=True)
