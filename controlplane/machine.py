@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from socket import gethostname
 from typing import Any
@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 
 from controlplane.config import Config
 from controlplane.devices import read_devices
-from controlplane.processes import gpu_process, own_replicas
+from controlplane.processes import ProcessSpec, gpu_process, own_replicas
 from controlplane.supervisor import Launched, Supervisor
 from inference.plan import MACHINE_KEEP_S, Device, Machine, Plan, RunningReplica, decode_plan
 from inference.reconcile import STABLE_S, Action, Forget, Start, Stop, Wanted, pause_s, reconcile, wanted_here
@@ -76,13 +76,15 @@ class MachineKeeper:
         client: redis.asyncio.Redis,
         *,
         devices: Callable[[Config], list[Device]] = read_devices,
+        make_process: Callable[[Config, Wanted], ProcessSpec] = gpu_process,
     ) -> None:
-        """`devices` asks driver and system, and may block."""
+        """`devices` asks driver and system, and may block; `make_process` says how a replica is started."""
         self._config = config
         self._supervisor = supervisor
         self._client = client
         self._keys = Keys(config.key_prefix)
         self._read_devices = devices
+        self._make_process = make_process
         self._own = own_replicas(config)
         self._entries: dict[str, _Entry] = {}
         self._plan = Plan()
@@ -93,6 +95,7 @@ class MachineKeeper:
         self._devices: list[Device] = []
         self._started_s = time.time()
         self._is_away = False
+        self._stopping = False
 
     @property
     def wants_any(self) -> bool:
@@ -100,11 +103,11 @@ class MachineKeeper:
         return bool(self._wanted())
 
     async def run(self) -> None:
-        """Reconcile until cancelled."""
+        """Reconcile until stopped."""
         look = asyncio.create_task(self._follow_devices())
         due_s = 0.0
         try:
-            while True:
+            while not self._stopping:
                 is_due = time.monotonic() >= due_s
                 if is_due:
                     due_s = time.monotonic() + TALK_S
@@ -119,6 +122,10 @@ class MachineKeeper:
                 await asyncio.sleep(TICK_S)
         finally:
             look.cancel()
+
+    def stop(self) -> None:
+        """End `run` soon. A cancellation alone does not: it can be lost in Redis's client."""
+        self._stopping = True
 
     async def leave(self) -> None:
         """Say that this machine goes away in good order."""
@@ -139,8 +146,10 @@ class MachineKeeper:
             if not self._is_away:
                 logger.warning("The plan cannot be read (%s); the last one stands.", error)
             self._is_away = True
-            return
-        self._is_away = False
+        except Exception:  # as in `run`
+            logger.exception("What was read or reported made no sense; the next look tries again")
+        else:
+            self._is_away = False
 
     async def _listen(self) -> None:
         fields: Any = await self._client.hgetall(self._keys.plan)
@@ -237,7 +246,7 @@ class MachineKeeper:
         former = self._entries.get(wanted.name)
         entry = _Entry(wanted, "running", time.time(), num_failures=former.num_failures if former else 0)
         self._entries[wanted.name] = entry
-        process = gpu_process(self._config, wanted)
+        process = self._make_process(self._config, wanted)
         entry.launched = await self._supervisor.launch(process, lambda status: self._ended(entry, status))
         if not entry.launched.pid and entry.state == "running":
             self._fail(entry, "The process could not be started")
@@ -281,16 +290,17 @@ class MachineKeeper:
 
 
 @asynccontextmanager
-async def keep_machine(config: Config, supervisor: Supervisor) -> AsyncIterator[MachineKeeper]:
+async def keep_machine(
+    config: Config, supervisor: Supervisor, *, make_process: Callable[[Config, Wanted], ProcessSpec] = gpu_process
+) -> AsyncIterator[MachineKeeper]:
     """Follow the plan as long as this lasts."""
     client = redis.asyncio.Redis.from_url(config.redis, socket_timeout=5, socket_connect_timeout=5)
-    keeper = MachineKeeper(config, supervisor, client)
+    keeper = MachineKeeper(config, supervisor, client, make_process=make_process)
     task = asyncio.create_task(keeper.run())
     try:
         yield keeper
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        keeper.stop()
+        await task
         await keeper.leave()
         await client.aclose()
