@@ -1,12 +1,14 @@
 """What-if: an operator asks for a replay of recorded traffic; the ops worker runs it in a process of its own."""
 
 import logging
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
-from django.db import transaction
+from django.db import DatabaseError, connection, transaction
 from django.utils import timezone
 
 from dashboard.models import WhatIfRun
@@ -20,7 +22,8 @@ logger = logging.getLogger(__name__)
 MAX_CANDIDATES = 8
 MAX_WINDOW = timedelta(hours=6)
 LOST_AFTER_S = 60.0
-"""A replay tells its progress several times a second; one that was silent for so long has died."""
+"""A replay that was silent for so long has died: beside its progress it gives a sign of life every PULSE_S."""
+PULSE_S = 5.0
 TELL_EVERY_S = 0.3
 State = WhatIfRun.State
 OPEN = (State.QUEUED, State.RUNNING)
@@ -60,6 +63,12 @@ def replay(run_id: int) -> None:
     ):
         return
     run = WhatIfRun.objects.get(pk=run_id)
+    with pulse(run_id):
+        _replay(run)
+
+
+def _replay(run: WhatIfRun) -> None:
+    run_id = run.pk
     try:
         recorded = read_window(run.model, start=run.start, end=run.end)
         candidates = [Candidate(policy=one["policy"], params=one["params"]) for one in run.candidates]
@@ -79,6 +88,29 @@ def end_lost_runs() -> int:
     return lost.update(
         state=State.FAILED, error="The replay was interrupted. Ask for it again.", finished_at=timezone.now()
     )
+
+
+@contextmanager
+def pulse(run_id: int, period_s: float = PULSE_S) -> Iterator[None]:
+    """Signs of life of a replay while it says nothing: to read an hour and learn from it may take a while."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(period_s):
+            try:
+                WhatIfRun.objects.filter(pk=run_id, state=State.RUNNING).update(updated_at=timezone.now())
+            except DatabaseError as error:
+                logger.warning("What-if %d gives no sign of life for now: %s", run_id, error)
+            finally:
+                connection.close()  # this thread's own
+
+    thread = threading.Thread(target=beat, name="pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class _Telling:
