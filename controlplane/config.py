@@ -51,6 +51,12 @@ class Config(BaseSettings):
         description="Model that gpu workers serve, or several with commas between, a worker for each; "
         "empty: the newest deployment.",
     )
+    upstream: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._/-]{0,127}=([^@\s]{1,256}@)?https?://\S{1,400})?$",
+        description="An OpenAI-compatible server to offer as a model, `NAME=URL` or `NAME=ITS_MODEL@URL`, such as "
+        "`llama=llama3.2:3b@http://127.0.0.1:11434/v1`; takes the place of the demo model (docs/upstream.md).",
+    )
     replica: str = Field(
         "gpu-0", pattern=r"^[a-zA-Z0-9_-]{1,64}$", description="Name of a gpu worker; each needs its own."
     )
@@ -157,6 +163,13 @@ class Config(BaseSettings):
     def models(self) -> list[str]:
         """Names in `model`; [""] for the newest deployment."""
         return [name.strip() for name in self.model.split(",")]
+
+    @property
+    def upstream_parts(self) -> tuple[str, str, str]:
+        """The name that clients use, the model's name on the server (empty: the same), and the server's address."""
+        name, _, rest = self.upstream.partition("=")
+        model, has_model, url = rest.partition("@http")
+        return (name, model, f"http{url}") if has_model else (name, "", rest)
 
     @property
     def num_gpu_processes(self) -> int:

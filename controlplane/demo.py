@@ -14,7 +14,8 @@ from django.db import transaction
 from controlplane.config import ROOT, Config
 from inference.demo.stamp import is_trained
 from inference.models import ModelDeployment
-from inference.services import register_deployment
+from inference.services import register_deployment, register_upstream
+from inference.upstream.address import check_address
 from scheduling.core.request import Priority
 from scheduling.credentials import digest_key
 from scheduling.models import ApiKey, ServiceLevel, Tenant
@@ -169,12 +170,25 @@ def train_model(config: Config) -> None:
     """Train the demo model, unless it is there or other models take its place. Raises CalledProcessError."""
     folder = model_folder(config)
     paths = set(ModelDeployment.objects.values_list("path", flat=True))
-    if (not paths or str(folder) in paths) and not is_trained(folder):
+    if (str(folder) in paths or not (paths or config.upstream)) and not is_trained(folder):
         # Its own process, so that the supervisor never loads torch.
         # Threads that wait must not spin: on a machine that is busy they would take the time of those that work.
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         command = [sys.executable, "-m", "inference.demo.train", str(folder)]
         subprocess.run(command, check=True, cwd=ROOT, env=environment)
+
+
+def offer_upstream(config: Config) -> None:
+    """Register the server that PENSTOCK_UPSTREAM names, unless it is offered so already.
+
+    Raises ValidationError or AddressError.
+    """
+    if not config.upstream:
+        return
+    name, model, url = config.upstream_parts
+    known = ModelDeployment.objects.filter(name=name, upstream_url=check_address(url), upstream_model=model)
+    if not known.exists():
+        register_upstream(name=name, url=url, upstream_model=model, reason="PENSTOCK_UPSTREAM")
 
 
 def offer_model(config: Config) -> None:

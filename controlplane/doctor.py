@@ -269,10 +269,12 @@ def _check_ops(client: redis.Redis, keys: Keys) -> Iterator[Finding]:
 
 def _check_model(model: str, replicas: list[ReplicaStatus]) -> Iterator[Finding]:
     ready = [replica.replica for replica in replicas if replica.state == "ready"]
-    failed = [replica for replica in replicas if replica.state == "failed"]
+    failed = [replica for replica in replicas if replica.state in ("failed", "unhealthy")]
     for replica in failed:
         yield _fail(
-            model, f"{replica.replica} failed: {replica.detail}", "Mend what it names; it tries again by itself."
+            model,
+            f"{replica.replica} is {replica.state}: {replica.detail}",
+            "Mend what it names; it tries again by itself.",
         )
     if ready:
         yield _ok(model, f"Served by {', '.join(ready)}.")
@@ -293,7 +295,7 @@ def check_accounts() -> Iterator[Finding]:
 def check_checkpoints() -> Iterator[Finding]:
     """Models that are offered can be loaded, where their folders are on this machine."""
     inspect: Callable[[Path], object] = inspect_checkpoint
-    for deployment in ModelDeployment.objects.filter(enabled=True):
+    for deployment in ModelDeployment.objects.filter(enabled=True, backend=ModelDeployment.Backend.BUILTIN):
         path = Path(deployment.path)
         if not path.is_dir():
             mend = "Every gpu machine needs it under that path; others do not."

@@ -129,6 +129,8 @@ def _check_model(name: str) -> None:
             f"PENSTOCK_MODEL names {name}, which is not registered (there is {names}). Register it with "
             f"`.venv/bin/python manage.py add_model {name or 'NAME'} PATH`."
         )
+    if deployment.is_upstream:  # which may come later than we do
+        return
     try:
         inspect_checkpoint(Path(deployment.path))
     except CheckpointError as error:

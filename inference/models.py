@@ -228,6 +228,8 @@ class ModelDeployment(models.Model):
                 setattr(self, field, check(getattr(self, field)))
             except AddressError as error:
                 raise ValidationError({field: str(error)}) from error
+        if self.path and not (Path(self.path) / "tokenizer.json").is_file():
+            raise ValidationError({"path": f"{self.path} has no tokenizer.json; leave it empty to guess lengths."})
         if self.mode != self.Mode.CONTINUOUS:
             raise ValidationError({"mode": "An upstream server forms its batches itself: continuous is what it does."})
         if not self.upstream_model.isprintable():

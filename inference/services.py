@@ -44,11 +44,32 @@ def register_deployment(
     """
     info = inspect_checkpoint(path.resolve())
     values = {"path": str(path.resolve()), "architecture": info.architecture, "num_parameters": info.num_parameters}
+    values |= {"backend": ModelDeployment.Backend.BUILTIN, "upstream_url": ""}
     with transaction.atomic():
         deployment = ModelDeployment.objects.select_for_update().filter(name=name).first() or ModelDeployment(name=name)
         action = "deployment.update" if deployment.pk else "deployment.create"
         save_deployment(deployment=deployment, changes=values | options, action=action, actor=actor, reason=reason)
     return deployment, info
+
+
+def register_upstream(
+    *, name: str, url: str, actor: User | None = None, reason: str = "", **options: Any
+) -> ModelDeployment:
+    """Offer what an OpenAI-compatible server serves under a name, or change how.
+
+    `options` are fields of ModelDeployment. Raises ValidationError for a bad name, address or option.
+    """
+    values: dict[str, Any] = {"backend": ModelDeployment.Backend.OPENAI, "upstream_url": url}
+    with transaction.atomic():
+        deployment = ModelDeployment.objects.select_for_update().filter(name=name).first()
+        action = "deployment.update" if deployment else "deployment.create"
+        if deployment is None or not deployment.is_upstream:  # of a checkpoint nothing is left over
+            values |= {"path": "", "sizing": ModelDeployment.Sizing.GRADIENT, "sizing_params": {}, "mode": "continuous"}
+            values |= {"speculation": ModelDeployment.Speculation.OFF, "draft_path": ""}
+            values |= {"architecture": "", "num_parameters": None}
+        deployment = deployment or ModelDeployment(name=name)
+        save_deployment(deployment=deployment, changes=values | options, action=action, actor=actor, reason=reason)
+    return deployment
 
 
 @transaction.atomic

@@ -31,6 +31,13 @@ STATUS_BY_CODE = {
     "deadline_exceeded": 504,
     "context_length_exceeded": 400,
     "invalid_value": 400,
+    "upstream_refused": 400,
+    "upstream_no_model": 502,
+    "upstream_error": 502,
+    "upstream_ended": 502,
+    "upstream_interrupted": 502,
+    "upstream_unavailable": 503,
+    "upstream_timeout": 504,
 }
 """Codes that have a status of their own, those that workers give included. 499: cancelled, and not to be sent again."""
 
@@ -45,6 +52,7 @@ TYPES = {
     413: "invalid_request_error",
     429: "rate_limit_error",
     499: "cancelled_error",
+    502: "upstream_error",
     503: "service_unavailable_error",
     504: "timeout_error",
 }

@@ -141,7 +141,7 @@ class FleetMonitor:
         self, model: str, snapshot: QueueSnapshot, replicas: list[ReplicaStatus], before: Standing
     ) -> FleetStatus:
         now = time.monotonic()
-        serving = any(replica.state != "failed" for replica in replicas)
+        serving = any(replica.state not in ("failed", "unhealthy") for replica in replicas)
         if serving:
             self._served_s[model] = now
         backlog = self._backlogs.setdefault(model, BacklogRate())

@@ -38,7 +38,7 @@ class EventReader:
                 self._data, self._num_bytes = [], 0
             elif line.startswith(b"data:"):
                 self._data.append(line[5:].removeprefix(b" "))
-                self._num_bytes += len(line)
+                self._num_bytes += len(line) + 1
         if self._num_bytes + len(self._rest) > MAX_EVENT_BYTES:
             raise Failed(f"The upstream sent an event of more than {MAX_EVENT_BYTES} bytes.")
         return events

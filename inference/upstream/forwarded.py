@@ -101,13 +101,8 @@ class ForwardedRequest(ActiveRequest):
         return self.prompt_tokens + self.completion_tokens
 
     def slot(self) -> Slot:
-        return Slot(
-            request_id=self.request.id,
-            tenant=self.request.tenant,
-            priority=self.request.priority,
-            prompt_tokens=self.prompt_tokens,
-            output_tokens=self.completion_tokens,
-            max_tokens=self.request.max_tokens,
+        return msgspec.structs.replace(
+            super().slot(), prompt_tokens=self.prompt_tokens, output_tokens=self.completion_tokens
         )
 
     def body(self, model: str) -> bytes:

@@ -42,9 +42,11 @@ class Health:
     def note_probe(self) -> None:
         """A probe succeeded."""
         now = self._clock()
-        self._probe_s = max(self._until_s, now + PROBE_PERIOD_S)
-        if now >= self._until_s:
-            self.problem = ""
+        if now < self._until_s:  # it was on its way when a request failed
+            self._probe_s = self._until_s
+            return
+        self._probe_s = now + PROBE_PERIOD_S
+        self.problem = ""
 
     def note_token(self, sent_s: float) -> None:
         """The first token of a request came that was sent then; it proves nothing where that was before a failure."""

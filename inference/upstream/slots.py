@@ -14,7 +14,7 @@ class NoBlocks:
     """The KV cache is the server's; nothing is known of it."""
 
     num_blocks: int = 0
-    block_size: int = 0
+    block_size: int = 16
     used: int = 0
     num_cached: int = 0
 

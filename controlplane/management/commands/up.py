@@ -14,12 +14,13 @@ from typing import Any
 import redis
 from asgiref.sync import sync_to_async
 from django.conf import settings
+from django.core.exceptions import ValidationError
 from django.core.management.base import BaseCommand, CommandError
 
 from controlplane import preflight
 from controlplane.announcement import address, announce
 from controlplane.config import Config
-from controlplane.demo import Secrets, model_folder, offer_model, prepare_accounts, train_model
+from controlplane.demo import Secrets, model_folder, offer_model, offer_upstream, prepare_accounts, train_model
 from controlplane.embedded_redis import NoServer, server_command
 from controlplane.machine import MachineKeeper, keep_machine
 from controlplane.processes import ops_process, redis_process, web_process
@@ -28,6 +29,7 @@ from inference.checkpoint import CheckpointError, read_chat_template
 from inference.messages import ReplicaStatus
 from inference.models import ModelDeployment
 from inference.services import publish, read_replicas
+from inference.upstream.address import AddressError
 from scheduling.connection import live_keys, live_redis
 
 REDIS_PATIENCE_S = 20.0
@@ -128,7 +130,7 @@ class Command(BaseCommand):
         while not supervisor.stopping:
             replicas = await sync_to_async(_replicas)()
             for replica in replicas:
-                if replica.state == "failed" and replica.replica not in failed:
+                if replica.state in ("failed", "unhealthy") and replica.replica not in failed:
                     failed.add(replica.replica)
                     self.stderr.write(f"{replica.replica} cannot serve {replica.model}: {replica.detail}")
             ready = [replica.model for replica in replicas if replica.state == "ready"]
@@ -145,6 +147,11 @@ class Command(BaseCommand):
 def _set_up(config: Config, kinds: tuple[str, ...]) -> Secrets | None:
     """What is in the database before anybody asks for it; Redis has to run, which hears of changes."""
     if "gpu" in kinds:
+        try:
+            offer_upstream(config)
+        except (ValidationError, AddressError) as error:
+            problem = " ".join(error.messages) if isinstance(error, ValidationError) else str(error)
+            raise preflight.CannotStart(f"PENSTOCK_UPSTREAM cannot be used: {problem}") from None
         try:
             offer_model(config)
         except CheckpointError as error:
@@ -166,7 +173,7 @@ def _replicas() -> list[ReplicaStatus]:
 def _chats(model: str) -> bool:
     """Whether the model has a chat template; so it says of one that it does not know."""
     deployment = ModelDeployment.objects.filter(name=model).first()
-    return deployment is None or read_chat_template(Path(deployment.path)) is not None
+    return deployment is None or deployment.is_upstream or read_chat_template(Path(deployment.path)) is not None
 
 
 def _web_is_ready(config: Config) -> bool:
