@@ -206,6 +206,7 @@ CELERY_BEAT_SCHEDULE = {
     "publish-deployments": _every(5, "inference.tasks.publish_deployments"),
     "record-replicas": _every(5, "inference.tasks.record_replicas"),
     "run-offline-work": _every(1, "controlplane.tasks.run_offline_work"),
+    "remove-orphaned-files": _every(3600, "controlplane.tasks.remove_orphaned_files"),
     "prune-history": _every(3600, "inference.tasks.prune_history"),
     "roll-up-history": _every(5, "dashboard.tasks.roll_up_history"),
     "watch-switches": _every(1, "dashboard.tasks.watch_switches"),

@@ -9,7 +9,7 @@ from django.db import Error as DatabaseError
 from redis.exceptions import RedisError
 
 from controlplane.models import Batch
-from controlplane.offline.files import ACTIVE
+from controlplane.offline.files import ACTIVE, remove_orphans
 from controlplane.offline.runner import RunnerThread
 from inference.gateway.errors import GatewayError
 
@@ -26,6 +26,16 @@ def run_offline_work() -> None:
             _runner().step(STEP_S)
     except (RedisError, DatabaseError, OSError, GatewayError) as error:
         logger.warning("Offline work waits: %s", error)
+
+
+@shared_task(ignore_result=True)
+def remove_orphaned_files() -> None:
+    """Delete what is left of files that nobody can reach."""
+    try:
+        if num := remove_orphans():
+            logger.info("Deleted %d files that belonged to nobody.", num)
+    except (DatabaseError, OSError) as error:
+        logger.warning("Orphaned files are deleted later: %s", error)
 
 
 @cache

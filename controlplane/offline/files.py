@@ -1,6 +1,7 @@
 """Tenants' files: rows in the database, contents in a folder, both bounded."""
 
 import os
+import time
 import uuid
 from pathlib import Path
 
@@ -9,11 +10,14 @@ from django.db.models import Sum
 
 from controlplane.models import Batch, StoredFile
 from inference.gateway.errors import InvalidRequest, NotFound
+from scheduling.models import Tenant
 
 MAX_FILES = 1000
 """Of one tenant."""
 MAX_TOTAL = 16
 """Times the largest file: what a tenant may keep in all."""
+ORPHAN_S = 3600.0
+"""A content without a row that is younger may be about to get one."""
 ACTIVE = (Batch.Status.VALIDATING, Batch.Status.IN_PROGRESS, Batch.Status.FINALIZING, Batch.Status.CANCELLING)
 
 
@@ -56,6 +60,29 @@ def find_file(tenant: str, file_id: str) -> StoredFile:
     if file is None:
         raise NotFound(f"There is no file {file_id[:100]}.", code="file_not_found")
     return file
+
+
+def remove_orphans() -> int:
+    """Delete contents that no row names, drafts that were never finished, and files of tenants who are no more.
+
+    They are left by a process that died between two steps, and by an administrator who deleted a tenant. Returns how
+    many were deleted.
+    """
+    num = 0
+    used = Batch.objects.filter(status__in=ACTIVE).values("input_file_id")
+    for file in StoredFile.objects.exclude(tenant__in=Tenant.objects.values("name")).exclude(id__in=used):
+        delete_file(file)
+        num += 1
+    folder, young_s = content_path(""), time.time() - ORPHAN_S
+    paths = [path for path in folder.glob("file-*") if path.stat().st_mtime < young_s] if folder.exists() else []
+    for first in range(0, len(paths), 500):
+        some = {path.stem: path for path in paths[first : first + 500]}
+        known = set(StoredFile.objects.filter(id__in=some).values_list("id", flat=True))
+        for path in paths[first : first + 500]:
+            if path.stem not in known or path.suffix:
+                path.unlink(missing_ok=True)
+                num += 1
+    return num
 
 
 def delete_file(file: StoredFile) -> None:

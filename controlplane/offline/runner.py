@@ -27,6 +27,7 @@ from controlplane.models import Batch, BatchLine
 from controlplane.offline import GATEWAY_PREFIX
 from controlplane.offline.batches import end_batch, reach, read_lines
 from controlplane.offline.files import ACTIVE
+from controlplane.offline.room import MOST, offline_room
 from controlplane.offline.turns import in_turn
 from inference.directory import DirectoryWatch, KeyConfig
 from inference.gateway.admission import Draft
@@ -49,10 +50,6 @@ from scheduling.keys import Keys
 
 log = logging.getLogger(__name__)
 
-CONCURRENCY = 16
-"""Requests of all batches together in queue and engines while nobody else waits."""
-TRICKLE = 1
-"""The same while live requests wait: offline work goes on, and takes next to nothing."""
 STEP_S = 0.8
 ROUND_S = 0.1
 """How often answers are collected and room is filled again."""
@@ -119,9 +116,13 @@ class OfflineRunner:
             await self._stop(batch)
             return
         num_running = await self._count(BatchLine.State.SUBMITTED)
-        pending = await self._lines(batch, BatchLine.State.PENDING, CONCURRENCY)
+        tenant = self._gateway.directory.tenants.get(batch.tenant)
+        if tenant is not None and tenant.suspended:
+            return  # it goes on when its tenant may, unless its time runs out before
+        pending = await self._lines(batch, BatchLine.State.PENDING, MOST)
         for line in pending:
-            if num_running >= self._room(line) or self._refused.get(batch.tenant, 0.0) > time.monotonic():
+            room = offline_room(self._gateway.status(_model_of(line)))
+            if num_running >= room or self._refused.get(batch.tenant, 0.0) > time.monotonic():
                 break
             num_running += await self._submit(batch, line)
         if not pending and not await self._lines(batch, BatchLine.State.SUBMITTED, 1):
@@ -135,16 +136,6 @@ class OfflineRunner:
                 await self._gateway.cancel(found[0], msgspec.msgpack.decode(found[1].body, type=InferenceRequest))
         cancelled = batch.status == Batch.Status.CANCELLING
         await database_sync_to_async(end_batch)(batch, Batch.Status.CANCELLED if cancelled else Batch.Status.EXPIRED)
-
-    def _room(self, line: BatchLine) -> int:
-        """Requests that may be under way at once: few where live ones of the model wait."""
-        snapshot = self._gateway.status(_model_of(line)).snapshot
-        waiting = snapshot.by_priority if snapshot is not None else {}
-        return (
-            TRICKLE
-            if any(waiting.get(priority, 0) for priority in Priority if priority != Priority.BULK)
-            else CONCURRENCY
-        )
 
     async def _submit(self, batch: Batch, line: BatchLine) -> int:
         """Put a request into the queue: 1 where it is there now, 0 where it has failed or has to wait."""
@@ -167,8 +158,8 @@ class OfflineRunner:
 
     async def _draft(self, batch: Batch, line: BatchLine) -> Draft:
         tenant = self._gateway.directory.tenants.get(batch.tenant)
-        if tenant is None or tenant.suspended:
-            raise InvalidRequest("The tenant is suspended.", code="tenant_suspended")
+        if tenant is None:
+            raise InvalidRequest("The tenant is no more.", code="tenant_not_found")
         caller = Caller(KeyConfig(prefix="batch", digest="", tenant=tenant.name, max_priority=Priority.BULK), tenant)
         raw = line.body.encode()
         body: ChatBody | CompletionBody

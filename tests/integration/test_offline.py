@@ -19,6 +19,7 @@ import redis
 from openai.types import Batch
 
 from benchmarks.stack import MODEL, ROOT, Stack, ended, running_stack
+from controlplane.offline.room import UNSERVED
 from inference.shedding import end_dropped
 from scheduling.core.policies import build_policy
 from scheduling.core.request import QueueEntry
@@ -176,7 +177,7 @@ def test_live_requests_do_not_wait_behind_a_batch(stack: Stack, worker: OpsWorke
     until(look)
     assert all(by_priority == {3: 1, 5: 1} for by_priority in seen)
     api.call("DELETE", live.headers["location"], "beta")
-    until(lambda: api.snapshot().by_priority == {5: 16})
+    until(lambda: api.snapshot().by_priority == {5: UNSERVED})
     assert client.batches.cancel(batch.id).status == "cancelling"
     done = until_ended(client, batch)
     assert done.status == "cancelled"

@@ -1,5 +1,7 @@
 """What is given back is what was charged, also where limits or weights changed while a request ran."""
 
+from typing import Any
+
 import redis
 
 from scheduling.core.policies import build_policy
@@ -12,7 +14,7 @@ from scheduling.store import execute
 
 
 def acquire(store: redis.Redis, keys: Keys, name: str, now: float, **limits: int) -> Admission:
-    values: dict[str, int | None] = {"rpm": None, "tpm": None, "concurrency": None, "tpd": None} | limits
+    values: dict[str, Any] = {"rpm": None, "tpm": None, "concurrency": None, "tpd": None} | limits
     return execute(store, TenantLimits(keys).acquire("ada", name, tokens=40, now=now, **values))
 
 
