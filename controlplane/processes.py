@@ -83,7 +83,12 @@ def _placement(device: str) -> dict[str, str]:
     return {"PENSTOCK_DEVICE": device, "PENSTOCK_GPU": ""}
 
 
+OPS_THREADS = 10
+"""More than there are kinds of tasks that may last (what-if replays, batches, history, sums, and what deletes old rows
+and files), each of which takes one at most (`inference/alone.py`): the sweeper and settling always find one."""
+
+
 def ops_process(config: Config) -> ProcessSpec:
     """The Celery worker with beat: historian, sweeper, reconciliation."""
-    options = ("-n", "ops@%h", "-Q", "ops", "-B", "--concurrency=3", f"--loglevel={config.log_level}")
+    options = ("-n", "ops@%h", "-Q", "ops", "-B", f"--concurrency={OPS_THREADS}", f"--loglevel={config.log_level}")
     return ProcessSpec(name="ops", command=_celery(*options), environment=CELERY_ENVIRONMENT)

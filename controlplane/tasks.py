@@ -11,6 +11,7 @@ from redis.exceptions import RedisError
 from controlplane.models import Batch
 from controlplane.offline.files import ACTIVE, remove_orphans
 from controlplane.offline.runner import RunnerThread
+from inference.alone import alone
 from inference.gateway.errors import GatewayError
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ STEP_S = 30.0
 
 
 @shared_task(ignore_result=True)
+@alone
 def run_offline_work() -> None:
     """Move batches on, if there are any."""
     try:
@@ -29,6 +31,7 @@ def run_offline_work() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def remove_orphaned_files() -> None:
     """Delete what is left of files that nobody can reach."""
     try:

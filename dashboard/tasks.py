@@ -19,6 +19,7 @@ from dashboard.models import Resolution
 from dashboard.refusals import roll_up_refusals
 from dashboard.rollups import prune_rollups, roll_up
 from dashboard.what_if import end_lost_runs
+from inference.alone import alone
 from inference.control import send_control
 from inference.services import announce_policy
 
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @shared_task(ignore_result=True)
+@alone
 def roll_up_history() -> None:
     """Sum new history up into minutes and hours."""
     try:
@@ -41,6 +43,7 @@ def roll_up_history() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def forget_old_rollups() -> None:
     """Delete sums, and alerts that have resolved, older than the settings say."""
     config = settings.PENSTOCK
@@ -55,6 +58,7 @@ def forget_old_rollups() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def watch_switches() -> None:
     """Turn guarded policies back where their figure got worse, and end watches and replays that are over."""
     try:
@@ -65,6 +69,7 @@ def watch_switches() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def judge_alerts() -> None:
     """Evaluate the alert rules."""
     try:
@@ -74,6 +79,7 @@ def judge_alerts() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def deliver_notices() -> None:
     """Have threads deliver what is due; this one waits for none of them."""
     try:

@@ -10,6 +10,7 @@ from django.db import Error as DatabaseError
 from redis.exceptions import RedisError
 
 from inference import replicas, services
+from inference.alone import alone
 from inference.control import send_control
 from inference.historian import Historian
 from inference.messages import HistoryEvent, RequestEvent
@@ -30,6 +31,7 @@ AWAY = (RedisError, DatabaseError, OSError)
 
 
 @shared_task(ignore_result=True)
+@alone
 def write_history() -> None:
     """Move history from Redis into the database."""
     try:
@@ -39,6 +41,7 @@ def write_history() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def sweep() -> None:
     """Give back what dead engine and web processes held."""
     try:
@@ -48,6 +51,7 @@ def sweep() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def free_slots() -> None:
     """Give back concurrency slots that no request holds."""
     try:
@@ -57,6 +61,7 @@ def free_slots() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def reconcile_policies() -> None:
     """Make every queue follow its newest policy revision."""
     try:
@@ -66,6 +71,7 @@ def reconcile_policies() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def adapt_policies() -> None:
     """Where `adaptive` is in force, choose what fits what waits."""
     try:
@@ -75,6 +81,7 @@ def adapt_policies() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def publish_deployments() -> None:
     """Bring the deployments in Redis up to date, after Redis was away or lost its data."""
     try:
@@ -84,6 +91,7 @@ def publish_deployments() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def record_replicas() -> None:
     """Keep the table of replicas up to date, and drop what was removed and runs no more."""
     try:
@@ -95,6 +103,7 @@ def record_replicas() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def prune_history() -> None:
     """Delete history older than the setting says."""
     try:
