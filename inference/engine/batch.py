@@ -62,41 +62,50 @@ def foresee_batch(sequences: Seq[Sequence], block_size: int) -> StepBatch:
 
     Their blocks have room for that token, whose key and value the step writes.
     """
+    return _decode_batch(sequences, [len(s.tokens) for s in sequences], [0] * len(sequences), block_size)
+
+
+def _decode_batch(sequences: Seq[Sequence], positions: list[int], token_ids: list[int], block_size: int) -> StepBatch:
+    """One token of each sequence."""
     num_parts = len(sequences)
-    tables = np.zeros((num_parts, max(len(s.block_table) for s in sequences)), np.int32)
-    for i, sequence in enumerate(sequences):
-        tables[i, : len(sequence.block_table)] = sequence.block_table
-    positions = np.array([len(s.tokens) for s in sequences], np.int64)
-    owner = np.arange(num_parts, dtype=np.int32)
+    tables = _tables([s.block_table for s in sequences])
+    at, owner = np.array(positions, np.int64), np.arange(num_parts + 1, dtype=np.int32)
+    blocks, offsets = np.divmod(at, block_size)
     return StepBatch(
-        token_ids=np.zeros(num_parts, np.int64),
-        positions=positions,
-        slots=tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size,
-        query_starts=np.arange(num_parts + 1, dtype=np.int32),
-        context_lens=positions.astype(np.int32) + 1,
+        token_ids=np.array(token_ids, np.int64),
+        positions=at,
+        slots=tables[owner[:-1], blocks].astype(np.int64) * block_size + offsets,
+        query_starts=owner,
+        context_lens=at.astype(np.int32) + 1,
         block_tables=tables,
         sample_rows=np.arange(num_parts, dtype=np.int64),
         sample_parts=list(range(num_parts)),
-        part_of=owner,
+        part_of=owner[:-1],
     )
+
+
+def _tables(rows: list[list[int]]) -> Int32:
+    tables = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for i, row in enumerate(rows):
+        tables[i, : len(row)] = row
+    return tables
 
 
 def build_batch(parts: Seq[StepPart], block_size: int) -> StepBatch:
     """Flatten checked parts, in their order."""
+    if all(part.num_tokens == 1 and part.samples for part in parts):  # most steps, and the shortest ones
+        decodes = [part.sequence for part in parts]
+        return _decode_batch(decodes, [s.num_computed for s in decodes], [s.tokens[-1] for s in decodes], block_size)
     num_parts = len(parts)
     lengths = np.empty(num_parts, np.int32)
     starts = np.empty(num_parts, np.int32)
-    tables = np.zeros((num_parts, max(len(p.sequence.block_table) for p in parts)), np.int32)
+    tables = _tables([part.sequence.block_table for part in parts])
     flat: list[int] = []
     for i, part in enumerate(parts):
         sequence, start = part.sequence, part.sequence.num_computed
         lengths[i], starts[i] = part.num_tokens, start
-        tables[i, : len(sequence.block_table)] = sequence.block_table
-        if part.num_tokens == 1:
-            flat.append(sequence.tokens[start])
-        else:
-            flat.extend(sequence.tokens[start : start + part.num_tokens])
-            flat.extend(part.draft)
+        flat.extend(sequence.tokens[start : start + part.num_tokens])
+        flat.extend(part.draft)
     query_starts = np.zeros(num_parts + 1, np.int32)
     np.cumsum(lengths, out=query_starts[1:])
     owner = np.repeat(np.arange(num_parts, dtype=np.int32), lengths)
