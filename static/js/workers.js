@@ -3,8 +3,8 @@
 import { byId, el, keyed, setAttribute, setText, setVariable } from "./dom.js";
 import { ago, brief, bytes, count, duration, percent, plural, rate } from "./format.js";
 
-export const SIGNS = { ready: "●", starting: "◌", paused: "❚❚", draining: "◒", stopped: "○", failed: "✕", lost: "✕" };
-export const COMMANDS = { ready: ["pause", "drain"], paused: ["resume", "drain"], draining: ["resume"] };
+export const SIGNS = { ready: "●", starting: "◌", paused: "❚❚", draining: "◒", stopped: "○", unhealthy: "✕", failed: "✕", lost: "✕" };
+export const COMMANDS = { ready: ["pause", "drain"], paused: ["resume", "drain"], draining: ["resume"], unhealthy: ["pause", "drain"] };
 const SOURCES = { nvml: "NVML", host: "host" };
 
 export function drawWorkers(parent, replicas, now, onCommand) {
@@ -83,11 +83,15 @@ export function facts(r, now) {
   const rows = [
     ["output", `${rate(r.tokens_per_s)} tokens/s`],
     ["step", `${duration(r.step_ms_p50 / 1000)} p50, ${duration(r.step_ms_p99 / 1000)} p99`],
-    [
-      "KV blocks",
-      `${count(r.kv_blocks_used)} of ${count(r.kv_blocks_total)} × ${r.kv_block_size} tokens`,
-      r.kv_blocks_total ? r.kv_blocks_used / r.kv_blocks_total : 0,
-    ],
+    ...(r.kv_blocks_total
+      ? [
+          [
+            "KV blocks",
+            `${count(r.kv_blocks_used)} of ${count(r.kv_blocks_total)} × ${r.kv_block_size} tokens`,
+            r.kv_blocks_used / r.kv_blocks_total,
+          ],
+        ]
+      : []),
     ["preempted", count(r.preemptions)],
     ...(r.draft_tokens ? [["guesses", guesses(r)]] : []),
     ["policy seen", `${r.policy ? `${r.policy}, ` : ""}revision ${r.policy_revision}`],
