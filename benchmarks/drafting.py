@@ -1,6 +1,6 @@
 """What a small draft model brings, by how often it is right; ratios of one process, the same answers each time.
 
-Run as `python -m benchmarks.drafting [--checkpoint var/models/demo] [--layers 54] [--tokens 96] [--json FILE]`. The
+Run as `python -m benchmarks.drafting [--checkpoint var/models/demo] [--layers 54] [--tokens 64] [--json FILE]`. The
 large model is the demo model with so many layers behind its own that add nothing, so that it says the same at many
 times the cost; the draft models are the demo model itself, and the same with noise on its weights.
 """
@@ -24,7 +24,7 @@ from inference.tokenization import Tokenizer
 from scheduling.core.sequence import SamplingParams, Sequence
 from scheduling.core.speculation import Speculation
 
-NOISE = (0.0, 0.01, 0.03, 0.3)
+NOISE = (0.0, 0.1, 0.5)
 """On the draft model's weights, of their spread."""
 BATCHES = (1, 4, 16)
 NUM_DRAFT_TOKENS = 4
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("var/models/demo"))
     parser.add_argument("--layers", type=int, default=54)
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
