@@ -13,21 +13,22 @@ import argparse
 import json
 import multiprocessing
 import os
-import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import redis
 
+from benchmarks.entries import draw_entries
 from benchmarks.modes import processor_name
 from benchmarks.stack import RedisServer
 from scheduling.core.policies import build_policy
-from scheduling.core.request import Priority, QueueEntry
+from scheduling.core.request import QueueEntry
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
@@ -97,18 +98,7 @@ def claim(client: redis.Redis, keys: Keys, num: int, at_once: int) -> None:
 
 def _client(url: str, prefix: str, index: int, num: int, start: Barrier, stages: Sequence[Barrier]) -> None:
     client, keys = connect(url), Keys(prefix)
-    draw = random.Random(index)
-    entries = [
-        QueueEntry(
-            id=f"{prefix}-{index}-{i}",
-            tenant=f"tenant-{draw.randrange(40)}",
-            priority=draw.choice(list(Priority)),
-            arrival_s=time.time(),
-            prompt_tokens=draw.randint(16, 2048),
-            max_tokens=draw.randint(8, 512),
-        )
-        for i in range(num)
-    ]
+    entries = draw_entries(Random(index), f"{prefix}-{index}", num)
     batched = num - num // 4
     work: list[Callable[[], None]] = [
         lambda: admit(client, keys, entries),

@@ -19,10 +19,10 @@ from random import Random
 
 import redis
 
+from benchmarks.entries import draw_entries
 from benchmarks.modes import processor_name
 from benchmarks.stack import RedisServer
 from scheduling.core.policies import build_policy
-from scheduling.core.request import Priority, QueueEntry
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 from scheduling.store import execute, execute_many
@@ -62,17 +62,7 @@ def fill(client: redis.Redis, queue: FleetQueue, num_queued: int, revision: int,
     """Enqueue requests of 40 tenants and all priorities; returns their ids."""
     active = execute(client, queue.active_policy())
     policy = build_policy(active.name, active.params)
-    entries = [
-        QueueEntry(
-            id=f"{revision}-{i}",
-            tenant=f"tenant-{random.randrange(40)}",
-            priority=random.choice(list(Priority)),
-            arrival_s=time.time(),
-            prompt_tokens=random.randint(16, 2048),
-            max_tokens=random.randint(8, 512),
-        )
-        for i in range(num_queued)
-    ]
+    entries = draw_entries(random, str(revision), num_queued)
     for start in range(0, num_queued, 500):
         execute_many(
             client,
