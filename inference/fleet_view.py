@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inference.messages import DeploymentSpec, ReplicaStatus
-from inference.plan import SILENT_S, Machine, Plan, PlannedReplica, RunningReplica, settings_digest
+from inference.plan import SILENT_S, Machine, Plan, PlannedReplica, RunningReplica, pod_of, settings_digest
 
 GATES = {"pause": "paused", "resume": "ready", "drain": "stopped"}
 """The state that the last command to a replica leads to."""
@@ -76,6 +76,8 @@ class _Facts:
     status: ReplicaStatus | None
     specs: Mapping[str, DeploymentSpec]
     now_s: float
+    is_to_come: bool
+    """Whether an orchestrator that runs machines of this kind could start its machine."""
 
     @property
     def is_orchestrated(self) -> bool:
@@ -88,7 +90,7 @@ class _Facts:
 
     @property
     def is_wanted(self) -> bool:
-        return self.planned is None or self.planned.wanted == "running" or self.is_orchestrated
+        return self.planned is None or self.planned.wanted == "running"
 
     @property
     def where(self) -> str:
@@ -140,12 +142,14 @@ def view_fleet(
     reporting = {status.replica: status for status in statuses}
     placed = {replica.name: (machine, replica) for machine in machines.values() for replica in machine.replicas}
     names = {*placed, *reporting, *(planned.name for planned in plan.replicas.values() if planned.model)}
+    pods = {pod_of(machine.name) for machine in machines.values() if machine.orchestrated}
     replicas = []
     for name in sorted(names, key=_natural):
         planned, (machine, process) = plan.replicas.get(name), placed.get(name, (None, None))
         facts = _Facts(
             name=name, planned=planned, process=process, status=reporting.get(name), specs=specs,
             now_s=now_s, machine=machine or (machines.get(planned.machine) if planned else None),
+            is_to_come=planned is not None and pod_of(planned.machine) in pods,
         )  # fmt: skip
         if facts.is_wanted or facts.process or facts.status:
             replicas.append(_view_replica(facts))
@@ -186,7 +190,7 @@ def _view_replica(facts: _Facts) -> ReplicaView:
         until_s=process.until_s if process else None,
         settings=facts.settings,
         notes=_notes(planned),
-        can_stop=not facts.is_orchestrated and (obeys or (planned is not None and bool(planned.model))),
+        can_stop=obeys or (planned is not None and bool(planned.model)),
         can_restart=obeys or (planned is not None and bool(planned.model)),
     )
 
@@ -219,10 +223,10 @@ def _difference(facts: _Facts) -> tuple[str, float]:
 def _describe_missing(facts: _Facts) -> str:
     """Of one that is wanted and neither runs nor is about to be started."""
     name, machine, planned = facts.name, facts.machine, facts.planned
+    if facts.is_to_come:
+        return f"{name} is wanted, and its orchestrator has to start it: scale up."
     if machine is None:
         return f"{name} should run on {planned.machine if planned else 'a machine'}, which has not been heard of."
-    if machine.orchestrated:
-        return f"{name} should run on {machine.name}; its orchestrator has to start it."
     if machine.detail:
         return f"{name} should run on {machine.name}: {machine.detail}"
     return f"{name} is about to be started on {machine.name}."

@@ -125,6 +125,11 @@ def decode_machines(packed: Iterable[bytes | None]) -> dict[str, Machine]:
     return found
 
 
+def pod_of(machine: str) -> str:
+    """What an orchestrator's machines share: their names without the numbers at the end."""
+    return machine.rstrip("0123456789")
+
+
 def settings_digest(spec: DeploymentSpec) -> str:
     """Tells whether a replica serves by these settings: equal ones give equal digests."""
     return hashlib.blake2s(msgspec.json.encode(spec), digest_size=6).hexdigest()

@@ -14,7 +14,17 @@ from redis.exceptions import RedisError
 
 from inference.messages import ReplicaStatus
 from inference.models import ModelDeployment, Replica, WantedReplica
-from inference.plan import MACHINE_KEEP_S, SILENT_S, Device, Machine, Plan, decode_machines, decode_plan, encode_plan
+from inference.plan import (
+    MACHINE_KEEP_S,
+    SILENT_S,
+    Device,
+    Machine,
+    Plan,
+    decode_machines,
+    decode_plan,
+    encode_plan,
+    pod_of,
+)
 from inference.room import check_room, estimate_need, find_device, promised_bytes
 from inference.wanted import is_replica_name
 from scheduling.audit import record_action
@@ -103,7 +113,8 @@ def add_replica(
 ) -> WantedReplica:
     """Want one more replica of a model on a machine; an empty name is chosen. `statuses` are those that run now.
 
-    Raises NoRoom where the machine has no memory for it, ReplicaError, or ValidationError for a bad name.
+    On a machine of an orchestrator it is one more beside it, which the orchestrator has to start. Raises NoRoom where
+    the machine has no memory for it, ReplicaError, or ValidationError for a bad name.
     """
     known = {status.replica: status for status in statuses}
     with transaction.atomic():
@@ -111,16 +122,19 @@ def add_replica(
         if not deployment.enabled:
             raise ReplicaError(f"{deployment.name} is not offered; offer it in the admin first.", field="model")
         plan = load_plan()
-        found = place_replica(deployment=deployment, machine=machine, device=device, plan=plan, statuses=known)
         taken = {*plan.replicas, *known, *(replica.name for replica in machine.replicas)}
         if name in taken:
             raise ReplicaError(f"There is a replica {name} already; choose another name.", field="name")
-        row = WantedReplica(
-            name=name or _free_name(taken), deployment=deployment, machine=machine.name, device=found.name
-        )
+        row = WantedReplica(name=name or _free_name(taken), deployment=deployment, machine=machine.name)
+        if machine.orchestrated:  # its orchestrator places it, and names it as its next
+            row.name = row.machine = _free_name(taken, pod_of(machine.name))
+        else:
+            row.device = place_replica(
+                deployment=deployment, machine=machine, device=device, plan=plan, statuses=known
+            ).name
         row.full_clean()
         row.save()
-        after = {"model": deployment.name, "machine": machine.name, "device": found.name}
+        after = {"model": deployment.name, "machine": row.machine, "device": row.device}
         record_action(actor=actor, action="replica.add", target=row.name, after=after, reason=reason)
         transaction.on_commit(publish_wanted)
     return row
@@ -151,9 +165,9 @@ def place_replica(
     return found
 
 
-def _free_name(taken: Iterable[str]) -> str:
-    numbers = [int(found[1]) for name in taken if (found := re.fullmatch(r"gpu-(\d{1,9})", name))]
-    return f"gpu-{max(numbers, default=-1) + 1}"
+def _free_name(taken: Iterable[str], stem: str = "gpu-") -> str:
+    numbers = [int(found[1]) for name in taken if (found := re.fullmatch(rf"{re.escape(stem)}(\d{{1,9}})", name))]
+    return f"{stem}{max(numbers, default=-1) + 1}"
 
 
 def remove_replica(
@@ -166,15 +180,11 @@ def remove_replica(
 ) -> WantedReplica:
     """Want a replica no more: its machine lets it finish for `drain_s` (None: the machine's limit) and stops it.
 
-    Raises ReplicaError where no machine can stop it, ValidationError for a bad limit.
+    One of an orchestrator's runs until that scales down. Raises ReplicaError where no machine can stop it,
+    ValidationError for a bad limit.
     """
     with transaction.atomic():
         row = _find_row(name, machines)
-        owner = machines.get(row.machine)
-        if owner is not None and owner.orchestrated:
-            raise ReplicaError(
-                f"An orchestrator decides how many replicas run on {row.machine}; scale its workload instead.",
-            )
         before = {"wanted": row.wanted} if row.pk else {"wanted": "running"}
         row.wanted, row.drain_s = WantedReplica.Wanted.STOPPED, drain_s
         _save(row)

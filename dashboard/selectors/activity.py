@@ -65,7 +65,7 @@ def _action(row: OperatorAction) -> Document:
         "who": row.actor_name,
         "what": row.action,
         "target": row.target,
-        "text": _answers(row.after) if row.action.startswith("replica.") else _changes(row.before, row.after),
+        "text": _answers(row.after) if "acknowledgements" in row.after else _changes(row.before, row.after),
         "reason": row.reason,
     }
 

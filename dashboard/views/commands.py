@@ -152,7 +152,7 @@ def control(request: HttpRequest, *, replica: str, command: str) -> JsonResponse
     ack = acks.get(replica)
     if not isinstance(ack, Mapping) or not ack.get("ok"):
         why = (ack.get("error") if isinstance(ack, Mapping) else None) or "no answer within two seconds"
-        return refuse(502, f"{replica} did not confirm ({why}). Look at its state.")
+        return refuse(502, f"{replica} did not confirm ({why}). It is written down, and taken up when it answers.")
     return JsonResponse({"message": f"{replica} {COMMANDS[command]}."})
 
 

@@ -76,7 +76,7 @@ def _add(request: HttpRequest) -> JsonResponse:
         statuses=read_replicas(client, keys),
         **_who(request),
     )
-    return JsonResponse({"message": f"{row.name} is wanted on {row.machine}, which starts it.", "name": row.name})
+    return JsonResponse({"message": f"{row.name} is wanted on {row.machine}.", "name": row.name})
 
 
 def _remove(request: HttpRequest, replica: str) -> JsonResponse:

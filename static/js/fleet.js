@@ -173,12 +173,14 @@ const restarts = (r) =>
     ? [["restarts", Object.entries(r.restarts).map(([why, n]) => `${count(n)} ${why}`).join(", ")]]
     : [];
 
+const isOrchestrated = (wish) => plan.machines[wish.machine]?.orchestrated;
+
 function drawButtons(parent, name, r, wish) {
   const leaves = wish && !wish.wanted;
   const known = (r && !leaves && COMMANDS[r.state]) || [];
   const changes = !wish ? [] : leaves && wish.state === "stopped" ? ["start"] : [
-    ...(wish.can_restart && r && !leaves ? ["restart"] : []),
-    ...(wish.can_stop ? ["remove"] : []),
+    ...(wish.can_restart && r && (!leaves || isOrchestrated(wish)) ? ["restart"] : []),
+    ...(wish.can_stop && !(leaves && isOrchestrated(wish)) ? ["remove"] : []),
   ];
   const commands = steered ? [...known, ...(known.length ? Object.keys(TUNES) : []), ...changes] : [];
   keyed(

@@ -4,16 +4,23 @@ import { ReasonDialog, problem } from "./dialogs.js";
 import { byId, el, setText } from "./dom.js";
 import { bytes } from "./format.js";
 
-/** Places where a replica could run: only what machines report, and those that are not an orchestrator's. */
-export const places = (machines) =>
-  Object.entries(machines)
-    .filter(([, machine]) => !machine.orchestrated && machine.silent_since_s === undefined)
-    .flatMap(([name, machine]) =>
-      machine.devices.map((device) => ({
-        value: `${name}|${device.name}`,
-        text: `${name}, ${device.label}: ${bytes(device.free_bytes)} free`,
-      })),
-    );
+/** Places where a replica could run: only what machines report; an orchestrator's machines are one place together. */
+export function places(machines) {
+  const heard = Object.entries(machines).filter(([, machine]) => machine.silent_since_s === undefined);
+  const pods = new Map();
+  for (const [name, machine] of heard) if (machine.orchestrated) pods.set(name.replace(/\d+$/, ""), name);
+  return [
+    ...heard
+      .filter(([, machine]) => !machine.orchestrated)
+      .flatMap(([name, machine]) =>
+        machine.devices.map((device) => ({
+          value: `${name}|${device.name}`,
+          text: `${name}, ${device.label}: ${bytes(device.free_bytes)} free`,
+        })),
+      ),
+    ...[...pods.values()].map((name) => ({ value: `${name}|auto`, text: `one more beside ${name}, by its orchestrator` })),
+  ];
+}
 
 class FieldDialog extends ReasonDialog {
   clear() {

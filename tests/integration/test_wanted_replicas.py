@@ -121,8 +121,6 @@ def test_the_share_of_a_cache_without_a_size_is_the_engines() -> None:
 
 
 def test_what_cannot_be_added_is_explained(deployment: ModelDeployment) -> None:
-    with pytest.raises(ReplicaError, match="orchestrator decides"):
-        add_replica(deployment=deployment, machine=machine_with(orchestrated=True))
     with pytest.raises(ReplicaError, match="There is a replica gpu-0 already"):
         add_replica(deployment=deployment, machine=machine_with(own()), name="gpu-0")
     with pytest.raises(ReplicaError, match="here has been silent"):
@@ -154,11 +152,11 @@ def test_what_no_machine_runs_cannot_be_removed(name: str, db: None) -> None:
     assert caught.value.missing
 
 
-def test_an_orchestrators_replica_is_restarted_and_not_removed(db: None) -> None:
-    machines = {"here": machine_with(own(), orchestrated=True)}
-    assert restart_replica(name="gpu-0", machines=machines).generation == 1
-    with pytest.raises(ReplicaError, match="orchestrator decides"):
-        remove_replica(name="gpu-0", machines=machines)
+def test_one_more_of_an_orchestrators_is_its_next(deployment: ModelDeployment) -> None:
+    pod = machine_with(own("pod-0"), name="pod-0", orchestrated=True, devices=[])
+    row = add_replica(deployment=deployment, machine=pod)
+    assert (row.name, row.machine, row.device) == ("pod-1", "pod-1", "auto")
+    assert add_replica(deployment=deployment, machine=pod).name == "pod-2"
 
 
 def test_a_removed_row_is_forgotten_once_its_machine_runs_it_no_more(

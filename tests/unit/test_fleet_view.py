@@ -92,11 +92,12 @@ def test_a_silent_machine_and_one_that_was_never_heard_of_are_told_apart() -> No
 
 def test_what_an_orchestrator_owns_is_shown_and_not_fought() -> None:
     here = machine(process(own=True), orchestrated=True)
-    _, (replica,) = look([planned(wanted="stopped", model="")], [here], [status()])
+    differs, (replica,) = look([planned(wanted="stopped", model="")], [here], [status()])
     assert replica.differs == "gpu-1 was removed, and runs until the orchestrator of here scales down."
-    assert (replica.can_stop, replica.can_restart) == (False, True)
-    _, (replica,) = look([planned()], [machine(orchestrated=True)], [])
-    assert replica.differs == "gpu-1 should run on here; its orchestrator has to start it."
+    assert differs.startswith("wanted: 0 replicas, running: 1")
+    pod = machine(process("pod-0", own=True), name="pod-0", orchestrated=True)
+    _, (_, replica) = look([planned("pod-1", machine="pod-1")], [pod], [status("pod-0")])
+    assert replica.differs == "pod-1 is wanted, and its orchestrator has to start it: scale up."
 
 
 def test_one_that_was_started_by_hand_is_neither_removed_nor_restarted_here() -> None:
