@@ -214,5 +214,6 @@ class Aggregator:
             await asyncio.sleep(max(0.0, LEAST_S - (time.monotonic() - began)))
             await self._reader.await_word(max(0.001, PERIOD_S - (time.monotonic() - began)))
             return
+        await self._reader.close()  # words that nobody reads would pile up in Redis, and hold up the first to watch
         with suppress(TimeoutError):
             await asyncio.wait_for(self._watched.wait(), IDLE_PERIOD_S)
