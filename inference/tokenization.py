@@ -330,8 +330,9 @@ class Characters:
     """Stop strings are the upstream's to find."""
 
     def push(self, token_id: int) -> str:
-        """The character."""
-        return chr(token_id)
+        """The character. A journal that a model computed here has begun holds others, which stand for nothing."""
+        is_character = 0 <= token_id <= 0x10FFFF and not 0xD800 <= token_id <= 0xDFFF
+        return chr(token_id) if is_character else REPLACEMENT
 
     def finish(self) -> str:
         """Nothing is held back."""

@@ -151,6 +151,12 @@ def test_another_answer_than_the_one_that_was_begun_is_told_at_its_first_differe
         active.hear(" three")
 
 
+def test_a_journal_that_another_kind_of_engine_began_is_text_that_can_be_stored() -> None:
+    request = claim("").request
+    claimed = ClaimedRequest("r", msgspec.msgpack.encode(request), 2, [97, 0xD800, 0xDFFF, 0x110000, -1], 0)
+    assert ForwardedRequest(request, claimed, owner="o", now_s=0.0).output.encode() == ("a" + 4 * "\ufffd").encode()
+
+
 def test_an_answer_without_an_end_is_cut() -> None:
     active = claim("", max_tokens=2)
     assert active.hear("x" * 512) == "x" * 512
