@@ -28,7 +28,7 @@ ARGUMENTS = {"set_mode": "mode", "set_batch_size": "max_batch_size", "sizing": "
 def control_replica(request: HttpRequest, replica: str, body: ControlBody) -> AckView:
     """For operators, by session and CSRF token. Obeyed between two steps, recorded with the reason.
 
-    Mode, batch size and sizing hold until the replica's worker ends; a deployment's own are set with it. Requests that
+    It holds, also where the replica starts anew, until another command or the deployment says otherwise. Requests that
     run go on: a smaller batch is reached as they end.
     """
     arguments = _read_arguments(body)
@@ -67,5 +67,8 @@ def _confirmed(replica: str, command: str, ack: object) -> AckView:
     """Raises Unavailable where the replica did not say that it obeyed."""
     if not isinstance(ack, Mapping) or not ack.get("ok"):
         why = (ack.get("error") if isinstance(ack, Mapping) else "") or "No answer."
-        raise Unavailable(f"{replica} did not confirm: {why} Look at its state.", code="replica_not_confirmed")
+        raise Unavailable(
+            f"{replica} did not confirm: {why} It is written down, and taken up when it answers.",
+            code="replica_not_confirmed",
+        )
     return AckView(replica=replica, command=command, state=ack.get("state", ""), applied_ms=ack.get("applied_ms", 0.0))
