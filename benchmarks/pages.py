@@ -29,12 +29,24 @@ REQUESTS = (
     + """
 INSERT INTO inference_requestrecord (request_id, model, tenant, priority, endpoint, state, finish_reason, error_code,
   arrived_at, claimed_at, first_token_at, finished_at, prompt_tokens, completion_tokens, max_tokens, attempts, replica,
-  policy, policy_revision, "user")
+  policy, policy_revision, "user", timeline)
 SELECT 'req-' || md5(i::text), 'demo', (ARRAY['checkout','support','research','nightly'])[t + 1], p, 'completions',
   CASE WHEN r < 10 THEN 'failed' WHEN r < 30 THEN 'cancelled' ELSE 'finished' END, 'stop', '',
-  at - interval '4 s', at - interval '3 s', at - interval '2 s', at, 100, 64, 256, 1, 'gpu-' || i % 4, 'fair', 3, ''
+  at - interval '4 s', at - interval '3 s', at - interval '2 s', at, 100, 64, 256, 1, 'gpu-' || i % 4, 'fair', 3, '',
+  '{{"marks": [[1000, "started", 0]], "tokens": [[2000, 32], [2050, 32]], "span_ms": 50}}'
 FROM made"""
 )
+OFFLINE = """
+INSERT INTO controlplane_batch (id, tenant, endpoint, input_file_id, output_file_id, error_file_id, status, num_total,
+  num_completed, num_failed, metadata, errors, moments, created_at, expires_at)
+SELECT 'batch_' || i, (ARRAY['checkout','support','research','nightly'])[i % 4 + 1], '/v1/completions', 'file', '', '',
+  CASE WHEN i % 250 = 0 THEN 'in_progress' ELSE 'completed' END, 1000, 1000, 0, '{}', '[]', '{}',
+  now() - i * interval '1 hour', now() FROM generate_series(1, 20000) AS i;
+INSERT INTO controlplane_batchline (batch_id, number, custom_id, body, state, num_shed, status_code, answer)
+SELECT 'batch_' || b * 250, i, i::text, '{}', CASE WHEN i % 3 = 0 THEN 'completed' ELSE 'pending' END, 0, 0, ''
+FROM generate_series(1, 80) AS b, generate_series(1, 1000) AS i;
+"""
+"""Tenants' batches, the lines of those that go on among them."""
 BATCHES = (
     HEAD
     + """
@@ -46,6 +58,10 @@ INSERT INTO dashboard_requestrollup (resolution, start, model, tenant, priority,
 SELECT {grain}, date_trunc('hour', now()) - i * interval '{grain} s', 'demo', t, p, 20, 1, 1, 20, 19, 0.2, 2000, 1200
 FROM generate_series(0, {num}) AS i, unnest(ARRAY['checkout','support','research','nightly']) AS t,
   generate_series(1, 2) AS p;
+INSERT INTO dashboard_refusalrollup (resolution, start, model, tenant, reason, num)
+SELECT {grain}, date_trunc('hour', now()) - i * interval '{grain} s', 'demo', t, r, 3
+FROM generate_series(0, {num}) AS i,
+  unnest(ARRAY['checkout','support','research','nightly']) AS t, unnest(ARRAY['queue_full','overloaded']) AS r;
 INSERT INTO dashboard_latencyrollup (resolution, start, model, queue, ttft, tpot, e2e)
 SELECT {grain}, date_trunc('hour', now()) - i * interval '{grain} s', 'demo', b, b, b, b
 FROM generate_series(0, {num}) AS i, (SELECT '{buckets}'::jsonb AS b) AS one;
@@ -99,6 +115,7 @@ def fill(rows: int) -> None:
         cursor.execute(BATCHES.format(rows=rows, names=", ".join(names), values=", ".join(values)))
         for grain, num in ((60, 43_200), (3600, 17_520)):
             cursor.execute(GRAINS.format(grain=grain, num=num, buckets=buckets))
+        cursor.execute(OFFLINE)
         cursor.execute("ANALYZE")
     User.objects.create_superuser(BENCH)
     print(f"{rows:,} requests and {rows:,} seconds of replicas made in {time.perf_counter() - began:.0f} s")
@@ -136,17 +153,22 @@ def measure() -> dict[str, Any]:
     from django.test import Client
 
     from dashboard.selectors.requests import RequestFilter, search_requests
+    from inference.models import RequestRecord
 
     client = Client(SERVER_NAME="localhost")
     client.force_login(User.objects.get(username=BENCH))
     middle = search_requests(RequestFilter(tenant="support"), limit=200).next
+    one = RequestRecord.objects.filter(tenant="nightly").order_by("-finished_at")[1000]
     addresses = [
         "/requests/?all=1", f"/requests/?all=1&tenant=support&after={middle}", "/requests/?all=1&state=failed",
         "/requests/?all=1&tenant=research&state=failed&priority=2", "/requests/?all=1&id=req-abc",
         "/requests/?all=1&id=req-nothing", "/requests/?all=1&since=2020-01-01T00:00&until=2020-01-02T00:00",
-        "/requests/?all=1&tenant=nobody", "/history/", "/tenants/", "/audit/", "/policies/", "/fleet/", "/",
+        "/requests/?all=1&tenant=nobody", f"/requests/{one.request_id}/", "/history/", "/tenants/",
+        "/offline/", "/offline/?tenant=support&status=completed", "/tokens/", "/alerts/",
+        "/audit/", "/policies/", "/fleet/", "/",
         "/api/v1/operator/requests?limit=200&state=cancelled&priority=5",
         *(f"/api/v1/operator/history?model=demo&span={span}&compare=previous{EVERY}" for span in SPANS),
+        "/api/v1/operator/batches?limit=200", f"/api/v1/operator/requests/{one.request_id}",
         "/api/v1/operator/tenants", "/history/export/?model=demo&span=30d",
     ]  # fmt: skip
     figures = {}
@@ -177,12 +199,13 @@ def once(client: Any, address: str) -> float:
 def explain() -> None:
     """The plans of the searches, as PostgreSQL ran them."""
     from dashboard.selectors import requests as log
-    from dashboard.selectors.requests import Cursor, RequestFilter
+    from dashboard.selectors.keyset import Cursor
+    from dashboard.selectors.requests import RequestFilter
 
     page = log.search_requests(RequestFilter(tenant="support"), limit=200).next
     assert isinstance(page, Cursor)
     for wanted in (RequestFilter(tenant="support"), RequestFilter(state="failed", tenant="research", priority=2)):
-        rows = log._matching(wanted).filter(finished_at__lte=page.finished_at).order_by("-finished_at", "-id")[:51]
+        rows = log._matching(wanted).filter(finished_at__lte=page.at).order_by("-finished_at", "-id")[:51]
         print(f"\n{wanted}\n{rows.explain(analyze=True)}")
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.pixel --checkpoint var/models/demo
 
 runs a web process, a real engine process and clients that keep it busy. The event is that the engine takes a request
-up, by its own clock (`claimed_s` of its history). Two dashboards are pages in Chromium: a MutationObserver notes a
+up, by its own clock (`claimed_s` of its history). One dashboard is a page in Chromium: a MutationObserver notes a
 request's first slot, and its time is taken two animation frames later, when the frame with it has been painted. The
 others are sockets, which take messages as pages do; their time is that of the message. All on one machine.
 """
@@ -40,7 +40,7 @@ from scheduling.core.planner import StepPlanner
 from scheduling.keys import Keys
 
 NUM_DASHBOARDS = 20
-NUM_PAGES = 2
+NUM_PAGES = 1
 LIMIT_MS = 300
 SLOTS = 16
 DEBIAN = Path("/usr/bin/chromium")
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "var" / "models" / "demo")
     parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--clients", type=int, default=12)
+    parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not (options.checkpoint / "model.safetensors").exists():
@@ -149,7 +149,8 @@ async def watch(stack: Stack, seconds: float) -> dict[str, Any]:
     """Open the dashboards, watch for so long, and compare what they saw with what the engine says."""
     cookie, session = await asyncio.to_thread(sign_in, stack)
     by_sockets: list[Seen] = [{} for _ in range(NUM_DASHBOARDS - NUM_PAGES)]
-    sockets = [asyncio.create_task(follow(stack, f"{cookie}={session}", seen)) for seen in by_sockets]
+    told: Seen = {}
+    sockets = [asyncio.create_task(follow(stack, f"{cookie}={session}", seen, told)) for seen in by_sockets]
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
             executable_path=DEBIAN if HAS_DEBIAN else None,
@@ -173,11 +174,15 @@ async def watch(stack: Stack, seconds: float) -> dict[str, Any]:
         task.cancel()
     await asyncio.gather(*sockets, return_exceptions=True)
     started = engine_times(stack, began_s, ended_s)
-    return {"pages": report("pixel", started, by_pages), "sockets": report("message", started, by_sockets)}
+    return {
+        "status": report("the worker's status", started, [told]),
+        "sockets": report("message", started, by_sockets),
+        "pages": report("pixel", started, by_pages),
+    }
 
 
-async def follow(stack: Stack, cookie: str, seen: Seen) -> None:
-    """A dashboard without a screen: notes when each request is first named."""
+async def follow(stack: Stack, cookie: str, seen: Seen, told: Seen) -> None:
+    """A dashboard without a screen: notes when each request is first named, and of when that status is."""
     address = stack.url.replace("http", "ws", 1) + "/live/"
     headers = {"Cookie": cookie}
     async with websockets.connect(address, additional_headers=headers, origin=stack.url, max_size=None) as socket:  # type: ignore[arg-type]
@@ -185,7 +190,9 @@ async def follow(stack: Stack, cookie: str, seen: Seen) -> None:
             now, parts = time.time(), json.loads(message)
             for replica in (parts.get("state") or parts.get("patch") or {}).get("replicas", {}).values():
                 for slot in (replica or {}).get("slots") or []:
-                    seen.setdefault(slot[0], now)
+                    if slot[0] not in seen:
+                        seen[slot[0]] = now
+                        told[slot[0]] = (replica or {}).get("heard_s", now)
 
 
 def engine_times(stack: Stack, began_s: float, ended_s: float) -> Seen:

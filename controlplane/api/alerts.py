@@ -9,13 +9,13 @@ from django.http import HttpRequest
 from ninja import Field, Query, Router, Schema
 
 from controlplane.api.access import OperatorAuth, ViewerAuth
-from controlplane.api.request_log import aware, without_nul
+from controlplane.api.queries import aware, read_cursor, without_nul
 from controlplane.api.schemas import STORABLE
 from dashboard.alerts.kinds import KINDS, MAX_CLEAR_S, MAX_HOLD_S
 from dashboard.alerts.models import Alert, AlertRule
 from dashboard.alerts.services import AlertError, acknowledge, change_rule
-from dashboard.selectors.alerts import MAX_ROWS, AlertFilter, list_alerts, list_channels, list_rules
-from dashboard.selectors.requests import Cursor
+from dashboard.selectors.alerts import AlertFilter, list_alerts, list_channels, list_rules
+from dashboard.selectors.keyset import MAX_ROWS
 from inference.gateway.errors import InvalidRequest, NotFound
 
 router = Router(tags=["alerts"], auth=ViewerAuth())
@@ -124,9 +124,7 @@ class ChannelView(Schema):
 @router.get("/alerts", response=AlertsPage, summary="What fires, and what did")
 def read_alerts(request: HttpRequest, query: Annotated[AlertsQuery, Query()]) -> AlertsPage:
     """For signed-in viewers."""
-    after = Cursor.parse(query.after) if query.after else None
-    if query.after and after is None:
-        raise InvalidRequest("`after` is the `next_after` of a former answer.", param="after")
+    after = read_cursor(query.after)
     wanted = AlertFilter(
         state=query.state,
         severity=query.severity,

@@ -7,10 +7,9 @@ from django.http import HttpRequest
 from ninja import Field, Query, Router, Schema
 
 from controlplane.api.access import ViewerAuth
-from controlplane.api.request_log import aware, without_nul
-from dashboard.selectors.audit import MAX_ROWS, AuditFilter, list_actions
-from dashboard.selectors.requests import Cursor
-from inference.gateway.errors import InvalidRequest
+from controlplane.api.queries import aware, read_cursor, without_nul
+from dashboard.selectors.audit import AuditFilter, list_actions
+from dashboard.selectors.keyset import MAX_ROWS
 
 router = Router(tags=["operator"], auth=ViewerAuth())
 
@@ -51,9 +50,7 @@ class AuditQuery(Schema, extra="forbid"):
 @router.get("/operator/audit", response=ActionsPage, summary="Who changed what")
 def read_audit(request: HttpRequest, query: Annotated[AuditQuery, Query()]) -> ActionsPage:
     """For signed-in viewers."""
-    after = Cursor.parse(query.after) if query.after else None
-    if query.after and after is None:
-        raise InvalidRequest("`after` is the `next_after` of a former answer.", param="after")
+    after = read_cursor(query.after)
     wanted = AuditFilter(
         who=without_nul(query.who),
         action=without_nul(query.action),

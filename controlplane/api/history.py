@@ -8,7 +8,7 @@ from django.utils import timezone
 from ninja import Field, Query, Router, Schema
 
 from controlplane.api.access import ViewerAuth
-from controlplane.api.request_log import aware, without_nul
+from controlplane.api.queries import aware, without_nul
 from dashboard.history_form import choose
 from dashboard.selectors.alerts import list_marks
 from dashboard.selectors.history import METRICS, PeriodError, metric_names, read_changes, read_series

@@ -8,7 +8,8 @@ from django.http import HttpRequest
 from ninja import Field, Query, Router, Schema
 
 from controlplane.api.access import ControlAuth, ViewerAuth
-from controlplane.api.request_log import CancelBody, without_nul
+from controlplane.api.queries import without_nul
+from controlplane.api.request_log import CancelBody
 from controlplane.offline.batches import cancel_for_operator
 from controlplane.offline.selectors import MAX_LISTED, Work, find_work, list_work
 from inference.gateway.errors import NotFound

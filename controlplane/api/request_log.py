@@ -11,13 +11,15 @@ from ninja import Field, Query, Router, Schema
 from redis.exceptions import RedisError
 
 from controlplane.api.access import ControlAuth, ViewerAuth
+from controlplane.api.queries import aware, read_cursor, without_nul
 from controlplane.api.schemas import STORABLE
 from dashboard.cancelling import cancel_request
 from dashboard.page import list_models
+from dashboard.selectors.keyset import MAX_ROWS
 from dashboard.selectors.life import find_life
-from dashboard.selectors.requests import MAX_ROWS, Cursor, RequestFilter, search_requests
+from dashboard.selectors.requests import RequestFilter, search_requests
 from dashboard.selectors.waiting import list_live
-from inference.gateway.errors import InvalidRequest, NotFound, RedisUnavailable
+from inference.gateway.errors import NotFound, RedisUnavailable
 
 router = Router(tags=["operator"], auth=ViewerAuth())
 AWAY = (RedisError, OSError)
@@ -145,9 +147,7 @@ class Cancelled(Schema):
 @router.get("/operator/requests", response=RecordedRequests, summary="Search recorded requests")
 def search(request: HttpRequest, query: Annotated[SearchQuery, Query()]) -> RecordedRequests:
     """For signed-in viewers."""
-    after = Cursor.parse(query.after) if query.after else None
-    if query.after and after is None:
-        raise InvalidRequest("`after` is the `next_after` of a former answer.", param="after")
+    after = read_cursor(query.after)
     wanted = RequestFilter(
         request_id=without_nul(query.id),
         model=without_nul(query.model),
@@ -206,15 +206,3 @@ def cancel(request: HttpRequest, request_id: str, body: CancelBody) -> Cancelled
     if was == "gone":
         raise NotFound("It neither waits nor runs; it may have ended.", code="request_not_found")
     return Cancelled(id=request_id, was=was)
-
-
-def without_nul(value: str) -> str:
-    """A text as PostgreSQL takes it."""
-    return value.replace("\0", "")
-
-
-def aware(when: datetime | None, param: str) -> datetime | None:
-    """A time that says its zone. Raises InvalidRequest."""
-    if when is not None and (when.tzinfo is None or not 1971 < when.year < 9998):
-        raise InvalidRequest(f"`{param}` needs a time zone, such as 2026-03-01T12:00:00Z.", param=param)
-    return when

@@ -10,7 +10,7 @@ from ninja import Field, Query, Router, Schema
 from redis.exceptions import RedisError
 
 from controlplane.api.access import OperatorAuth, ViewerAuth
-from controlplane.api.request_log import aware, without_nul
+from controlplane.api.queries import aware, without_nul
 from controlplane.api.schemas import STORABLE
 from dashboard.guard import METRICS, Guard, GuardError, switch_under_guard
 from dashboard.models import GuardedSwitch, WhatIfRun

@@ -9,10 +9,9 @@ from django.db.models import Case, Count, IntegerField, Max, Q, QuerySet, Value,
 from dashboard.alerts.kinds import SEVERITIES
 from dashboard.alerts.models import Alert, AlertChannel, AlertRule, Delivery
 from dashboard.selectors.history import Period
-from dashboard.selectors.requests import Cursor
+from dashboard.selectors.keyset import Cursor, Page, read_page
 from dashboard.state import Document
 
-MAX_ROWS = 200
 MAX_SHOWN = 300
 """Open alerts on one page."""
 MAX_MARKS = 200
@@ -34,24 +33,9 @@ class AlertFilter:
     until: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AlertPage:
-    """Rows, latest first, and where to read on (None: there are no more)."""
-
-    rows: list[Alert]
-    next: Cursor | None
-
-
-def list_alerts(wanted: AlertFilter, *, after: Cursor | None = None, limit: int = 50) -> AlertPage:
+def list_alerts(wanted: AlertFilter, *, after: Cursor | None = None, limit: int = 50) -> Page[Alert]:
     """Alerts, latest first, from after `after` on."""
-    limit = min(limit, MAX_ROWS)
-    rows = _matching(wanted)
-    if after is not None:
-        earlier = Q(started_at__lt=after.finished_at) | Q(id__lt=after.id)
-        rows = rows.filter(earlier, started_at__lte=after.finished_at)
-    found = list(rows[: limit + 1])
-    last = found[limit - 1] if len(found) > limit else None
-    return AlertPage(found[:limit], Cursor(last.started_at, last.pk) if last else None)
+    return read_page(_matching(wanted), "started_at", after=after, limit=limit)
 
 
 def _matching(wanted: AlertFilter) -> QuerySet[Alert]:

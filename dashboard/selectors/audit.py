@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from django.db.models import Q, QuerySet
+from django.db.models import QuerySet
 
-from dashboard.selectors.requests import Cursor
+from dashboard.selectors.keyset import Cursor, Page, read_page
 from scheduling.models import OperatorAction
 
-MAX_ROWS = 200
 MAX_EXPORTED = 100_000
 KNOWN_ACTIONS = (
-    "policy.switch", "request.cancel", "replica.pause", "replica.resume", "replica.drain", "replica.set_mode",
+    "policy.switch", "request.cancel", "batch.cancel", "token.create", "token.revoke", "replica.pause",
+    "replica.resume", "replica.drain", "replica.set_mode",
     "replica.set_batch_size", "replica.sizing", "tenant.create", "tenant.update", "tenant.suspend", "tenant.resume",
     "key.create", "key.revoke", "deployment.create", "deployment.update",
     "alert.acknowledge", "alertrule.create", "alertrule.update", "alertrule.delete", "alertchannel.create",
@@ -32,24 +32,9 @@ class AuditFilter:
     until: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AuditPage:
-    """Rows, latest first, and where to read on (None: there are no more)."""
-
-    rows: list[OperatorAction]
-    next: Cursor | None
-
-
-def list_actions(wanted: AuditFilter, *, after: Cursor | None = None, limit: int = 50) -> AuditPage:
+def list_actions(wanted: AuditFilter, *, after: Cursor | None = None, limit: int = 50) -> Page[OperatorAction]:
     """Actions, latest first, from after `after` on."""
-    limit = min(limit, MAX_ROWS)
-    rows = _matching(wanted)
-    if after is not None:
-        earlier = Q(created_at__lt=after.finished_at) | Q(id__lt=after.id)
-        rows = rows.filter(earlier, created_at__lte=after.finished_at)
-    found = list(rows[: limit + 1])
-    last = found[limit - 1] if len(found) > limit else None
-    return AuditPage(found[:limit], Cursor(last.created_at, last.pk) if last else None)
+    return read_page(_matching(wanted), "created_at", after=after, limit=limit)
 
 
 def export_actions(wanted: AuditFilter) -> Iterator[OperatorAction]:

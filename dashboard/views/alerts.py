@@ -12,7 +12,7 @@ from dashboard.alerts.services import AlertError, acknowledge, change_rule
 from dashboard.filters import Filters
 from dashboard.page import PAGES, render_page, viewers_only
 from dashboard.selectors.alerts import AlertFilter, list_alerts, list_channels, list_rules, open_alerts
-from dashboard.selectors.requests import Cursor
+from dashboard.selectors.keyset import Cursor
 from dashboard.views.commands import operators_only, reason_of, refuse
 
 ROWS = 25

@@ -12,7 +12,7 @@ from dashboard.export import csv_response
 from dashboard.filters import Filters
 from dashboard.page import render_page, viewers_only
 from dashboard.selectors.audit import KNOWN_ACTIONS, AuditFilter, export_actions, list_actions
-from dashboard.selectors.requests import Cursor
+from dashboard.selectors.keyset import Cursor
 from dashboard.selectors.revisions import changes
 from scheduling.models import OperatorAction
 

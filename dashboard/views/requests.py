@@ -5,8 +5,9 @@ from redis.exceptions import RedisError
 
 from dashboard.filters import Filters
 from dashboard.page import chosen_model, list_models, render_page, viewers_only
+from dashboard.selectors.keyset import Cursor
 from dashboard.selectors.life import Life, find_life
-from dashboard.selectors.requests import MAX_COUNTED, Cursor, RequestFilter, count_requests, search_requests
+from dashboard.selectors.requests import MAX_COUNTED, RequestFilter, count_requests, search_requests
 from scheduling.core.request import Priority
 from scheduling.models import Tenant
 
