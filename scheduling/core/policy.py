@@ -51,18 +51,18 @@ class Parameter:
 
     def check(self, policy: str, name: str, value: Any) -> float | str:
         """The value as it is kept. Raises InvalidPolicyParameter."""
+        if problem := self.problem(value):
+            raise InvalidPolicyParameter(f"Policy {policy}: {name} {problem}", name)
+        return str(value) if self.choices else float(value)
+
+    def problem(self, value: Any) -> str:
+        """What is wrong with a value, as the end of a sentence; "" where nothing is."""
         if self.choices:
-            if value not in self.choices:
-                allowed = ", ".join(self.choices)
-                raise InvalidPolicyParameter(f"Policy {policy}: {name} must be one of {allowed}, not {value!r}.", name)
-            return str(value)
+            return "" if value in self.choices else f"must be one of {', '.join(self.choices)}, not {value!r}."
         number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-        if not number or not self.minimum <= value <= self.maximum:
-            raise InvalidPolicyParameter(
-                f"Policy {policy}: {name} must be a number from {self.minimum:g} to {self.maximum:g}, not {value!r}.",
-                name,
-            )
-        return float(value)
+        if number and self.minimum <= value <= self.maximum:
+            return ""
+        return f"must be a number from {self.minimum:g} to {self.maximum:g}, not {value!r}."
 
 
 def _no_rules(params: Params) -> QueueRules:

@@ -1,6 +1,5 @@
 """How large a batch may be: the sizing strategies and their registry."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
@@ -230,6 +229,9 @@ SIZINGS: Mapping[str, SizingKind] = MappingProxyType(
                         2, 1.1, 20, "How many times its best a latency may be before the size shrinks."
                     ),
                     "decrease": _number(0.75, 0.1, 0.99, "What is left of the size when requests are turned away."),
+                    "probe_s": _number(
+                        30, 1, 3600, "Seconds after which half the size is tried where its best is in doubt."
+                    ),
                     "drift": _number(0.002, 0, 0.1, "Share by which the best latency is forgotten, a second."),
                 },
             ),
@@ -276,9 +278,6 @@ def build_sizing(name: str, params: Mapping[str, Any] | None = None, *, random: 
 
 
 def _checked(sizing: str, key: str, value: Any, spec: Parameter) -> float:
-    number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-    if not number or not spec.minimum <= value <= spec.maximum:
-        raise InvalidSizingParameter(
-            f"Sizing {sizing}: {key} must be a number from {spec.minimum:g} to {spec.maximum:g}, not {value!r}."
-        )
+    if problem := spec.problem(value):
+        raise InvalidSizingParameter(f"Sizing {sizing}: {key} {problem}")
     return float(value)
