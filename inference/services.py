@@ -32,6 +32,8 @@ SendControl = Callable[..., Mapping[str, Any]]
 """`send(replicas, command, **arguments)` answers each replica's acknowledgement."""
 
 LOST_AFTER_S = 10.0
+FIRST_CONCURRENCY = 4
+"""Requests at once with an upstream server to begin with: what its latency is at best, few of them tell."""
 ROWS_PER_DELETE = 2000
 
 
@@ -66,7 +68,7 @@ def register_upstream(
         if deployment is None or not deployment.is_upstream:  # of a checkpoint nothing is left over
             values |= {"path": "", "sizing": ModelDeployment.Sizing.GRADIENT, "sizing_params": {}, "mode": "continuous"}
             values |= {"speculation": ModelDeployment.Speculation.OFF, "draft_path": ""}
-            values |= {"architecture": "", "num_parameters": None}
+            values |= {"architecture": "", "num_parameters": None, "max_batch_size": FIRST_CONCURRENCY}
         deployment = deployment or ModelDeployment(name=name)
         save_deployment(deployment=deployment, changes=values | options, action=action, actor=actor, reason=reason)
     return deployment

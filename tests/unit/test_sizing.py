@@ -244,3 +244,57 @@ def test_adaptive_expects_of_untried_sizes_what_the_step_cost_promises() -> None
     promises = [arm.promise for arm in controller._arms]  # type: ignore[attr-defined]
     assert promises == sorted(promises)
     assert promises[0] < 0.2 < 1 < promises[-1]
+
+
+def serve_behind(controller: Controller, slots: int, periods: int = 1500) -> list[int]:
+    """Sizes over a while before a server that answers so many at once, and lets the others wait for their first token.
+
+    A request takes 0.1 s to its first token once it has a slot, and a second in all; there is always work.
+    """
+    sizes = []
+    for _ in range(periods):
+        size = controller.decide().batch_size
+        sizes.append(size)
+        waiting = max(0, size - slots)
+        controller.observe(
+            Observation(
+                now_s=0.0, seconds=0.25, steps=20, step_s=0.02, tokens=50, num_running=size, num_waiting=100,
+                kv_blocks_total=2**31, first_token_s=0.1 + waiting / slots,
+            )
+        )  # fmt: skip
+    return sizes
+
+
+@pytest.mark.parametrize("slots", [2, 8, 40])
+def test_gradient_finds_how_many_a_server_answers_at_once_without_being_told_a_target(slots: int) -> None:
+    late = serve_behind(build_sizing("gradient"), slots)[500:]
+    assert max(late) <= 1.5 * slots + 2
+    assert sum(late) / len(late) >= 0.75 * slots
+
+
+def test_gradient_shrinks_when_requests_are_turned_away_and_says_why() -> None:
+    controller = build_sizing("gradient", {"initial": 40})
+    controller.observe(replace(BUSY, refusals=3))
+    assert controller.decide() == (30, "the server turned requests away")
+    controller.observe(replace(BUSY, refusals=3, seconds=0.25))
+    assert controller.size == 30, "the same burst counts once"
+
+
+def test_gradient_rests_where_nothing_waits_or_nothing_comes_back() -> None:
+    controller = build_sizing("gradient")
+    controller.observe(replace(BUSY, steps=0, first_token_s=None))
+    assert controller.decide() == (16, "nothing was answered lately")
+    controller.observe(replace(BUSY, num_waiting=0, first_token_s=0.1))
+    assert controller.decide() == (16, "nothing waits for a slot")
+
+
+def test_gradient_forgets_a_best_latency_that_no_load_reaches_any_more() -> None:
+    controller = build_sizing("gradient", {"initial": 8, "drift": 0.01, "largest": 8})
+    quick = replace(BUSY, num_running=8, first_token_s=0.1)
+    controller.observe(quick)
+    for _ in range(50):
+        controller.observe(replace(quick, first_token_s=0.4))
+    assert controller.size < 8
+    for _ in range(600):
+        controller.observe(replace(quick, num_running=controller.size, first_token_s=0.4))
+    assert controller.size == 8

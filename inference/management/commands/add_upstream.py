@@ -29,7 +29,7 @@ class Command(BaseCommand):
         parser.add_argument("url", help="the server's base address, such as http://127.0.0.1:11434/v1")
         parser.add_argument("--model", help="the model's name on that server (the same)")
         parser.add_argument("--key-variable", metavar="NAME_API_KEY", help="environment variable with the server's key")
-        parser.add_argument("--concurrency", type=int, help="requests at once to begin with (16)")
+        parser.add_argument("--concurrency", type=int, help="requests at once to begin with (4)")
         parser.add_argument("--least", type=int, help="never fewer at once (1)")
         parser.add_argument("--most", type=int, help="never more at once (256)")
         parser.add_argument(
