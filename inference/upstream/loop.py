@@ -71,8 +71,8 @@ class UpstreamLoop(ServingLoop):
         self._sent_s: dict[ForwardedRequest, float] = {}
         """When each went out (monotonic)."""
         self._is_probing = False
-        self._doubts_model = False
-        """Whether the upstream has said that it has no such model."""
+        self._num_unknown = 0
+        """How many requests in a row the upstream has turned away since it has no such model."""
         self._token_s = 0.0
         """When the last token of any answer came, and the usual time between two tokens of one."""
         self._gap_s = 0.0
@@ -173,7 +173,7 @@ class UpstreamLoop(ServingLoop):
     def _note_first_token(self, active: ForwardedRequest, time_s: float) -> None:
         sent_s = self._sent_s[active]
         self._health.note_token(sent_s)
-        self._doubts_model = False
+        self._num_unknown = 0
         self._sizer.count_first_token(time_s - sent_s)
         if not active.num_resumed:
             self._meters.time_to_first_token.observe(time.time() - active.request.arrival_s)
@@ -190,7 +190,9 @@ class UpstreamLoop(ServingLoop):
             self._end(active, "length" if ended.finish == "length" else "stop")
             return num_uncounted
         if error.is_refusal:
-            self._doubts_model = self._doubts_model or error.code == NO_MODEL
+            if error.code == NO_MODEL:  # true of all that wait: one at a time has to find out, rather than all of them
+                self._num_unknown += 1
+                self._health.note_failure(str(error))
             self._end(active, "error", error.code, str(error))
             return 0
         logger.warning("Request %s was not answered: %s", active.request.id, error)
@@ -208,7 +210,7 @@ class UpstreamLoop(ServingLoop):
         """Ask the upstream, when it is time to, whether it serves."""
         if self._health.is_probe_due and not self._is_probing:
             self._is_probing = True
-            self._streams.probe(lists_model=self._doubts_model)
+            self._streams.probe(lists_model=self._num_unknown > 1)
 
     def _note_probe(self, probed: Probed) -> None:
         """What a probe found; a token that came meanwhile is better proof than a list of models that did not."""

@@ -162,6 +162,23 @@ def test_a_request_that_the_upstream_refuses_fails_alone_with_its_message(
     assert fleet.until_state("gpu-0", "ready").detail.startswith("Forwards to")
 
 
+def test_a_model_that_the_upstream_has_lost_costs_few_of_the_requests_that_wait(
+    start: Start, fleet: FleetClient, upstream: Upstream
+) -> None:
+    async def know_no_model(call: Call) -> None:
+        await call.refuse(404, b'{"error": "no such model"}')
+
+    upstream.act = know_no_model
+    start(max_batch_size=2, sizing="fixed")
+    submit(fleet, *(f"r{number}" for number in range(12)))
+    fleet.until(lambda: "has no model" in unhealthy(fleet).detail)
+    upstream.act, upstream.probe = three_words, (200, b'{"data": [{"id": "%s"}]}' % MODEL.encode())
+    fleet.until_finished()
+    codes = [answer.finish.error_code for answer in fleet.answers.values() if answer.finish]
+    assert 0 < codes.count("upstream_no_model") < 6
+    assert codes.count("") == 12 - codes.count("upstream_no_model")
+
+
 async def _fail(call: Call) -> None:
     await call.refuse(500, b'{"error": {"message": "Traceback"}}')
 
