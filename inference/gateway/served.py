@@ -17,7 +17,10 @@ from scheduling.keys import Keys
 
 log = logging.getLogger(__name__)
 ANY = 2**31 - 1
-"""Vocabulary and context length of an upstream server's model, which its server knows: nothing is refused here."""
+"""Vocabulary of an upstream server's model, which its server knows: nothing is refused here."""
+LONGEST = 2**20
+"""Context length of such a model where none is set. What waits is counted by the tokens that it asks for: without a
+bound one request could claim so many that others are refused by the wait they seem to mean."""
 RETRY_S = 30.0
 """How often a model whose files could not be read is tried again."""
 
@@ -116,7 +119,7 @@ def load_model(spec: DeploymentSpec, keys: Keys) -> ServedModel:
             spec=spec,
             tokenizer=Tokenizer.load(Path(spec.path)) if spec.path else None,
             vocab_size=ANY,
-            max_model_len=spec.max_model_len or ANY,
+            max_model_len=spec.max_model_len or LONGEST,
             queue=FleetQueue(keys, spec.name),
         )
     path = Path(spec.path)

@@ -9,7 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.messages import InferenceRequest
+from inference.directory import TenantConfig
+from inference.gateway.admission import Draft, check_length
+from inference.gateway.errors import ContextLengthExceeded
+from inference.gateway.served import LONGEST, load_model
+from inference.messages import DeploymentSpec, InferenceRequest
 from inference.upstream.address import AddressError, check_address, check_key_name
 from inference.upstream.errors import BrokenOff, Failed, TooLong, UpstreamError, clean, read_message
 from inference.upstream.events import MAX_EVENT_BYTES, Delta, EventReader, Usage, read_event
@@ -17,6 +21,7 @@ from inference.upstream.forwarded import ForwardedRequest
 from inference.upstream.health import PAUSES_S, Health
 from scheduling.core.answers import ClaimedRequest
 from scheduling.core.sequence import SamplingParams
+from scheduling.keys import Keys
 
 
 @pytest.mark.parametrize(
@@ -162,6 +167,21 @@ def test_an_answer_without_an_end_is_cut() -> None:
     assert active.hear("x" * 512) == "x" * 512
     with pytest.raises(TooLong, match="2 tokens"):
         active.hear("x")
+
+
+def test_no_request_claims_more_than_any_model_reads_where_the_upstream_alone_knows_its_context() -> None:
+    spec = DeploymentSpec(name="m", path="", backend="openai", upstream_url="http://127.0.0.1:1/v1")
+
+    def draft(max_tokens: int) -> Draft:
+        return Draft(
+            id="r", endpoint="chat.completions", model=load_model(spec, Keys()), tenant=TenantConfig(name="acme"),
+            prompt_token_ids=[], max_tokens=max_tokens, sampling=SamplingParams(), priority=3,
+            estimated_prompt_tokens=4,
+        )  # fmt: skip
+
+    check_length(draft(LONGEST - 4))
+    with pytest.raises(ContextLengthExceeded):
+        check_length(draft(2**30))
 
 
 def test_tokens_are_the_upstreams_own_count_where_it_gives_one() -> None:
