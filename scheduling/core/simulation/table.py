@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from scheduling.core.simulation.report import Group, Report, Spread
+from scheduling.core.simulation.report import Group, Report
 
 _Row = tuple[str, Callable[[Report], str]]
 
@@ -12,11 +12,6 @@ def format_seconds(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{1000 * value:.3g} ms" if 0 < value < 0.9995 else f"{value:.3g} s" if value < 999.5 else f"{value:,.0f} s"
-
-
-def format_spread(spread: Spread) -> str:
-    """Mean and percentiles on one line."""
-    return " / ".join(format_seconds(value) for value in (spread.mean, spread.p50, spread.p90, spread.p99))
 
 
 def _share(value: float | None) -> str:
