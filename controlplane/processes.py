@@ -47,6 +47,7 @@ def _celery(*options: str) -> list[str]:
         "worker",
         "--pool=threads",
         "--without-mingle",
+        "--without-gossip",  # nobody asks what workers tell each other, and each reads what all of them say
     ]
     return _bound("SIGKILL", *worker, *options)
 

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,20 +16,23 @@ import pytest
 import redis
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from benchmarks.stack import free_port
 from scheduling.keys import Keys
 from scheduling.store import execute
 from tests.fleet_data import FleetWriter, slots
+from tests.patience import PATIENCE_S, wait_until
 
 Visit = Callable[..., Page]
-expect.set_options(timeout=15_000)
+expect.set_options(timeout=1000 * PATIENCE_S)
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "a-long-password-1"
 PREPARE = f"""
 import django
 django.setup()
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from django.contrib.auth.models import Group, User
 from django.core.management import call_command
+from controlplane.models import Batch, BatchLine
 from dashboard.rollups import roll_up
 from inference.models import BatchRecord, RequestRecord
 from scheduling.models import Quota, ServiceLevel, Tenant
@@ -47,14 +49,14 @@ for place, name in enumerate(TENANTS):
     ServiceLevel.objects.create(tenant=tenant, priority=place, ttft_ms=2000, e2e_ms=6000)
 RequestRecord.objects.bulk_create(make_requests(2000, end=now, seconds=5400))
 BatchRecord.objects.bulk_create(make_batches(4000, end=now))
+batch = Batch.objects.create(
+    id="batch_1", tenant="nightly", endpoint="/v1/completions", input_file_id="file-1", status="in_progress",
+    num_total=4, expires_at=now + timedelta(days=1),
+)
+for number, state in enumerate(("completed", "failed", "submitted", "pending")):
+    BatchLine.objects.create(batch=batch, number=number, custom_id=str(number), body="{{}}", state=state)
 roll_up(60)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class WebProcess:
@@ -78,12 +80,12 @@ class WebProcess:
 
     def prepare(self) -> None:
         """Make the database and its users."""
-        subprocess.run([sys.executable, "-c", PREPARE], env=self._environment, cwd=ROOT, check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", PREPARE], env=self._environment, cwd=ROOT, check=True, timeout=PATIENCE_S)
 
     def manage(self, *words: str) -> None:
         """Run a management command on this process's data, as another process would."""
         command = [sys.executable, "manage.py", *words]
-        subprocess.run(command, env=self._environment, cwd=ROOT, check=True, timeout=120)
+        subprocess.run(command, env=self._environment, cwd=ROOT, check=True, timeout=PATIENCE_S)
 
     def start(self) -> None:
         """Start, and wait until it answers."""
@@ -93,20 +95,21 @@ class WebProcess:
             self._process = subprocess.Popen(
                 [*command, *options], env=self._environment, cwd=ROOT, stdout=log, stderr=log
             )
-        pause = threading.Event()
-        for _ in range(400):
-            try:
-                with urllib.request.urlopen(f"{self.url}/login/", timeout=5):
-                    return
-            except (URLError, ConnectionError):
-                assert self._process.poll() is None, self._log.read_text()
-                pause.wait(0.05)
-        raise AssertionError(self._log.read_text())
+        wait_until(self._answers, self._log.read_text, period_s=0.05)
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self._log.read_text()
+        try:
+            with urllib.request.urlopen(f"{self.url}/login/", timeout=PATIENCE_S):
+                return True
+        except (URLError, ConnectionError):
+            return False
 
     def stop(self, sig: signal.Signals = signal.SIGTERM) -> None:
         assert self._process is not None
         self._process.send_signal(sig)
-        self._process.wait(20)
+        self._process.wait(PATIENCE_S)
 
 
 class EngineVoice:
@@ -169,7 +172,7 @@ def fleet(redis_url: str, page_keys: Keys) -> Iterator[FleetWriter]:
 @pytest.fixture
 def visitor(chromium: Browser, web: WebProcess, fleet: FleetWriter) -> Iterator[BrowserContext]:
     made = chromium.new_context(base_url=web.url, viewport={"width": 1400, "height": 1000})
-    made.set_default_timeout(15_000)
+    made.set_default_timeout(1000 * PATIENCE_S)
     yield made
     made.close()
 

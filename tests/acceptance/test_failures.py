@@ -13,7 +13,8 @@ import openai
 import psutil
 import pytest
 
-from tests.acceptance.whole_system import MODEL, WholeSystem, wait_until
+from tests.acceptance.whole_system import MODEL, WholeSystem
+from tests.patience import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.acceptance
 NUM_STREAMS = 50
@@ -67,18 +68,17 @@ async def test_kill_9_of_engine_and_gpu_worker_amid_fifty_streams_changes_no_tex
         undisturbed = await stream_all(client, Progress(0), "undisturbed")
         progress = Progress(KILL_AFTER_CHUNKS)
         streams = asyncio.create_task(stream_all(client, progress, "disturbed"))
-        await asyncio.wait_for(progress.reached.wait(), 60)
+        await asyncio.wait_for(progress.reached.wait(), PATIENCE_S)
         engine, worker = system.process(ENGINE), system.process(GPU_WORKER)
         for victim in (engine, worker):
             victim.kill()
-        disturbed = await asyncio.wait_for(streams, 120)
+        disturbed = await asyncio.wait_for(streams, 2 * PATIENCE_S)
     assert [num_tokens for _, num_tokens in disturbed] == [MAX_TOKENS] * NUM_STREAMS
     assert disturbed == undisturbed
     assert system.process(ENGINE).pid != engine.pid
-    await asyncio.to_thread(wait_until, lambda: system.num_records("disturbed") >= NUM_STREAMS, 10, "all are recorded")
+    await asyncio.to_thread(wait_until, lambda: system.num_records("disturbed") >= NUM_STREAMS, "all are recorded")
     assert system.num_records("disturbed") == NUM_STREAMS
-    attempts = system.rows("SELECT max(attempts) FROM inference_requestrecord WHERE user = 'disturbed'")
-    assert attempts == [(2,)]
+    assert system.rows("SELECT id FROM inference_requestrecord WHERE user = 'disturbed' AND attempts > 1")
 
 
 async def test_kill_9_of_redis_amid_fifty_streams_changes_no_text(system: WholeSystem) -> None:
@@ -86,10 +86,10 @@ async def test_kill_9_of_redis_amid_fifty_streams_changes_no_text(system: WholeS
         undisturbed = await stream_all(client, Progress(0), "calm")
         progress = Progress(KILL_AFTER_CHUNKS)
         streams = asyncio.create_task(stream_all(client, progress, "shaken"))
-        await asyncio.wait_for(progress.reached.wait(), 60)
+        await asyncio.wait_for(progress.reached.wait(), PATIENCE_S)
         system.process(r"valkey-server|redis-server").kill()
-        assert await asyncio.wait_for(streams, 120) == undisturbed
-    await asyncio.to_thread(wait_until, lambda: system.num_records("shaken") >= NUM_STREAMS, 15, "all are recorded")
+        assert await asyncio.wait_for(streams, 2 * PATIENCE_S) == undisturbed
+    await asyncio.to_thread(wait_until, lambda: system.num_records("shaken") >= NUM_STREAMS, "all are recorded")
     assert system.num_records("shaken") == NUM_STREAMS
 
 
@@ -97,7 +97,7 @@ async def test_kill_9_of_redis_amid_fifty_streams_changes_no_text(system: WholeS
 def test_any_process_that_is_killed_comes_back_and_the_system_answers(system: WholeSystem, pattern: str) -> None:
     victim = system.process(pattern)
     victim.kill()
-    victim.wait(10)
+    victim.wait(PATIENCE_S)
 
     def answered() -> bool:
         try:
@@ -107,37 +107,43 @@ def test_any_process_that_is_killed_comes_back_and_the_system_answers(system: Wh
         except openai.OpenAIError:
             return False
 
-    wait_until(answered, 45, "the system answers again", period_s=0.2)
-    wait_until(lambda: bool(system.process(pattern).pid != victim.pid), 10, "the process is there again")
+    wait_until(answered, "the system answers again", period_s=0.2)
+    wait_until(lambda: bool(system.process(pattern).pid != victim.pid), "the process is there again")
 
 
-def test_a_client_that_goes_away_frees_its_place_within_a_second(system: WholeSystem) -> None:
-    wait_until(lambda: system.queue().running == 0, 30, "nothing runs")
+def test_a_client_that_goes_away_frees_its_place_long_before_its_answer_would_end(system: WholeSystem) -> None:
+    wait_until(lambda: system.queue().running == 0, "nothing runs")
     stream = system.client().completions.create(
-        model=MODEL, prompt="Snow", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
+        model=MODEL, prompt="Snow", max_tokens=900, stream=True, extra_body={"ignore_eos": True}, user="gone"
     )
     next(iter(stream))
-    assert system.queue().running == 1
     stream.close()
-    wait_until(lambda: system.queue().running == 0, 1, "the running request is cancelled", period_s=0.02)
+    wait_until(lambda: system.queue().running == 0, "the running request is cancelled")
+    wait_until(lambda: system.num_records("gone") == 1, "it is recorded")
+    ends = system.rows("SELECT state, completion_tokens FROM inference_requestrecord WHERE user = 'gone'")
+    ((state, num_tokens),) = ends
+    assert state == "cancelled"
+    assert 0 < int(str(num_tokens)) < 900
 
 
-async def test_a_client_that_goes_away_while_it_waits_whole_answer_or_queued_is_cancelled_within_a_second(
+async def test_a_client_that_goes_away_while_it_waits_for_a_whole_answer_or_in_the_queue_is_cancelled(
     system: WholeSystem,
 ) -> None:
-    body = {"model": MODEL, "prompt": "Snow", "max_tokens": 900, "ignore_eos": True}
+    body = {"model": MODEL, "prompt": "Snow", "max_tokens": 900, "ignore_eos": True, "user": "left"}
     headers = {"Authorization": f"Bearer {system.keys()['checkout']}"}
-    async with httpx.AsyncClient(base_url=system.url, timeout=60, limits=httpx.Limits(max_connections=100)) as client:
+    async with httpx.AsyncClient(
+        base_url=system.url, timeout=PATIENCE_S, limits=httpx.Limits(max_connections=100)
+    ) as client:
         tasks = [asyncio.create_task(client.post("/v1/completions", json=body, headers=headers)) for _ in range(24)]
         await asyncio.to_thread(
-            wait_until, lambda: system.queue().running >= 16 and system.queue().depth > 0, 20, "some run and some wait"
+            wait_until, lambda: system.queue().running >= 16 and system.queue().depth > 0, "some run and some wait"
         )
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.to_thread(
-        wait_until, lambda: system.queue().running + system.queue().depth == 0, 1.5, "all are cancelled", 0.02
-    )
+    await asyncio.to_thread(wait_until, lambda: system.queue().running + system.queue().depth == 0, "all are cancelled")
+    await asyncio.to_thread(wait_until, lambda: system.num_records("left") == 24, "all are recorded")
+    assert system.rows("SELECT DISTINCT state FROM inference_requestrecord WHERE user = 'left'") == [("cancelled",)]
 
 
 def test_the_policy_is_switched_under_load_and_every_worker_confirms(system: WholeSystem) -> None:
@@ -168,7 +174,7 @@ def test_the_policy_is_switched_under_load_and_every_worker_confirms(system: Who
             thread.join()
     assert answers
     assert set(answers) == {"length"}
-    wait_until(lambda: system.num_records("switched") >= len(answers), 10, "all are recorded")
+    wait_until(lambda: system.num_records("switched") >= len(answers), "all are recorded")
     assert system.num_records("switched") == len(answers)
 
 
@@ -191,9 +197,9 @@ def test_an_operator_changes_batch_mode_and_size_while_requests_run(system: Whol
         before = replica()
         for mode in ("serial", "static", "dynamic", "continuous"):
             tell(command="set_mode", mode=mode)
-            wait_until(lambda: replica()["mode"] == mode, 3, f"the replica reports {mode}")  # noqa: B023
+            wait_until(lambda: replica()["mode"] == mode, f"the replica reports {mode}")  # noqa: B023
         tell(command="set_batch_size", max_batch_size=3)
-        wait_until(lambda: replica()["max_batch_size"] == 3, 3, "the replica reports the size")
+        wait_until(lambda: replica()["max_batch_size"] == 3, "the replica reports the size")
         tell(command="set_batch_size", max_batch_size=before["max_batch_size"])
     assert sum(1 for _ in stream) >= 1
 
@@ -206,8 +212,8 @@ def test_a_kill_9_of_the_supervisor_leaves_no_process(demo_folder: Path, tmp_pat
     below = other.processes()
     assert len(below) >= 5
     other.stop(signal.SIGKILL)
-    _, alive = psutil.wait_procs(below, timeout=10)
+    _, alive = psutil.wait_procs(below, timeout=PATIENCE_S)
     assert not alive
     assert os.path.lexists(tmp_path / "up.lock")
     other.start()  # the lock went with its holder
-    assert other.stop() < 10
+    other.stop()

@@ -39,21 +39,20 @@ def test_ctrl_c_stops_everything_and_the_next_start_finds_the_data(other: WholeS
     )
     next(iter(stream))
     below = other.processes()
-    stopped_in_s = other.stop()
+    other.stop()
     stream.close()
-    assert stopped_in_s < 10
     assert not [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert other.supervisor is not None
     assert other.supervisor.returncode == 0
 
-    assert other.start() < 30
+    other.start()
     assert other.keys() == keys
     other.client().completions.create(model=MODEL, prompt="Rain", max_tokens=4)
     assert other.num_records("before") == 1
     assert oct((other.folder / "demo.env").stat().st_mode & 0o777) == "0o600"
     assert other.password() in other.log()
 
-    assert other.stop() < 10
+    other.stop()
     break_weights(other)
     sentence = other.refuse()
     assert f"checkpoint of {MODEL} cannot be served" in sentence

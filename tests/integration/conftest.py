@@ -1,10 +1,18 @@
-"""Fixtures for tests with a database and Redis."""
+"""Fixtures for tests with a database, Redis, engine processes and a stack of web processes."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import redis
 from pytest_django.fixtures import Settings
 
+from benchmarks.stack import Stack
 from controlplane.config import Config
 from scheduling.keys import Keys
+from tests.integration.engines import Engines, make_tiny_checkpoint
+from tests.integration.fleet import FleetClient
+from tests.integration.gateway_support import Api
 
 
 @pytest.fixture
@@ -14,3 +22,41 @@ def installation(settings: Settings, redis_url: str, keys: Keys) -> Config:
     config = Config.model_construct(**values)
     settings.PENSTOCK = config
     return config
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with context for 256 tokens."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def long_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with context for 4096 tokens: more than an engine makes before a test has done what it does."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama_long")
+
+
+@pytest.fixture
+def fleet(store: redis.Redis, keys: Keys) -> FleetClient:
+    """A web process's end of the queue that `engines` serve."""
+    return FleetClient(store, keys, Engines.model)
+
+
+@pytest.fixture
+def engines(checkpoint: Path, redis_url: str, keys: Keys) -> Iterator[Engines]:
+    """Starts engine processes of `checkpoint`; none is left."""
+    with Engines(checkpoint, redis_url, keys) as engines:
+        yield engines
+
+
+@pytest.fixture
+def api(stack: Stack) -> Api:
+    """HTTP to the web process of the module's `stack`."""
+    return Api(stack)
+
+
+@pytest.fixture
+def live(stack: Stack) -> Iterator[redis.Redis]:
+    """A client of the stack's Redis."""
+    with redis.Redis.from_url(stack.redis.url) as client:
+        yield client

@@ -11,6 +11,7 @@ from inference.worker.process import EngineProcess
 from inference.worker.spec import EngineSpec
 from scheduling.keys import Keys
 from tests.checkpoints import make_checkpoint, make_tokenizer
+from tests.patience import PATIENCE_S
 
 COMMAND = [sys.executable, "-m", "inference.worker"]
 
@@ -37,12 +38,12 @@ class Engines:
         self,
         replica: str = "gpu-0",
         mode: BatchMode = "continuous",
-        lease_s: float = 2.0,
+        lease_s: float = 60.0,
         path: Path | None = None,
         command: Sequence[str] = COMMAND,
         **fields: Any,
     ) -> EngineProcess:
-        """`fields`: of the deployment."""
+        """`fields`: of the deployment. No lease ends by itself: a starved process is not a dead one."""
         deployment = DeploymentSpec(
             **{
                 "name": self.model,
@@ -60,7 +61,7 @@ class Engines:
             key_prefix=self._keys.prefix,
             device="cpu",
             lease_s=lease_s,
-            drain_s=20,
+            drain_s=PATIENCE_S,
         )
         process = EngineProcess(command, spec)
         self.started.append(process)
@@ -73,4 +74,4 @@ class Engines:
         for process in self.started:
             process.kill()
         for process in self.started:
-            assert process.wait(10) is not None
+            assert process.wait(PATIENCE_S) is not None

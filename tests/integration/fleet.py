@@ -14,8 +14,8 @@ from scheduling.core.request import QueueEntry
 from scheduling.core.sequence import SamplingParams
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
+from tests.patience import PATIENCE_S
 
-DEADLINE_S = 60.0
 Event = TypeVar("Event", RequestEvent, BatchEvent)
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
@@ -124,9 +124,9 @@ class FleetClient:
                 for update in msgspec.msgpack.decode(fields[b"m"], type=list[SequenceUpdate]):
                     self.answers[update.request_id].take(update)
 
-    def until(self, condition: Callable[[], object], deadline_s: float = DEADLINE_S) -> None:
+    def until(self, condition: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
         """Read until the condition holds."""
-        end = time.monotonic() + deadline_s
+        end = time.monotonic() + patience_s
         while not condition():
             assert time.monotonic() < end, f"not in time: {self._progress()}"
             self.read()
@@ -137,8 +137,8 @@ class FleetClient:
     def _progress(self) -> dict[str, int]:
         return {name: len(answer.token_ids) for name, answer in self.answers.items() if not answer.finish}
 
-    def until_finished(self, deadline_s: float = DEADLINE_S) -> None:
-        self.until(lambda: all(answer.finish for answer in self.answers.values()), deadline_s)
+    def until_finished(self, patience_s: float = PATIENCE_S) -> None:
+        self.until(lambda: all(answer.finish for answer in self.answers.values()), patience_s)
 
     def status(self, replica: str) -> ReplicaStatus | None:
         packed = self.client.get(self.keys.replica(replica))

@@ -2,9 +2,7 @@
 
 import json
 import socket
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +26,10 @@ from scheduling.credentials import digest_key
 from scheduling.fleet import FleetQueue, QueueSnapshot
 from scheduling.keys import Keys
 from scheduling.store import execute
+from tests.patience import PATIENCE_S
 
 KEYS = Keys(prefix=PREFIX)
 QUEUE = FleetQueue(KEYS, MODEL)
-
-
-def wait_until(condition: Callable[[], object], patience_s: float = 10.0) -> None:
-    """Look until a condition holds. Raises AssertionError after `patience_s`."""
-    deadline, pause = time.monotonic() + patience_s, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        pause.wait(0.01)
 
 
 @dataclass(slots=True)
@@ -51,7 +42,7 @@ class Api:
         headers = options.pop("headers", {})
         if tenant is not None:
             headers = {"Authorization": f"Bearer {self.stack.api_keys[tenant]}", **headers}
-        return httpx.request(method, self.stack.url + path, headers=headers, timeout=30, **options)
+        return httpx.request(method, self.stack.url + path, headers=headers, timeout=PATIENCE_S, **options)
 
     def complete(self, tenant: str = "alpha", **fields: Any) -> httpx.Response:
         body = {"model": MODEL, "prompt": "ba be bi", **fields}

@@ -17,6 +17,7 @@ from inference.models import ModelDeployment
 from scheduling import services
 from scheduling.keys import Keys
 from scheduling.models import ApiKey, ServiceLevel, Tenant
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("installation")]
 
@@ -116,23 +117,23 @@ class _Followed:
         self.directory = directory
         self._changed.set()
 
-    async def until(self, condition: Callable[[Directory], bool], timeout_s: float) -> None:
-        async with asyncio.timeout(timeout_s):
+    async def until(self, condition: Callable[[Directory], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
             while not condition(self.directory):
                 self._changed.clear()
                 await self._changed.wait()
 
 
-async def test_a_suspension_reaches_a_watching_process_within_a_second(
+async def test_a_suspension_reaches_a_watching_process_by_way_of_redis(
     astore: redis.asyncio.Redis, keys: Keys, tenant: Tenant
 ) -> None:
     follow = _Followed()
-    watch = DirectoryWatch(astore, keys, database_period_s=60, on_change=follow)
+    watch = DirectoryWatch(astore, keys, database_period_s=3600, on_change=follow)
     await watch.start()
     try:
         assert not watch.current.tenants["acme"].suspended
         await change(services.suspend_tenant, tenant=tenant)
-        await follow.until(lambda d: d.tenants["acme"].suspended, timeout_s=1.0)
+        await follow.until(lambda d: d.tenants["acme"].suspended)
     finally:
         await watch.stop()
 
@@ -144,6 +145,6 @@ async def test_without_redis_the_watch_still_follows_the_database(tenant: Tenant
         await watch.start()
         try:
             await change(services.update_quota, tenant=tenant, rpm=7)
-            await follow.until(lambda d: d.tenants["acme"].rpm == 7, timeout_s=5)
+            await follow.until(lambda d: d.tenants["acme"].rpm == 7)
         finally:
             await watch.stop()

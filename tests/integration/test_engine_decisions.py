@@ -1,33 +1,19 @@
 """What an engine process decides while it serves: its batch size, whose slot is taken, what starts a batch."""
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import redis
 
 from inference.messages import BatchEvent, LatencyTarget, ReplicaStatus, RequestEvent
-from scheduling.keys import Keys
-from tests.integration.engines import Engines, make_tiny_checkpoint
+from tests.integration.engines import Engines
 from tests.integration.fleet import FleetClient
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama_long")
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
-def fleet(store: redis.Redis, keys: Keys) -> FleetClient:
-    return FleetClient(store, keys, Engines.model)
-
-
-@pytest.fixture
-def engines(checkpoint: Path, redis_url: str, keys: Keys) -> Iterator[Engines]:
-    with Engines(checkpoint, redis_url, keys) as engines:
-        yield engines
+def checkpoint(long_checkpoint: Path) -> Path:
+    return long_checkpoint
 
 
 def read_status(fleet: FleetClient) -> ReplicaStatus:
@@ -57,17 +43,13 @@ def test_a_batch_shrinks_when_its_sla_is_missed_and_another_strategy_takes_over_
     engine = engines.start(sizing="latency_first", targets=impossible)
     keep_busy(fleet, lambda: read_status(fleet).max_batch_size < 6)
     assert read_status(fleet).size_changes[0].reason.startswith("latency_first: p99 is ")
-    taken_s = []
     for arguments, ok in (
         ({"name": "throughput_first", "params": {"initial": 7}}, True),
         ({"name": "warp"}, False),
         ({"name": "balanced", "params": {"largest": 0}}, False),
     ):
-        started = time.monotonic()
-        ack = engine.send("sizing", arguments, timeout_s=5)
-        taken_s.append(time.monotonic() - started)
+        ack = engine.send("sizing", arguments, timeout_s=PATIENCE_S)
         assert (ack.ok, bool(ack.error)) == (ok, not ok)
-    assert statistics.median(taken_s) < 0.1
     fleet.until(lambda: read_status(fleet).sizing == "throughput_first")
     status = read_status(fleet)
     first = next(change for change in status.size_changes if change.reason.startswith("throughput_first"))
@@ -123,7 +105,7 @@ def test_nobody_takes_a_slot_under_fifo_equal_prompts_share_blocks_and_triggers_
 
     triggers = {"any": [{"urgent_alone": 0}, {"size": 3}]}
     deployment = {"name": Engines.model, "path": str(checkpoint), "mode": "dynamic", "triggers": triggers}
-    assert engine.send("deployment", deployment, 5).ok
+    assert engine.send("deployment", deployment, PATIENCE_S).ok
     for name in ("a", "b"):
         fleet.submit(name, [5, 6], 5)
     fleet.submit("urgent", [5, 7], 5, priority=0)

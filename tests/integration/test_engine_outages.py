@@ -17,8 +17,9 @@ from inference.messages import RequestEvent
 from scheduling.keys import Keys
 from scheduling.store import execute
 from tests.conftest import _server_binary
-from tests.integration.engines import Engines, make_tiny_checkpoint
+from tests.integration.engines import Engines
 from tests.integration.fleet import FleetClient
+from tests.patience import PATIENCE_S
 
 
 class Server:
@@ -59,11 +60,6 @@ def server() -> Iterator[Server]:
         server.kill()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"))
-
-
 def test_a_batch_waits_for_a_redis_that_was_killed_and_loses_nothing(
     server: Server, checkpoint: Path, keys: Keys
 ) -> None:
@@ -72,13 +68,13 @@ def test_a_batch_waits_for_a_redis_that_was_killed_and_loses_nothing(
         Engines(checkpoint, server.url, keys) as engines,
     ):
         fleet = FleetClient(client, keys, engines.model)
-        engine = engines.start(lease_s=60)
+        engine = engines.start()
         for i in range(12):
             fleet.submit(f"r{i}", [5 + i, 6], 150)
         fleet.until(lambda: len(fleet.answers["r0"].token_ids) > 20)
         for _ in range(2):
             server.kill()
-            assert engine.send("policy", {"name": "fifo", "revision": 0}, 5).ok
+            assert engine.send("policy", {"name": "fifo", "revision": 0}, PATIENCE_S).ok
             server.start()
             num_tokens = fleet.num_tokens()
             fleet.until(lambda n=num_tokens: fleet.num_tokens() > n)  # type: ignore[misc]
@@ -93,19 +89,20 @@ def test_an_engine_that_was_held_up_gives_up_what_others_took_over(
 ) -> None:
     with Engines(checkpoint, redis_url, keys) as engines:
         fleet = FleetClient(store, keys, engines.model)
-        held_up = engines.start("gpu-0", lease_s=1)
+        held_up = engines.start("gpu-0")
         for i in range(8):
             fleet.submit(f"r{i}", [5 + i, 6], 240)
         fleet.until(lambda: all(answer.token_ids for answer in fleet.answers.values()))
         os.kill(held_up.pid, signal.SIGSTOP)
-        other = engines.start("gpu-1", lease_s=1)
+        other = engines.start("gpu-1")
+        assert [num for _, num in execute(store, fleet.queue.expire(now=time.time() + 3600))] == [8]
         fleet.until(lambda: any(2 in answer.attempts for answer in fleet.answers.values()))
         os.kill(held_up.pid, signal.SIGCONT)
         fleet.until_finished()
         assert all(len(answer.token_ids) == 240 for answer in fleet.answers.values())
         fleet.until(lambda: (s := fleet.status("gpu-0")) is not None and not s.slots)
         other.kill()
-        other.wait(5)
+        other.wait(PATIENCE_S)
         fleet.submit("afterwards", [5, 6], 10)
         fleet.until_finished()
         assert fleet.status("gpu-0") is not None
@@ -116,7 +113,7 @@ def test_an_engine_claims_again_what_an_unnoticed_end_of_its_lease_took_from_it(
 ) -> None:
     with Engines(checkpoint, redis_url, keys) as engines:
         fleet = FleetClient(store, keys, engines.model)
-        engines.start(lease_s=60)  # so that no heartbeat comes between
+        engines.start()
         for i in range(3):
             fleet.submit(f"r{i}", [5 + i, 6], 240)
         fleet.until(lambda: all(answer.token_ids for answer in fleet.answers.values()))

@@ -1,12 +1,9 @@
 """The engine process: requests in by the queue, answers out by the reply stream, through kill, cancel and control."""
 
-import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-import pytest
 import redis
 
 from inference.messages import BatchEvent, BatchMode, RequestEvent
@@ -14,24 +11,9 @@ from scheduling.core.sequence import SamplingParams
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
 from scheduling.store import execute
-from tests.integration.engines import Engines, make_tiny_checkpoint
+from tests.integration.engines import Engines
 from tests.integration.fleet import FleetClient
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def fleet(store: redis.Redis, keys: Keys) -> FleetClient:
-    return FleetClient(store, keys, Engines.model)
-
-
-@pytest.fixture
-def engines(checkpoint: Path, redis_url: str, keys: Keys) -> Iterator[Engines]:
-    with Engines(checkpoint, redis_url, keys) as engines:
-        yield engines
+from tests.patience import PATIENCE_S
 
 
 def test_requests_of_a_batch_are_answered_recorded_and_settled(
@@ -66,10 +48,12 @@ def test_requests_of_a_batch_are_answered_recorded_and_settled(
     assert status.telemetry.source == "host"
 
 
-def test_a_batch_survives_kill_9_with_each_token_once_and_the_same_text(engines: Engines, fleet: FleetClient) -> None:
+def test_a_batch_survives_kill_9_with_each_token_once_and_the_same_text(
+    engines: Engines, fleet: FleetClient, store: redis.Redis
+) -> None:
     def submit(prefix: str) -> None:
         for i in range(50):
-            fleet.submit(f"{prefix}{i}", [5 + i, 6, 7 + i % 3], 40 + i)
+            fleet.submit(f"{prefix}{i}", [5 + i, 6, 7 + i % 3], 190 + i)
 
     engine = engines.start()
     submit("calm-")
@@ -77,8 +61,9 @@ def test_a_batch_survives_kill_9_with_each_token_once_and_the_same_text(engines:
     submit("killed-")
     fleet.until(lambda: sum(len(fleet.answers[f"killed-{i}"].token_ids) for i in range(50)) > 600)
     engine.kill()
-    assert engine.wait(5) is not None
+    assert engine.wait(PATIENCE_S) is not None
     assert not all(fleet.answers[f"killed-{i}"].finish for i in range(50))
+    assert execute(store, fleet.queue.expire(now=time.time() + 3600)), "its lease ends"
     engines.start()
     fleet.until_finished()
     for i in range(50):
@@ -87,12 +72,11 @@ def test_a_batch_survives_kill_9_with_each_token_once_and_the_same_text(engines:
     assert max(max(answer.attempts) for answer in fleet.answers.values()) == 2
 
 
-def test_commands_are_obeyed_within_100_ms_while_busy(engines: Engines, fleet: FleetClient) -> None:
+def test_commands_are_obeyed_between_two_steps_and_not_after_the_batch(engines: Engines, fleet: FleetClient) -> None:
     engine = engines.start()
-    for i in range(24):
+    for i in range(100):
         fleet.submit(f"r{i}", [5 + i, 6], 200)
     fleet.until(lambda: len(fleet.answers["r0"].token_ids) > 10)
-    taken_s = []
     for command, arguments, ok in (
         ("set_batch_size", {"max_batch_size": 4}, True),
         ("set_batch_size", {"max_batch_size": 0}, False),
@@ -100,12 +84,11 @@ def test_commands_are_obeyed_within_100_ms_while_busy(engines: Engines, fleet: F
         ("set_mode", {"mode": "warp"}, False),
         ("policy", {"name": "fair", "revision": 7}, True),
     ):
-        started = time.monotonic()
-        ack = engine.send(command, arguments, timeout_s=5)  # type: ignore[arg-type]
-        taken_s.append(time.monotonic() - started)
+        ack = engine.send(command, arguments, timeout_s=PATIENCE_S)  # type: ignore[arg-type]
         assert ack.ok is ok
         assert bool(ack.error) is not ok
-    assert statistics.median(taken_s) < 0.1
+    fleet.read()
+    assert not all(answer.finish for answer in fleet.answers.values()), "it waited for the batch"
     fleet.until(lambda: (s := fleet.status("gpu-0")) is not None and (s.policy_revision, s.max_batch_size) == (7, 4))
     fleet.until_finished()
 
@@ -114,58 +97,58 @@ def test_a_paused_engine_finishes_what_runs_and_claims_again_when_resumed(engine
     engine = engines.start()
     fleet.submit("running", [5, 6], 200)
     fleet.until(lambda: fleet.answers["running"].token_ids)
-    assert engine.send("pause", {}, 5).state == "paused"
+    assert engine.send("pause", {}, PATIENCE_S).state == "paused"
     fleet.submit("waiting", [5, 7], 5)
     fleet.until(lambda: fleet.answers["running"].finish)
     fleet.until_state("gpu-0", "paused")
     assert not fleet.answers["waiting"].token_ids
-    assert engine.send("resume", {}, 5).state == "ready"
+    assert engine.send("resume", {}, PATIENCE_S).state == "ready"
     fleet.until_finished()
 
 
 def test_a_drained_engine_gives_back_what_has_not_begun_and_stops(engines: Engines, fleet: FleetClient) -> None:
     engine = engines.start(mode="serial")
-    for i in range(3):
-        fleet.submit(f"r{i}", [5, 6 + i], 150)
+    for i in range(8):
+        fleet.submit(f"r{i}", [5, 6 + i], 240)
     fleet.until(lambda: fleet.answers["r0"].token_ids)
-    assert engine.send("drain", {}, 5).state in ("draining", "stopped")
+    assert engine.send("drain", {}, PATIENCE_S).state in ("draining", "stopped")
     fleet.until_state("gpu-0", "stopped")
     fleet.until(lambda: fleet.answers["r0"].finish)
-    assert not fleet.answers["r2"].token_ids
+    assert not fleet.answers["r7"].token_ids
     other = engines.start("gpu-1")
     fleet.until_finished()
     for process in (engine, other):
-        process.tell("stop", {"drain_s": 5})
-        assert process.wait(10) == 0
+        process.tell("stop", {"drain_s": PATIENCE_S})
+        assert process.wait(PATIENCE_S) == 0
 
 
 def test_an_engine_told_to_stop_now_gives_its_requests_back_for_another_to_finish(
     engines: Engines, fleet: FleetClient
 ) -> None:
-    engine = engines.start(lease_s=60)
+    engine = engines.start()
     for i in range(8):
         fleet.submit(f"r{i}", [5, 6 + i], 240)
     fleet.until(lambda: all(answer.token_ids for answer in fleet.answers.values()))
     engine.tell("stop", {"drain_s": 0})
-    assert engine.wait(5) == 0
-    engines.start("gpu-1", lease_s=60)
-    fleet.until_finished(deadline_s=30)
+    assert engine.wait(PATIENCE_S) == 0
+    engines.start("gpu-1")
+    fleet.until_finished()
     assert all(len(answer.token_ids) == 240 for answer in fleet.answers.values())
 
 
-def test_a_cancelled_request_stops_within_a_second(engines: Engines, fleet: FleetClient, store: redis.Redis) -> None:
-    engines.start()
-    fleet.submit("cancelled", [5, 6], 240)
+def test_a_cancelled_request_stops_long_before_its_end(
+    engines: Engines, fleet: FleetClient, store: redis.Redis, long_checkpoint: Path
+) -> None:
+    engines.start(path=long_checkpoint)
+    fleet.submit("cancelled", [5, 6], 4000)
     fleet.submit("kept", [5, 7], 240)
     fleet.until(lambda: fleet.answers["cancelled"].token_ids)
     execute(store, fleet.queue.cancel("cancelled"))
-    started = time.monotonic()
-    fleet.until(lambda: fleet.answers["cancelled"].finish)
-    assert time.monotonic() - started < 1
     fleet.until_finished()
     finish = fleet.answers["cancelled"].finish
     assert finish is not None
     assert finish.reason == "cancelled"
+    assert len(fleet.answers["cancelled"].token_ids) < 3000
     assert len(fleet.answers["kept"].token_ids) == 240
 
 
@@ -244,9 +227,9 @@ def test_stop_strings_end_a_request_and_do_not_appear(engines: Engines, fleet: F
 
 def test_every_mode_gives_the_same_tokens(engines: Engines, fleet: FleetClient) -> None:
     engine = engines.start()
-    assert engine.ready.wait(60)
+    assert engine.ready.wait(PATIENCE_S)
     for mode in get_args(BatchMode):
-        assert engine.send("set_mode", {"mode": mode}, 5).ok
+        assert engine.send("set_mode", {"mode": mode}, PATIENCE_S).ok
         for i in range(12):
             fleet.submit(f"{mode}-{i}", [5 + i, 6], 8 + i)
         fleet.until_finished()
@@ -255,11 +238,11 @@ def test_every_mode_gives_the_same_tokens(engines: Engines, fleet: FleetClient) 
 
 
 def test_an_engine_ends_when_its_parent_closes_the_pipe(engines: Engines, fleet: FleetClient) -> None:
-    engine = engines.start(lease_s=60)
+    engine = engines.start()
     fleet.submit("r", [5, 6], 240)
     fleet.until(lambda: fleet.answers["r"].token_ids)
     engine.hang_up()
-    assert engine.wait(10) == 0
+    assert engine.wait(PATIENCE_S) == 0
     engines.start("gpu-1")
     fleet.until_finished()
 
@@ -273,4 +256,4 @@ def test_a_broken_checkpoint_is_a_failed_status_with_a_sentence(
     assert str(tmp_path) in status.detail
     assert engine.wait(0) is None
     engine.tell("stop", {})
-    assert engine.wait(10) == 1
+    assert engine.wait(PATIENCE_S) == 1

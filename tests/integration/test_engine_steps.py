@@ -2,13 +2,11 @@
 
 import random
 import sys
-from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from inference.engine.runner import ModelRunner
 from inference.messages import DeploymentSpec
@@ -18,9 +16,8 @@ from scheduling.core.planner import StepPlanner
 from scheduling.core.prefix import PrefixCache
 from scheduling.core.sequence import PartResult, SamplingParams, Sequence, StepPart
 from scheduling.core.speculation import Ask, Drafter
-from scheduling.keys import Keys
 from tests.checkpoints import VOCAB, make_checkpoint
-from tests.integration.engines import Engines, make_tiny_checkpoint
+from tests.integration.engines import Engines
 from tests.integration.fleet import FleetClient
 from tests.integration.poisoned_steps import FORWARD_POISON, NAN_POISON, TEXT_POISON
 from tests.integration.test_engine_parity import GREEDY, generate_alone, make_sequence
@@ -29,22 +26,6 @@ COMMAND = [sys.executable, "-m", "tests.integration.poisoned_steps"]
 INNOCENT = [[5 + i, 6, 7] for i in range(6)]
 BIASED = SamplingParams(temperature=0.0, ignore_eos=True, logit_bias=((TEXT_POISON, 100.0),))
 OUTSIDE = SamplingParams(temperature=0.0, ignore_eos=True, logit_bias=((10**6, 1.0),))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def fleet(store: redis.Redis, keys: Keys) -> FleetClient:
-    return FleetClient(store, keys, Engines.model)
-
-
-@pytest.fixture
-def engines(checkpoint: Path, redis_url: str, keys: Keys) -> Iterator[Engines]:
-    with Engines(checkpoint, redis_url, keys) as engines:
-        yield engines
 
 
 def test_poisoned_requests_fail_alone_in_one_step_after_another(engines: Engines, fleet: FleetClient) -> None:

@@ -14,21 +14,17 @@ from inference.messages import DeploymentSpec
 from inference.worker.supervisor import EngineSupervisor, SupervisorOptions
 from scheduling.keys import Keys
 from scheduling.store import execute
-from tests.integration.engines import COMMAND, Engines, make_tiny_checkpoint
+from tests.integration.engines import COMMAND, Engines
 from tests.integration.fleet import FleetClient
 from tests.nvml import LOST, UUID, WHOLE, StandIn, build_library
+from tests.patience import PATIENCE_S
 
-STEP_TIMEOUT_S = 2.0
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama_long")
+STEP_TIMEOUT_S = 4.0
 
 
 @pytest.fixture
-def fleet(store: redis.Redis, keys: Keys, checkpoint: Path) -> FleetClient:
-    spec = DeploymentSpec(name=Engines.model, path=str(checkpoint), max_batch_size=8, kv_memory_bytes=32 * 2**20)
+def fleet(store: redis.Redis, keys: Keys, long_checkpoint: Path) -> FleetClient:
+    spec = DeploymentSpec(name=Engines.model, path=str(long_checkpoint), max_batch_size=8, kv_memory_bytes=32 * 2**20)
     store.hset(keys.deployments, Engines.model, msgspec.json.encode(spec))
     return FleetClient(store, keys, Engines.model)
 
@@ -51,7 +47,7 @@ def worker(redis_url: str, keys: Keys, request: pytest.FixtureRequest) -> Iterat
         redis_url=redis_url,
         key_prefix=keys.prefix,
         device="cpu",
-        lease_s=2.0,
+        lease_s=60.0,
         gpu=getattr(request, "param", ""),
         step_timeout_s=STEP_TIMEOUT_S,
     )
@@ -59,7 +55,7 @@ def worker(redis_url: str, keys: Keys, request: pytest.FixtureRequest) -> Iterat
     supervisor.start()
     yield supervisor
     supervisor.close(0)
-    supervisor.join(20)
+    supervisor.join(PATIENCE_S)
     assert not supervisor.is_alive()
 
 
@@ -89,7 +85,7 @@ def test_an_engine_that_cannot_be_started_is_tried_again_until_it_can(
     aside.rename(command)
     fleet.until_state("gpu-0", "ready")
     supervisor.close(0)
-    supervisor.join(20)
+    supervisor.join(PATIENCE_S)
     assert not supervisor.is_alive()
 
 
@@ -109,7 +105,7 @@ def test_a_hung_engine_is_killed_and_started_again_and_its_requests_go_on(
         fleet.submit(f"hung-{i}", [5, 6 + i], 400)
     fleet.until(lambda: all(answer.token_ids for answer in fleet.answers.values()))
     os.kill(first.pid, signal.SIGSTOP)
-    fleet.until(lambda: "has ended no step for 2 s and is killed" in detail(fleet))
+    fleet.until(lambda: "has ended no step for 4 s and is killed" in detail(fleet))
     fleet.until(lambda: restarts(fleet) == {"hung": 1})
     fleet.until_finished()
     for i in range(6):

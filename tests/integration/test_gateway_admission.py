@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,8 @@ import pytest
 import redis.asyncio
 
 from inference.gateway.errors import DeadlineExceeded, NoReplica, Overloaded
+from inference.gateway.gateway import Gateway
+from inference.gateway.served import ServedModel
 from inference.messages import ReplicaStatus, SharedLevel
 from inference.shedding import end_dropped
 from scheduling.core.answers import Shed
@@ -19,16 +21,25 @@ from scheduling.core.backpressure import BackpressureLimits, Level
 from scheduling.keys import Keys
 from scheduling.store import aexecute, connect
 from tests.integration.gateway_support import TENANT, draft, open_gateway
+from tests.patience import PATIENCE_S, until
 
 MODEL = "tiny"
 
 
-async def until(condition: Callable[[], object], patience_s: float = 5.0) -> None:
-    async with asyncio.timeout(patience_s):
-        while True:
-            if condition():
-                return
-            await asyncio.sleep(0.005)
+async def until_read(gateway: Gateway, condition: Callable[[], object]) -> None:
+    """Wait for the reading of the queues after which the condition holds."""
+    looked, tick = asyncio.Event(), gateway.monitor.tick
+
+    async def tell(models: Sequence[ServedModel]) -> None:
+        await tick(models)
+        looked.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gateway.monitor, "tick", tell)
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                looked.clear()
+                await looked.wait()
 
 
 async def report(client: redis.asyncio.Redis, keys: Keys, state: str = "ready") -> None:
@@ -37,25 +48,26 @@ async def report(client: redis.asyncio.Redis, keys: Keys, state: str = "ready") 
     status = ReplicaStatus(
         replica="r0", model=MODEL, host="here", pid=1, state=state, time_s=now, started_s=now  # type: ignore[arg-type]
     )  # fmt: skip
-    await client.set(keys.replica("r0"), msgspec.msgpack.encode(status), px=2000)
+    await client.set(keys.replica("r0"), msgspec.msgpack.encode(status), px=3_600_000)
     await client.zadd(keys.replicas, {"r0": now})
 
 
 async def test_a_model_that_nobody_serves_is_refused_after_a_while_and_what_waits_stays(
     redis_url: str, astore: redis.asyncio.Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    async with open_gateway(redis_url, keys, tmp_path, no_replica_s=0.6) as gateway:
+    async with open_gateway(redis_url, keys, tmp_path, no_replica_s=3600) as gateway:
         waiting = await gateway.submit(draft(gateway, 1))
         assert gateway.desk.why_unserved(MODEL) == ""
-        await until(lambda: gateway.desk.why_unserved(MODEL))
+        gateway.desk._no_replica_s = 0.1
+        await until_read(gateway, lambda: gateway.desk.why_unserved(MODEL))
         with pytest.raises(NoReplica, match="No worker has served the model 'tiny'") as refused:
             await gateway.submit(draft(gateway, 2))
         assert (refused.value.code, refused.value.retry_after_s) == ("no_replica", 10.0)
         await report(astore, keys, state="failed")
-        await asyncio.wait_for(gateway.monitor.tick(gateway.models.loaded()), 5)
+        await gateway.monitor.tick(gateway.models.loaded())
         assert gateway.desk.why_unserved(MODEL), "a replica that failed serves nobody"
         await report(astore, keys)
-        await until(lambda: not gateway.desk.why_unserved(MODEL))
+        await until_read(gateway, lambda: not gateway.desk.why_unserved(MODEL))
         await gateway.submit(draft(gateway, 3))
         assert waiting.finish is None
         assert (await aexecute(astore, waiting.model.queue.snapshot())).depth == 2
@@ -86,24 +98,36 @@ async def test_a_level_rises_with_the_request_that_calls_for_it_and_everywhere_s
         assert one.status(MODEL).assessment.level == Level.LOW
         replies.append(await one.submit(draft(one, 13, 0)))
         assert one.status(MODEL).assessment.level == Level.MEDIUM, "at once, without waiting for a reading"
-        await until(lambda: other.status(MODEL).assessment.level == Level.MEDIUM)
+        await until_read(other, lambda: other.status(MODEL).assessment.level == Level.MEDIUM)
         for reply in replies:
             reply.abandon()
-        await until(lambda: one.status(MODEL).assessment.level == other.status(MODEL).assessment.level == Level.NONE)
+        await until_read(one, lambda: one.status(MODEL).assessment.level == Level.NONE)
+        await until_read(other, lambda: other.status(MODEL).assessment.level == Level.NONE)
 
 
 async def test_what_another_process_measured_refuses_here_too_for_as_long_as_it_holds(
     redis_url: str, astore: redis.asyncio.Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    async with open_gateway(redis_url, keys, tmp_path) as gateway:
-        now = time.time()
-        theirs = SharedLevel(int(Level.HIGH), "estimated wait 200 s", now, now)
-        await astore.hset(keys.backpressure, MODEL, msgspec.msgpack.encode(theirs))
-        await until(lambda: gateway.status(MODEL).assessment.level == Level.HIGH)
+    limits = BackpressureLimits(wait_s=(1e9, 1e9, 1e9, 1e9), hold_s=600)
+    async with open_gateway(redis_url, keys, tmp_path, backpressure=limits) as gateway:
+
+        async def share(called_s: float) -> None:
+            theirs = SharedLevel(int(Level.HIGH), "estimated wait 200 s", called_s, time.time())
+            await astore.hset(keys.backpressure, MODEL, msgspec.msgpack.encode(theirs))
+
+        await share(time.time())
+        await until_read(gateway, lambda: gateway.status(MODEL).assessment.level == Level.HIGH)
         with pytest.raises(Overloaded, match="estimated wait 200 s"):
             await gateway.submit(draft(gateway, 1, 3))
-        await until(lambda: gateway.status(MODEL).assessment.level == Level.NONE)
-        assert time.time() - now >= BackpressureLimits().hold_s
+        await gateway.monitor.tick(gateway.models.loaded())
+        assert gateway.status(MODEL).assessment.level == Level.HIGH, "it holds"
+
+        async def is_over() -> bool:
+            await share(time.time() - 601)
+            await gateway.monitor.tick(gateway.models.loaded())
+            return gateway.status(MODEL).assessment.level == Level.NONE
+
+        await until(is_over)
         await gateway.submit(draft(gateway, 2, 3))
 
 
@@ -119,7 +143,7 @@ async def test_the_client_of_a_dropped_request_hears_that_its_deadline_passed(
         with connect(redis_url) as client:
             for _ in range(2):
                 end_dropped(client, queue, [Shed("cmpl-1", record.body, "deadline_exceeded")])
-        await asyncio.wait_for(reply.read_all(), 5)
+        await asyncio.wait_for(reply.read_all(), PATIENCE_S)
         assert reply.finish is not None
         assert (reply.finish.reason, reply.finish.error_code) == ("error", "deadline_exceeded")
         assert await astore.hgetall(keys.refusals) == {b"tiny|alpha|deadline_exceeded": b"1"}

@@ -16,11 +16,11 @@ from benchmarks.stack import Stack, ended, running_stack
 from inference.messages import HistoryEvent, RequestEvent
 from scheduling.limits import TenantLimits
 from scheduling.store import execute
-from tests.integration.gateway_support import KEYS, QUEUE, Api, code_of, frames_of, text_of, wait_until
+from tests.integration.gateway_support import KEYS, QUEUE, Api, code_of, frames_of, text_of
+from tests.patience import PATIENCE_S, wait_until
 
-GONE_WITHIN_S = 1.0
-LONG = 120
-"""Tokens of an answer that is interrupted."""
+LONG = 250
+"""Tokens of an answer that is interrupted: it takes five seconds."""
 
 
 @pytest.fixture
@@ -31,25 +31,18 @@ def stack() -> Iterator[Stack]:
 
 
 @pytest.fixture
-def api(stack: Stack) -> Api:
-    return Api(stack)
-
-
-@pytest.fixture
-def live(stack: Stack) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(stack.redis.url) as client:
-        yield client
-
-
-@pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(32) as pool:
         yield pool
 
 
-def expected_text(api: Api) -> str:
+@pytest.fixture
+def text(api: Api, stack: Stack) -> str:
     """What the engine says in `LONG` tokens to anybody."""
-    return str(api.complete(max_tokens=LONG).json()["choices"][0]["text"])
+    with ended(stack.start_engine()):
+        text = str(api.complete(max_tokens=LONG).json()["choices"][0]["text"])
+        wait_until(lambda: api.snapshot().finished_total == 1)
+    return text
 
 
 def reply_stream(live: redis.Redis) -> str:
@@ -72,7 +65,7 @@ class Listener:
         body = {"model": "tiny", "prompt": "ba be bi", "max_tokens": max_tokens, "stream": True}
         headers = {"Authorization": f"Bearer {key}"}
         url = f"{api.stack.url}/v1/completions"
-        with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=PATIENCE_S) as response:
             for part in response.iter_text():
                 self.text += part
                 self.begun.set()
@@ -85,9 +78,9 @@ def test_a_client_that_goes_away_leaves_the_queue_and_frees_its_slot(api: Api, l
     with api.hanging(stream=stream):
         wait_until(lambda: api.snapshot().depth == 1)
         assert execute(live, limits.usage("alpha")).running == 1
-    wait_until(lambda: api.snapshot().depth == 0, GONE_WITHIN_S)
-    wait_until(lambda: execute(live, limits.usage("alpha")).running == 0, GONE_WITHIN_S)
-    wait_until(lambda: live.xlen(KEYS.history) == 1, GONE_WITHIN_S)
+    wait_until(lambda: api.snapshot().depth == 0)
+    wait_until(lambda: execute(live, limits.usage("alpha")).running == 0)
+    wait_until(lambda: live.xlen(KEYS.history) == 1)
     entries: Any = live.xrange(KEYS.history)
     ((_, fields),) = entries
     (event,) = msgspec.msgpack.decode(fields[b"m"], type=list[HistoryEvent])
@@ -97,21 +90,22 @@ def test_a_client_that_goes_away_leaves_the_queue_and_frees_its_slot(api: Api, l
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_stops_its_running_request(api: Api, stack: Stack, stream: bool) -> None:
-    with ended(stack.start_engine(tokens_per_step=1, step_s=0.02)):
-        with api.hanging(stream=stream, max_tokens=1500):
+    with ended(stack.start_engine(tokens_per_step=1, step_s=0.1)):
+        with api.hanging(stream=stream, max_tokens=1500):  # for longer than anybody waits here
             wait_until(lambda: api.snapshot().running == 1)
-        wait_until(lambda: api.snapshot().running == 0, GONE_WITHIN_S)
+        wait_until(lambda: api.snapshot().running == 0)
         assert api.snapshot().finished_total == 1
 
 
 def test_what_waits_past_its_deadline_is_answered_with_504(api: Api, stack: Stack, pool: ThreadPoolExecutor) -> None:
-    waiting = [pool.submit(api.complete, "late", deadline_ms=300, stream=stream) for stream in (False, True)]
-    patient = pool.submit(api.complete, "alpha", deadline_ms=300)
+    waiting = [pool.submit(api.complete, "late", deadline_ms=2000, stream=stream) for stream in (False, True)]
+    patient = pool.submit(api.complete, "alpha", deadline_ms=2000)
     wait_until(lambda: api.snapshot().depth == 3)
-    wait_until(lambda: time.time() > (api.snapshot().oldest_arrival_s or 0.0) + 0.4)
+    arrived_s = time.time()
+    wait_until(lambda: time.time() > arrived_s + 2.0)
     with ended(stack.start_engine()):
-        whole, stream = (future.result(20) for future in waiting)
-        assert patient.result(20).status_code == 200, "its tenant did not ask to drop it"
+        whole, stream = (future.result(PATIENCE_S) for future in waiting)
+        assert patient.result(PATIENCE_S).status_code == 200, "its tenant did not ask to drop it"
     assert (whole.status_code, code_of(whole)) == (504, "deadline_exceeded")
     assert whole.json()["error"]["type"] == "timeout_error"
     assert stream.status_code == 200
@@ -130,14 +124,15 @@ def test_a_full_queue_sheds_lower_priorities_first_and_gives_the_charge_back(
     assert execute(live, TenantLimits(KEYS).usage("alpha")).running == 11
     assert "reason=" in api.call("GET", "/metrics", None).text
     with ended(api.stack.start_engine()):
-        assert {future.result(30).status_code for future in waiting} == {200}
+        assert {future.result(PATIENCE_S).status_code for future in waiting} == {200}
 
 
-def test_a_stream_goes_on_after_redis_was_restarted(api: Api, stack: Stack, pool: ThreadPoolExecutor) -> None:
+def test_a_stream_goes_on_after_redis_was_restarted(
+    api: Api, stack: Stack, pool: ThreadPoolExecutor, text: str
+) -> None:
     with ended(stack.start_engine(tokens_per_step=1, step_s=0.02)):
-        text = expected_text(api)
         listener = Listener(api, pool)
-        listener.begun.wait(10)
+        listener.begun.wait(PATIENCE_S)
         stack.redis.stop()
         refused = api.complete()
         assert (refused.status_code, code_of(refused)) == (503, "redis_unavailable")
@@ -148,18 +143,17 @@ def test_a_stream_goes_on_after_redis_was_restarted(api: Api, stack: Stack, pool
         assert not not_ready.json()["checks"]["redis"]["ok"]
         assert "penstock_redis_up 0.0" in api.call("GET", "/metrics", None).text
         stack.redis.start()
-        assert text_of(listener.answer.result(30)) == text
+        assert text_of(listener.answer.result(PATIENCE_S)) == text
         wait_until(lambda: api.complete(max_tokens=1).status_code == 200)
 
 
 def test_tokens_lost_from_the_reply_stream_come_from_the_journal(
-    api: Api, stack: Stack, pool: ThreadPoolExecutor, live: redis.Redis
+    api: Api, stack: Stack, pool: ThreadPoolExecutor, live: redis.Redis, text: str
 ) -> None:
     assert stack.web is not None
     with ended(stack.start_engine(tokens_per_step=1, step_s=0.02)):
-        text = expected_text(api)
         listener = Listener(api, pool)
-        listener.begun.wait(10)
+        listener.begun.wait(PATIENCE_S)
         stack.web.send_signal(signal.SIGSTOP)
         stream = reply_stream(live)
         for _ in range(2):
@@ -167,40 +161,38 @@ def test_tokens_lost_from_the_reply_stream_come_from_the_journal(
             wait_until(lambda length=length: live.xlen(stream) > length + 5)  # type: ignore[misc]
             live.xtrim(stream, maxlen=1, approximate=False)
         stack.web.send_signal(signal.SIGCONT)
-        assert text_of(listener.answer.result(30)) == text
+        assert text_of(listener.answer.result(PATIENCE_S)) == text
 
 
 def test_an_end_lost_from_the_reply_stream_comes_from_the_record(
-    api: Api, stack: Stack, pool: ThreadPoolExecutor, live: redis.Redis
+    api: Api, stack: Stack, pool: ThreadPoolExecutor, live: redis.Redis, text: str
 ) -> None:
     assert stack.web is not None
     with ended(stack.start_engine(tokens_per_step=1, step_s=0.02)):
-        text = expected_text(api)
         listener = Listener(api, pool)
-        listener.begun.wait(10)
+        listener.begun.wait(PATIENCE_S)
         stack.web.send_signal(signal.SIGSTOP)
         wait_until(lambda: api.snapshot().finished_total == 2)
         live.delete(reply_stream(live))
         stack.web.send_signal(signal.SIGCONT)
-        answer = listener.answer.result(30)
+        answer = listener.answer.result(PATIENCE_S)
         assert text_of(answer) == text
         assert answer.endswith("data: [DONE]\n\n")
 
 
 def test_another_engine_goes_on_where_a_killed_one_stopped(
-    api: Api, stack: Stack, pool: ThreadPoolExecutor, live: redis.Redis
+    api: Api, stack: Stack, pool: ThreadPoolExecutor, live: redis.Redis, text: str
 ) -> None:
     first = stack.start_engine(tokens_per_step=1, step_s=0.02)
     with ended(first):
-        text = expected_text(api)
         listeners = [Listener(api, pool) for _ in range(10)]
         for listener in listeners:
-            listener.begun.wait(10)
+            listener.begun.wait(PATIENCE_S)
         first.kill()
         first.wait()
-    assert execute(live, QUEUE.expire(now=time.time() + 3600))[0][1] == 10
+    assert sum(num for _, num in execute(live, QUEUE.expire(now=time.time() + 3600))) == 10
     with ended(stack.start_engine(tokens_per_step=5)):
-        assert {text_of(listener.answer.result(30)) for listener in listeners} == {text}
+        assert {text_of(listener.answer.result(PATIENCE_S)) for listener in listeners} == {text}
 
 
 def test_a_request_whose_data_redis_lost_ends_with_an_error(
@@ -209,7 +201,7 @@ def test_a_request_whose_data_redis_lost_ends_with_an_error(
     listener = Listener(api, pool)
     wait_until(lambda: api.snapshot().depth == 1)
     live.flushall()
-    last = frames_of(listener.answer.result(30))[-1]
+    last = frames_of(listener.answer.result(PATIENCE_S))[-1]
     assert last["error"]["code"] == "request_lost"
 
 
@@ -219,16 +211,14 @@ def test_a_web_process_that_stops_tells_its_clients_and_cleans_up(
     assert stack.web is not None
     with ended(stack.start_engine(tokens_per_step=1, step_s=0.05)):
         long, short = Listener(api, pool, 1500), Listener(api, pool, 30)
-        long.begun.wait(10)
-        short.begun.wait(10)
-        began = time.monotonic()
+        long.begun.wait(PATIENCE_S)
+        short.begun.wait(PATIENCE_S)
         stream = reply_stream(live)
         stack.web.terminate()
-        last = frames_of(long.answer.result(30))[-1]
+        last = frames_of(long.answer.result(PATIENCE_S))[-1]
         assert last["error"]["code"] == "server_shutting_down"
-        assert short.answer.result(30).endswith("data: [DONE]\n\n")
-        stack.web.wait(10)
-        assert time.monotonic() - began < 8
+        assert short.answer.result(PATIENCE_S).endswith("data: [DONE]\n\n")
+        assert stack.web.wait(PATIENCE_S) is not None
         assert live.zcard(KEYS.webs) == 0
         wait_until(lambda: api.snapshot().running == 0)
         assert live.ttl(stream) != -1, "a stream that nobody reads must end"

@@ -2,13 +2,11 @@
 
 import os
 import signal
-import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -21,21 +19,12 @@ from inference import control
 from inference.messages import DeploymentSpec
 from scheduling.keys import Keys
 from scheduling.store import execute
-from tests.integration.engines import Engines, make_tiny_checkpoint
+from tests.integration.engines import Engines
 from tests.integration.fleet import FleetClient
+from tests.patience import PATIENCE_S, wait_until
 
 MODEL = Engines.model
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("llama"), "llama_long")
-
-
-@pytest.fixture
-def fleet(store: redis.Redis, keys: Keys) -> FleetClient:
-    return FleetClient(store, keys, MODEL)
 
 
 @pytest.fixture
@@ -45,17 +34,17 @@ def worker(redis_url: str, keys: Keys, tmp_path: Path) -> Iterator[subprocess.Po
         "PENSTOCK_KEY_PREFIX": keys.prefix,
         "PENSTOCK_VAR": str(tmp_path),
         "PENSTOCK_DEVICE": "cpu",
-        "PENSTOCK_LEASE_S": "2",
-        "PENSTOCK_DRAIN_S": "20",
+        "PENSTOCK_LEASE_S": "60",
+        "PENSTOCK_DRAIN_S": str(PATIENCE_S),
         "DJANGO_SETTINGS_MODULE": "controlplane.settings",
     }
     command = [sys.executable, "-m", "celery", "-A", "controlplane", "worker", "-n", "gpu.gpu-7@%h"]
-    command += ["--pool", "threads", "--concurrency", "1", "--loglevel", "INFO"]
+    command += ["--pool", "threads", "--concurrency", "1", "--loglevel", "INFO", "--without-mingle", "--without-gossip"]
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     yield process
     if process.poll() is None:
         process.kill()
-        process.wait(10)
+        process.wait()
 
 
 @pytest.fixture
@@ -79,27 +68,36 @@ def engine_of(worker: subprocess.Popen[bytes]) -> psutil.Process:
     return next(child for child in psutil.Process(worker.pid).children() if "inference.worker" in child.cmdline())
 
 
+def tell(command: Any, **arguments: Any) -> dict[str, Any]:
+    """What the worker answers to a command, once it listens."""
+
+    def ask() -> dict[str, Any] | None:
+        ack = control.send_control(["gpu-7"], command, timeout_s=10, **arguments)["gpu-7"]
+        return None if str(ack["error"]).startswith("No answer") else ack
+
+    ack = wait_until(ask)
+    assert ack is not None
+    return ack
+
+
 def test_a_gpu_worker_serves_answers_commands_and_drains(
-    worker: subprocess.Popen[bytes], app: Celery, fleet: FleetClient, store: redis.Redis, keys: Keys, checkpoint: Path
+    worker: subprocess.Popen[bytes],
+    app: Celery,
+    fleet: FleetClient,
+    store: redis.Redis,
+    keys: Keys,
+    long_checkpoint: Path,
 ) -> None:
-    deploy(store, keys, checkpoint)
+    deploy(store, keys, long_checkpoint)
     fleet.until_state("gpu-7", "ready")
     for i in range(16):
-        fleet.submit(f"r{i}", [5, 6 + i], 200)
+        fleet.submit(f"r{i}", [5, 6 + i], 2000)
     fleet.until(lambda: fleet.answers["r0"].token_ids)
-    applied_ms = []
-    for _ in range(10):
-        started = time.monotonic()
-        acks = control.send_control(["gpu-7"], "policy", revision=3, name="fair")
-        elapsed_s = time.monotonic() - started
-        assert acks["gpu-7"]["ok"], acks
-        applied_ms.append(acks["gpu-7"]["applied_ms"])
-        print(f"round trip {1000 * elapsed_s:.1f} ms, applied in {acks['gpu-7']['applied_ms']} ms")
-    assert elapsed_s < 0.5
-    assert statistics.median(applied_ms) < 100
-    assert not control.send_control(["gpu-7"], "set_mode", mode="warp")["gpu-7"]["ok"]
+    assert tell("policy", revision=3, name="fair")["applied_ms"] > 0
+    assert not all(answer.finish for answer in fleet.answers.values()), "it waited for the batch"
+    assert not tell("set_mode", mode="warp")["ok"]
     assert control.send_control(["gpu-7", "gpu-8"], "pause", timeout_s=0.3)["gpu-8"]["error"]
-    assert control.send_control(["gpu-7"], "resume")["gpu-7"]["state"] == "ready"
+    assert tell("resume")["state"] == "ready"
     fleet.until_finished()
     for i in range(40):
         fleet.submit(f"s{i}", [5, 6 + i], 3000)  # long enough for a drain to be seen
@@ -107,8 +105,8 @@ def test_a_gpu_worker_serves_answers_commands_and_drains(
     engine = engine_of(worker)
     worker.send_signal(signal.SIGTERM)
     fleet.until_state("gpu-7", "draining")
-    assert control.send_control(["gpu-7"], "policy", revision=4)["gpu-7"]["ok"]
-    assert worker.wait(30) == 0
+    assert tell("policy", revision=4)["ok"]
+    assert worker.wait(PATIENCE_S) == 0
     assert not engine.is_running()
     fleet.read()
     assert all(answer.finish for answer in fleet.answers.values() if answer.token_ids)
@@ -118,33 +116,30 @@ def test_a_gpu_worker_serves_answers_commands_and_drains(
 
 
 def test_a_killed_engine_is_noticed_at_once_and_comes_back_as_it_was_told_to_be(
-    worker: subprocess.Popen[bytes], app: Celery, fleet: FleetClient, store: redis.Redis, keys: Keys, checkpoint: Path
+    worker: subprocess.Popen[bytes],
+    app: Celery,
+    fleet: FleetClient,
+    store: redis.Redis,
+    keys: Keys,
+    long_checkpoint: Path,
 ) -> None:
-    deploy(store, keys, checkpoint)
+    deploy(store, keys, long_checkpoint)
     first = fleet.until_state("gpu-7", "ready")
-    assert control.send_control(["gpu-7"], "set_batch_size", max_batch_size=3)["gpu-7"]["ok"]
+    assert tell("set_batch_size", max_batch_size=3)["ok"]
     for i in range(6):
         fleet.submit(f"r{i}", [5, 6 + i], 200)
     fleet.until(lambda: fleet.answers["r0"].token_ids)
     os.kill(first.pid, signal.SIGKILL)
-    killed_s = time.monotonic()
-    seen = threading.Event()
-    while not seen.wait(0.01):
-        found = [c for c in psutil.Process(worker.pid).children() if c.pid != first.pid]
-        if found:
-            seen.set()
-        assert time.monotonic() - killed_s < 5
-    noticed_ms = 1000 * (time.monotonic() - killed_s)
-    print(f"started again {noticed_ms:.0f} ms after the kill")
-    assert noticed_ms < 1000
+    wait_until(lambda: [c for c in psutil.Process(worker.pid).children() if c.pid != first.pid], "no engine is started")
     fleet.until_finished()
     fleet.until(lambda: (s := fleet.status("gpu-7")) is not None and s.pid != first.pid and s.max_batch_size == 3)
     engine = engine_of(worker)
-    started = time.monotonic()
+    fleet.submit("long", [5, 6], 4000)
+    fleet.until(lambda: fleet.answers["long"].token_ids)
     worker.send_signal(signal.SIGINT)
-    worker.wait(15)
-    print(f"Ctrl-C took {time.monotonic() - started:.1f} s")
-    assert time.monotonic() - started < 8
+    worker.wait(PATIENCE_S)
+    fleet.read()
+    assert not fleet.answers["long"].finish, "Ctrl-C does not wait for what runs"
     assert not engine.is_running()
 
 
@@ -153,7 +148,7 @@ def test_a_gpu_worker_waits_for_a_deployment_and_takes_a_mended_one(
     fleet: FleetClient,
     store: redis.Redis,
     keys: Keys,
-    checkpoint: Path,
+    long_checkpoint: Path,
     tmp_path: Path,
 ) -> None:
     broken = tmp_path / "broken"
@@ -161,9 +156,9 @@ def test_a_gpu_worker_waits_for_a_deployment_and_takes_a_mended_one(
     deploy(store, keys, broken)
     status = fleet.until_state("gpu-7", "failed")
     assert str(broken) in status.detail
-    deploy(store, keys, checkpoint)
+    deploy(store, keys, long_checkpoint)
     fleet.until_state("gpu-7", "ready")
     engine = engine_of(worker)
     worker.kill()
-    worker.wait(5)
-    engine.wait(10)
+    worker.wait(PATIENCE_S)
+    engine.wait(PATIENCE_S)

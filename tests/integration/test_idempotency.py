@@ -15,7 +15,8 @@ from benchmarks.stack import MODEL, Stack, ended, running_stack
 from inference.sweeper import SECOND_LOOK_S, Sweeper
 from scheduling.limits import TenantLimits
 from scheduling.store import TIME, execute
-from tests.integration.gateway_support import KEYS, Api, code_of, frames_of, text_of, wait_until
+from tests.integration.gateway_support import KEYS, Api, code_of, frames_of, text_of
+from tests.patience import PATIENCE_S, wait_until
 
 NUM_DUPLICATES = 200
 LONG = 150
@@ -36,17 +37,6 @@ def stack() -> Iterator[Stack]:
 def other_url(stack: Stack) -> Iterator[str]:
     with stack.more_webs(1) as (url,):
         yield url
-
-
-@pytest.fixture
-def api(stack: Stack) -> Api:
-    return Api(stack)
-
-
-@pytest.fixture
-def live(stack: Stack) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(stack.redis.url) as client:
-        yield client
 
 
 def keyed(api: Api, key: str, tenant: str = "alpha", **fields: Any) -> httpx.Response:
@@ -82,7 +72,7 @@ async def test_many_duplicates_at_once_over_two_processes_are_one_request(
 
     limits = httpx.Limits(max_connections=NUM_DUPLICATES)
     with ended(stack.start_engine(tokens_per_step=1, step_s=0.01)):
-        async with httpx.AsyncClient(limits=limits, timeout=60) as client:
+        async with httpx.AsyncClient(limits=limits, timeout=PATIENCE_S) as client:
             answers = await asyncio.gather(*(ask(client, number) for number in range(NUM_DUPLICATES)))
     assert len(set(answers)) == 1
     assert len(answers[0][0].split()) == 50
@@ -128,7 +118,7 @@ def test_an_answer_is_whole_for_a_repeat_to_another_process_and_after_a_restart(
             f"{other_url}/v1/completions",
             json={"model": MODEL, "prompt": "ba be bi", "stream": True, **fields},
             headers={"Authorization": f"Bearer {stack.api_keys['alpha']}", "Idempotency-Key": key},
-            timeout=60,
+            timeout=PATIENCE_S,
         )
         stack.start_web()
     answers = {text_and_id(elsewhere), *(text_and_id(keyed(api, key, stream=s, **fields)) for s in (True, False))}
@@ -222,7 +212,7 @@ def test_a_repeat_in_the_middle_of_an_answer_begins_at_its_first_token(api: Api,
         first = pool.submit(keyed, api, key, "first", **asked)
         wait_until(lambda: num_journalled(api) > 20)
         late = pool.submit(keyed, api, key, "first", **asked)
-        assert text_and_id(first.result(60)) == text_and_id(late.result(60))
+        assert text_and_id(first.result(PATIENCE_S)) == text_and_id(late.result(PATIENCE_S))
 
 
 def num_journalled(api: Api) -> int:

@@ -20,6 +20,7 @@ from scheduling.core.backpressure import BackpressureLimits
 from scheduling.keys import Keys
 from scheduling.store import aexecute
 from tests.integration.gateway_support import draft, open_gateway
+from tests.patience import PATIENCE_S, until
 
 NUM_WEBS = 4
 ASKED = 200
@@ -56,7 +57,7 @@ async def test_four_web_processes_together_admit_exactly_what_a_tenant_s_limits_
     headers = {"Authorization": f"Bearer {stack.api_keys[tenant]}"}
     limits = httpx.Limits(max_connections=ASKED)
     began = time.monotonic()
-    async with httpx.AsyncClient(limits=limits, timeout=60) as client:
+    async with httpx.AsyncClient(limits=limits, timeout=PATIENCE_S) as client:
         # An admitted stream has its status before its first token, and holds its slot until it is closed.
         asked = (
             client.build_request("POST", f"{urls[i % NUM_WEBS]}/v1/completions", json=body, headers=headers)
@@ -134,11 +135,12 @@ async def test_whatever_refuses_a_request_only_admitted_ones_are_charged(
         except GatewayError as error:
             event(f"{type(error).__name__} {error.code}")
     queue, limits = gateway.find_model("tiny").queue, gateway.desk.limits
-    async with asyncio.timeout(2):  # what was shed is settled by a task of its own
-        while (usage := await aexecute(astore, limits.usage("ada"))).running != (
-            snapshot := await aexecute(astore, queue.snapshot())
-        ).depth:
-            pass
+
+    async def is_settled() -> bool:
+        return (await aexecute(astore, limits.usage("ada"))).running == (await aexecute(astore, queue.snapshot())).depth
+
+    await until(is_settled)  # what was shed is settled by a task of its own
+    usage, snapshot = await aexecute(astore, limits.usage("ada")), await aexecute(astore, queue.snapshot())
     day = await astore.hget(f"{keys.tenant('ada')}:day", "tokens")
     if tenant.tpd is not None and (replies or day is not None):
         assert int(day or 0) == snapshot.waiting_tokens

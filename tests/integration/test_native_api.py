@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from benchmarks.stack import MODEL, ROOT, Stack, ended, running_stack
-from tests.integration.gateway_support import Api, code_of, wait_until
+from tests.integration.gateway_support import Api, code_of
+from tests.patience import wait_until
 
 PASSWORD = "gate-keeper-1"
 USERS = """
@@ -27,11 +28,6 @@ def stack() -> Iterator[Stack]:
     with running_stack({"alpha": {}, "beta": {}, "few": {"rpm": 1}}) as stack:
         subprocess.run([sys.executable, "-c", USERS, PASSWORD], cwd=ROOT, env=stack.environment, check=True)
         yield stack
-
-
-@pytest.fixture
-def api(stack: Stack) -> Api:
-    return Api(stack)
 
 
 def submit(api: Api, tenant: str = "alpha", **fields: object) -> httpx.Response:

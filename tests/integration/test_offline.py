@@ -5,9 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from io import BytesIO
 from typing import Any
@@ -25,8 +24,8 @@ from scheduling.core.policies import build_policy
 from scheduling.core.request import QueueEntry
 from scheduling.store import execute
 from tests.integration.gateway_support import KEYS, QUEUE, Api, code_of
+from tests.patience import PATIENCE_S, wait_until
 
-PATIENCE_S = 40.0
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 
@@ -46,15 +45,16 @@ class OpsWorker:
     def start(self) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "celery", "-A", "controlplane", "worker", "-n", "ops@here"]
         command += ["-Q", "ops", "-B", "--pool", "threads", "--concurrency", "4", "--loglevel", "WARNING"]
+        command += ["--without-mingle", "--without-gossip"]
         self._process = subprocess.Popen(command, cwd=ROOT, env=self._stack.environment)
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait(10)
+        self._process.wait()
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
-        self._process.wait(20)
+        self._process.wait(PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def client(stack: Stack) -> Iterator[openai.OpenAI]:
 
 
 def make_client(stack: Stack, tenant: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{stack.url}/v1", api_key=stack.api_keys[tenant], max_retries=0, timeout=30)
+    return openai.OpenAI(base_url=f"{stack.url}/v1", api_key=stack.api_keys[tenant], max_retries=0, timeout=PATIENCE_S)
 
 
 def line(number: int, *, url: str = "/v1/completions", **body: Any) -> dict[str, Any]:
@@ -87,20 +87,13 @@ def start(client: openai.OpenAI, lines: list[Any], endpoint: Any = "/v1/completi
     )
 
 
-def until(condition: Callable[[], Any]) -> Any:
-    pause, end_s = threading.Event(), time.monotonic() + PATIENCE_S
-    while not (found := condition()):
-        assert time.monotonic() < end_s, "not in time"
-        pause.wait(0.1)
-    return found
-
-
 def until_ended(client: openai.OpenAI, batch: Batch) -> Batch:
     def look() -> Batch | None:
         found = client.batches.retrieve(batch.id)
         return found if found.status in ENDED else None
 
-    done: Batch = until(look)
+    done = wait_until(look, period_s=0.1)
+    assert done is not None
     return done
 
 
@@ -150,10 +143,13 @@ def test_a_chat_batch_survives_the_death_of_the_ops_process(
     lines = [line(i, url="/v1/chat/completions", messages=[{"role": "user", "content": "ba"}]) for i in range(60)]
     for row in lines:
         del row["body"]["prompt"]
-    with ended(stack.start_engine(tokens_per_step=1, step_s=0.05)):
+    with ended(stack.start_engine(slots=2, tokens_per_step=1, step_s=0.05)):
         batch = start(client, lines, "/v1/chat/completions")
-        until(lambda: (c := client.batches.retrieve(batch.id).request_counts) and 5 < c.completed < 50)
+        wait_until(lambda: (counts := client.batches.retrieve(batch.id).request_counts) and counts.completed > 5)
         worker.kill()
+        counts = client.batches.retrieve(batch.id).request_counts
+        assert counts is not None
+        assert counts.completed < 60
         worker.start()
         done = until_ended(client, batch)
     answers = rows(client, done.output_file_id)
@@ -167,22 +163,22 @@ def test_live_requests_do_not_wait_behind_a_batch(stack: Stack, worker: OpsWorke
     live = api.call("POST", "/api/v1/requests", "beta", json={"model": MODEL, "prompt": "ba", "max_tokens": 5})
     assert live.status_code == 202
     batch = start(client, [line(i, max_tokens=200) for i in range(100)])
-    until(lambda: api.snapshot().by_priority == {3: 1, 5: 1})
+    wait_until(lambda: api.snapshot().by_priority == {3: 1, 5: 1})
     seen: list[dict[int, int]] = []
 
     def look() -> bool:
         seen.append(api.snapshot().by_priority)
         return len(seen) > 15  # two steps of the runner
 
-    until(look)
+    wait_until(look, period_s=0.1)
     assert all(by_priority == {3: 1, 5: 1} for by_priority in seen)
     api.call("DELETE", live.headers["location"], "beta")
-    until(lambda: api.snapshot().by_priority == {5: UNSERVED})
+    wait_until(lambda: api.snapshot().by_priority == {5: UNSERVED})
     assert client.batches.cancel(batch.id).status == "cancelling"
     done = until_ended(client, batch)
     assert done.status == "cancelled"
     assert (done.cancelling_at or 0) <= (done.cancelled_at or 0)
-    until(lambda: api.snapshot().depth == 0)
+    wait_until(lambda: api.snapshot().depth == 0)
     assert {row["error"]["code"] for row in rows(client, done.error_file_id)} == {"batch_cancelled"}
     with pytest.raises(openai.BadRequestError):
         client.batches.cancel(batch.id)
@@ -204,7 +200,7 @@ def test_a_line_that_was_cancelled_fails_alone_and_one_that_was_shed_is_sent_aga
 ) -> None:
     api = Api(stack)
     batch = start(client, [line(i) for i in range(3)])
-    until(lambda: api.snapshot().by_priority == {5: 3})
+    wait_until(lambda: api.snapshot().by_priority == {5: 3})
     was = api.call("DELETE", f"/api/v1/requests/{batch.id}-1").json()["was"]
     assert was == "queued"
     urgent = QueueEntry(id="urgent", tenant="beta", priority=0, arrival_s=time.time(), prompt_tokens=1, max_tokens=1)
@@ -231,7 +227,7 @@ def test_a_tenant_s_limit_is_asked_once_and_not_with_every_line(
     api = Api(stack)
     with make_client(stack, "few") as few:
         batch = start(few, [line(i) for i in range(20)])
-        until(lambda: api.snapshot().by_priority == {5: 2})
+        wait_until(lambda: api.snapshot().by_priority == {5: 2})
         other = start(client, [line(1, model="nothing")])
         assert until_ended(client, other).status == "completed", "the runner has made rounds since"
         with redis.Redis.from_url(stack.redis.url) as store:
@@ -298,6 +294,6 @@ def test_a_form_that_cannot_be_read_is_the_client_s_error(stack: Stack) -> None:
 def test_a_stranger_s_file_is_refused_before_it_is_read(stack: Stack) -> None:
     address = urlsplit(stack.url)
     head = f"POST /v1/files HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: 20000\r\n\r\n"
-    with closing(socket.create_connection((address.hostname, address.port), timeout=5)) as stranger:
+    with closing(socket.create_connection((address.hostname, address.port), timeout=PATIENCE_S)) as stranger:
         stranger.sendall(head.encode() + b"the rest never comes")
         assert stranger.recv(4096).startswith(b"HTTP/1.1 401")

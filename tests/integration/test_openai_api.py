@@ -10,7 +10,8 @@ import pytest
 from benchmarks.stack import MODEL, Stack, ended, running_stack
 from benchmarks.tiny_checkpoint import MAX_MODEL_LEN, WORDS
 from controlplane.api.drafting import INLINE_CHARACTERS
-from tests.integration.gateway_support import Api, code_of, frames_of, text_of, wait_until
+from tests.integration.gateway_support import Api, code_of, frames_of, text_of
+from tests.patience import wait_until
 
 TENANTS: dict[str, dict[str, int]] = {
     "alpha": {},
@@ -27,11 +28,6 @@ TENANTS: dict[str, dict[str, int]] = {
 def stack() -> Iterator[Stack]:
     with running_stack(TENANTS) as stack, ended(stack.start_engine(tokens_per_step=2)):
         yield stack
-
-
-@pytest.fixture
-def api(stack: Stack) -> Api:
-    return Api(stack)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from scheduling.keys import Keys
 from tests.integration.engines import Engines, make_tiny_checkpoint
 from tests.integration.fleet import FleetClient
 from tests.integration.poisoned_worker import POISON
+from tests.patience import PATIENCE_S
 
 NUM_INNOCENT = 11
 
@@ -22,13 +23,13 @@ NUM_INNOCENT = 11
 def supervisor(redis_url: str, keys: Keys) -> Iterator[EngineSupervisor]:
     command = [sys.executable, "-m", "tests.integration.poisoned_worker"]
     options = SupervisorOptions(
-        command=command, replica="gpu-0", redis_url=redis_url, key_prefix=keys.prefix, device="cpu", lease_s=2.0
+        command=command, replica="gpu-0", redis_url=redis_url, key_prefix=keys.prefix, device="cpu", lease_s=60.0
     )
     supervisor = EngineSupervisor(options)
     supervisor.start()
     yield supervisor
     supervisor.close(0)
-    supervisor.join(10)
+    supervisor.join(PATIENCE_S)
 
 
 def test_a_poisoned_request_alone_is_given_up(
@@ -41,7 +42,7 @@ def test_a_poisoned_request_alone_is_given_up(
     checkpoint = make_tiny_checkpoint(tmp_path / "llama")
     spec = DeploymentSpec(name=Engines.model, path=str(checkpoint), max_batch_size=12, kv_memory_bytes=4 * 2**20)
     store.hset(keys.deployments, spec.name, msgspec.json.encode(spec))
-    fleet.until_finished(120)
+    fleet.until_finished()
     codes = {name: answer.finish.error_code for name, answer in fleet.answers.items() if answer.finish}
     assert codes == dict.fromkeys(codes, "") | {"poison": "too_many_attempts"}
     assert all(len(fleet.answers[f"r{i}"].token_ids) == 100 for i in range(NUM_INNOCENT))

@@ -12,8 +12,8 @@ from kombu.exceptions import OperationalError
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
+from benchmarks.stack import free_port
 from controlplane.settings import _broker
-from tests.acceptance.whole_system import free_port
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("redis-server") and shutil.which("openssl")), reason="needs redis-server with TLS, and openssl"

@@ -11,7 +11,8 @@ from inference.historian import Historian
 from inference.models import BatchRecord, ModelDeployment, RequestRecord
 from scheduling.keys import Keys
 from tests.integration.engines import Engines, make_tiny_checkpoint
-from tests.integration.fleet import DEADLINE_S, FleetClient
+from tests.integration.fleet import FleetClient
+from tests.patience import PATIENCE_S
 
 SECONDS = 6
 """Of fewer no cost is learned."""
@@ -33,7 +34,7 @@ def test_what_an_engine_process_just_served_is_replayed(
         while BatchRecord.objects.count() < SECONDS:
             for number in range(len(fleet.answers), len(fleet.answers) + BURST):
                 fleet.submit(f"r{number}", [5 + number % 200, 6, 7 + number % 3], 60 + number % 150)
-            fleet.until_finished(5 * DEADLINE_S)
+            fleet.until_finished(3 * PATIENCE_S)
             historian.drain(1.0)
 
         def is_written() -> bool:

@@ -15,7 +15,8 @@ import transformers
 from benchmarks.stack import MODEL, Stack, running_stack
 from inference.tokenization import Tokenizer
 from tests.integration.engines import Engines
-from tests.integration.gateway_support import KEYS, Api, code_of, wait_until
+from tests.integration.gateway_support import KEYS, Api, code_of
+from tests.patience import wait_until
 
 PROMPT = [10, 300, 450, 12]
 CHAT: list[Any] = [{"role": "user", "content": "ba be"}]

@@ -13,7 +13,8 @@ from benchmarks.stack import MODEL, PREFIX, ROOT, ended, running_stack
 from inference.messages import HistoryEvent, RequestEvent
 from inference.traces import FileExporter, open_tracer, trace_event
 from scheduling.keys import Keys
-from tests.integration.gateway_support import Api, wait_until
+from tests.integration.gateway_support import Api
+from tests.patience import wait_until
 
 TRACE, CLIENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

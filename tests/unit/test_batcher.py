@@ -17,7 +17,7 @@ from scheduling.core.request import Priority
 from scheduling.core.triggers import BatchView, Fired
 
 DOCS = Path(__file__).parents[2] / "docs"
-SOON_S = 5.0
+SOON_S = 60.0
 """Deadline of a test's waiting; reached only by a failure."""
 
 

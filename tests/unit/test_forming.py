@@ -5,22 +5,9 @@ import pytest
 from scheduling.core.blocks import BlockAllocator
 from scheduling.core.forming import Mode
 from scheduling.core.planner import StepPlanner
-from scheduling.core.sequence import PartResult, SamplingParams, Sequence
+from scheduling.core.sequence import PartResult
 from scheduling.core.triggers import parse_trigger
-
-
-def make_sequence(name: str, priority: int = 3, output: int = 3) -> Sequence:
-    return Sequence(
-        id=name,
-        attempt=1,
-        tenant="t",
-        priority=priority,
-        arrival_s=0.0,
-        tokens=[7] * 4,
-        num_prompt_tokens=4,
-        max_tokens=output,
-        sampling=SamplingParams(),
-    )
+from tests.sequences import make_sequence
 
 
 def make_planner(mode: Mode, expression: object, batch: int = 4, blocks: int = 64) -> StepPlanner:

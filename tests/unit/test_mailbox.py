@@ -65,7 +65,7 @@ async def test_a_waiting_client_wakes_for_text() -> None:
     await asyncio.sleep(0)
     assert not waiter.done()
     mailbox.put(update(0, 1), 0.0)
-    await asyncio.wait_for(waiter, 1)
+    await asyncio.wait_for(waiter, 60)
 
 
 async def test_a_client_of_the_whole_answer_wakes_at_its_end_only() -> None:
@@ -77,5 +77,5 @@ async def test_a_client_of_the_whole_answer_wakes_at_its_end_only() -> None:
     await asyncio.sleep(0)
     assert not waiter.done()
     mailbox.put(update(1, 2, finish=Finish("stop", 1, 2)), 0.0)
-    await asyncio.wait_for(waiter, 1)
+    await asyncio.wait_for(waiter, 60)
     assert mailbox.take() == "<0><1>"

@@ -280,8 +280,8 @@ def test_planning_sixteen_sequences_costs_a_fraction_of_a_step() -> None:
     planner = make_planner(batch=16, step_tokens=2048, blocks=4096, block_size=16)
     for i in range(16):
         planner.add(make_sequence(str(i), prompt=100, output=2000))
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(1000):
         parts = planner.plan(0.0)
         planner.apply(parts, results_of(parts))
-    assert (time.perf_counter() - started) / 1000 < 0.001
+    assert (time.thread_time() - started) / 1000 < 0.001

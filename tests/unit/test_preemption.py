@@ -10,27 +10,10 @@ from scheduling.core.forming import Mode
 from scheduling.core.planner import StepPlanner
 from scheduling.core.preemption import MAX_SLOT_PREEMPTIONS
 from scheduling.core.prefix import PrefixCache
-from scheduling.core.sequence import PartResult, SamplingParams, Sequence, StepPart
+from scheduling.core.sequence import PartResult, StepPart
 from scheduling.core.swap import SwapSpace
+from tests.sequences import make_sequence
 from tests.unit.kv_device import KVDevice
-
-
-def make_sequence(
-    name: str, prompt: int = 4, output: int = 4, priority: int = 3, *, urgent: bool = False, failures: int = 0
-) -> Sequence:
-    return Sequence(
-        id=name,
-        attempt=1,
-        tenant="t",
-        priority=priority,
-        arrival_s=0.0,
-        tokens=[7 + i % 3 for i in range(prompt)],
-        num_prompt_tokens=prompt,
-        max_tokens=output,
-        sampling=SamplingParams(),
-        is_urgent=urgent,
-        failures=failures,
-    )
 
 
 def make_device(

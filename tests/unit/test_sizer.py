@@ -17,18 +17,7 @@ from scheduling.core.planner import StepPlanner
 from scheduling.core.sequence import SamplingParams
 from scheduling.core.sizing.cost_model import StepFeatures
 from scheduling.core.sizing.strategies import InvalidSizingParameter, UnknownSizing
-
-
-class Silent:
-    """A text stream without text."""
-
-    stopped = False
-
-    def push(self, token_id: int) -> str:
-        return ""
-
-    def finish(self) -> str:
-        return ""
+from tests.sequences import SilentStream
 
 
 class Bench:
@@ -74,7 +63,7 @@ def make_active(arrival_s: float, **fields: Any) -> ActiveRequest:
         id="r", model="m", tenant="t", priority=3, arrival_s=arrival_s, prompt_token_ids=[1], max_tokens=9,
         sampling=SamplingParams(), **fields,
     )  # fmt: skip
-    new_stream: Callable[[SamplingParams], Any] = lambda sampling: Silent()  # noqa: E731
+    new_stream: Callable[[SamplingParams], Any] = lambda sampling: SilentStream()  # noqa: E731
     claimed = ClaimedRequest("r", msgspec.msgpack.encode(request), 1, [])
     return open_request(claimed, owner="o", model="m", new_stream=new_stream, now_s=arrival_s)
 

@@ -187,8 +187,8 @@ def test_the_inbox_wakes_a_waiting_loop_and_keeps_the_order() -> None:
     inbox = Inbox()
     inbox.wake()
     started = time.monotonic()
-    assert inbox.read(30.0) == []
-    assert time.monotonic() - started < 5
+    assert inbox.read(600.0) == []
+    assert time.monotonic() - started < 300, "it waited although it was woken"
     inbox.put(Cancelled(["a"]))
     inbox.put(Lost({"b": 1}))
     assert inbox.read() == [Cancelled(["a"]), Lost({"b": 1})]
