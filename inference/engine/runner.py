@@ -114,6 +114,7 @@ class ModelRunner:
 
         return wait
 
+    @torch.inference_mode()
     def foresee(self, sequences: Seq[Sequence]) -> None:
         """Lay out, while a step runs, the one that follows if these get a token each in it and nobody else takes part.
 

@@ -4,7 +4,12 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
+from inference.engine.attention import Rule
+from inference.engine.graphs import GraphedForward
+from inference.engine.loading import load_config, load_model
+from inference.engine.modules import ModulesForward
 from inference.engine.runner import ModelRunner
 from inference.messages import DeploymentSpec
 from scheduling.core.blocks import BlockAllocator
@@ -13,19 +18,49 @@ from scheduling.core.prefix import PrefixCache
 from scheduling.core.sequence import SamplingParams, Sequence
 from tests.checkpoints import VOCAB, make_checkpoint
 from tests.integration.test_engine_parity import GREEDY, generate_alone, make_sequence
+from tests.integration.test_engine_sampler import DeviceSampler
 
 NUM_BLOCKS = 12
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tables: torch.Tensor,
+    contexts: torch.Tensor,
+    rule: Rule,
+) -> torch.Tensor:
+    """In place of the Triton kernel: one sequence after the other."""
+    found = []
+    for q, table, context in zip(query, tables, contexts.tolist(), strict=True):
+        k = keys[table].permute(1, 0, 3, 2).flatten(1, 2)[:, :context]
+        v = values[table].transpose(0, 1).flatten(1, 2)[:, :context]
+        group = q.unflatten(0, (len(k), -1))
+        found.append((torch.softmax(group @ k.transpose(1, 2) * rule.scale, -1) @ v).flatten(0, 1))
+    return torch.stack(found)
+
+
+def as_on_cuda(runner: ModelRunner, path: Path) -> None:
+    """Let a runner compute as one on a GPU does, but for graphs and the Triton kernel."""
+    cpu = torch.device("cpu")
+    model = load_model(path, load_config(path), torch.float32, cpu)
+    modules = ModulesForward(None, model, runner._cache, cpu, "float32", attend)
+    runner._forward = GraphedForward(modules, model, runner._cache, attend, runner.max_model_len, capture=False)
+    runner._sampler.__class__ = DeviceSampler
 
 
 class Case:
     """A runner that computes when a step is begun, as a GPU does, and prompts with what the model makes of each."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, padded: bool) -> None:
         model = make_checkpoint("llama", path)
         rng = random.Random(5)
         self.runner = ModelRunner(
             DeploymentSpec(name="m", path=str(path)), "cpu", num_blocks=NUM_BLOCKS, runs_ahead=True
         )
+        if padded:
+            as_on_cuda(self.runner, path)
         self.prompts = [
             ([rng.randrange(3, VOCAB) for _ in range(length)], rng.choice([20, 33, 50]))
             for length in (1, 12, 30, 33, 40, 15, 16, 17)
@@ -65,9 +100,9 @@ class Case:
         return planner
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp("ahead"))
+@pytest.fixture(scope="module", params=["compiled", "padded"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("ahead"), padded=request.param == "padded")
 
 
 def test_foreseen_steps_give_the_tokens_of_generate(case: Case) -> None:
