@@ -50,7 +50,7 @@ def test_a_new_request_is_on_the_page_without_a_reload(visit: Visit, fleet: Flee
         fleet.enqueue("chat", 5)
     expect(page.locator('[data-figure="depth"]')).to_have_text(str(before + 3))
     expect(page.locator("#split tr", has_text="bulk")).to_contain_text("3")
-    page.get_by_text("By tenant").click()
+    page.get_by_text("By tenant", exact=True).click()
     expect(page.locator("#split tr", has_text="chat")).to_contain_text("3")
 
 

@@ -1,7 +1,6 @@
 """The official OpenAI client against the whole system."""
 
 import asyncio
-from typing import Any
 
 import openai
 import pytest
@@ -32,16 +31,21 @@ def test_a_chat_is_answered_in_readable_english(system: WholeSystem) -> None:
 
 def test_a_streamed_chat_says_the_same_piece_by_piece(system: WholeSystem) -> None:
     client = system.client()
-    asked: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 800}
-    asked |= {"extra_body": {"ignore_eos": True}}  # long: what comes while a client has no time is one piece
-    whole = client.chat.completions.create(**asked)
-    pieces, usage = [], None
-    for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
-        pieces += [choice.delta.content or "" for choice in chunk.choices]
-        usage = chunk.usage or usage
-    assert "".join(pieces) == whole.choices[0].message.content
-    assert len(pieces) > 5
-    assert usage == whole.usage
+    whole = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0)
+
+    def num_pieces() -> int:
+        pieces, usage = [], None
+        for chunk in client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, temperature=0, stream=True, stream_options={"include_usage": True}
+        ):
+            pieces += [choice.delta.content or "" for choice in chunk.choices]
+            usage = chunk.usage or usage
+        assert "".join(pieces) == whole.choices[0].message.content
+        assert usage == whole.usage
+        return len(pieces)
+
+    # What comes while the web process has no time is one piece.
+    wait_until(lambda: num_pieces() > 5, "an answer comes in pieces")
 
 
 def test_a_completion_goes_on_with_the_prompt(system: WholeSystem) -> None:
