@@ -48,12 +48,14 @@ export function startShell({ onState = () => {}, onTheme = () => {}, onModel = n
 function showFiring(alerts) {
   if (alerts?.firing === undefined) return;
   const sign = byId("firing");
-  const number = sign.querySelector("b");
-  const more = alerts.firing - Number(number.textContent);
-  setText(number, String(alerts.firing));
   setAttribute(sign, "data-unacknowledged", alerts.unacknowledged);
+  const before = Number(sign.dataset.firing);
+  if (before === alerts.firing) return;
+  sign.dataset.firing = alerts.firing;
   sign.hidden = alerts.firing === 0;
-  if (more > 0) announce(`${alerts.firing} ${alerts.firing === 1 ? "alert fires" : "alerts fire"}.`);
+  const words = [el("b", { text: String(alerts.firing) }), el("span", { class: "visually-hidden", text: " firing" })];
+  sign.replaceChildren(...(sign.hidden ? [] : words));
+  if (alerts.firing > before) announce(`${alerts.firing} ${alerts.firing === 1 ? "alert fires" : "alerts fire"}.`);
 }
 
 /** The model this page is about, "" where there is none. */
