@@ -15,6 +15,7 @@ from inference import admin_replicas as admin_replicas
 from inference.messages import FinishReason
 from inference.models import BatchRecord, HistoryCheckpoint, ModelDeployment, Replica, RequestRecord
 from inference.services import save_deployment
+from inference.upstream_form import FIELDS, UpstreamForm
 from scheduling.admin_base import ReadOnlyAdmin, signed_in
 from scheduling.models import Tenant
 
@@ -73,11 +74,13 @@ class FinishFilter(DropdownFilter):
 
 @admin.register(ModelDeployment)
 class ModelDeploymentAdmin(ReadOnlyAdmin):
-    """Models and how they are served; `manage.py add_model` makes and changes them."""
+    """Models and how they are served. Those of other servers are made and changed here, too."""
 
+    form = UpstreamForm
     list_display = [
         "name",
         "status",
+        "served",
         "architecture",
         "parameters",
         "mode",
@@ -87,8 +90,35 @@ class ModelDeploymentAdmin(ReadOnlyAdmin):
         "created_at",
     ]
     search_fields = ["name", "path", "architecture"]
-    list_filter = ["enabled", "mode"]
+    list_filter = ["enabled", "backend", "mode"]
     actions = ["offer", "withdraw"]
+
+    @display(description="served by", ordering="backend")
+    def served(self, row: ModelDeployment) -> str:
+        return row.upstream_url if row.is_upstream else "engine"
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return request.user.has_perm("inference.add_modeldeployment")
+
+    def has_change_permission(self, request: HttpRequest, obj: ModelDeployment | None = None) -> bool:
+        """A checkpoint's deployment is changed where its files are."""
+        return request.user.has_perm("inference.change_modeldeployment") and obj is not None and obj.is_upstream
+
+    def get_fields(self, request: HttpRequest, obj: ModelDeployment | None = None) -> Any:
+        if obj is None or obj.is_upstream:
+            return FIELDS
+        return [field.name for field in ModelDeployment._meta.fields if not field.name.startswith("upstream")]
+
+    def save_model(self, request: HttpRequest, obj: ModelDeployment, form: Any, change: bool) -> None:
+        """Audited and published as by the command."""
+        changes = {name: form.cleaned_data[name] for name in FIELDS}
+        if change:
+            row = ModelDeployment.objects.select_for_update().get(pk=obj.pk)
+            changes = {name: value for name, value in changes.items() if getattr(row, name) != value}
+            save_deployment(deployment=row, changes=changes, actor=signed_in(request))
+            return
+        changes["backend"] = obj.backend
+        save_deployment(deployment=obj, changes=changes, action="deployment.create", actor=signed_in(request))
 
     @display(description="status", ordering="enabled", label={"offered": "success", "withdrawn": "default"})
     def status(self, row: ModelDeployment) -> str:

@@ -132,7 +132,7 @@ class UpstreamClient:
     def _problem(self, status: int, body: bytes, retry_after: str) -> UpstreamError:
         said, code = read_message(body, secret=self._key)
         if said:
-            logger.warning("The upstream answered %d: %s", status, said)
+            logger.log(logging.INFO if status < 500 else logging.WARNING, "The upstream answered %d: %s", status, said)
         if status in (401, 403):
             return Misconfigured(f"The upstream does not accept this replica's key ({status}).")
         if status < 400:

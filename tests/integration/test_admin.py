@@ -178,6 +178,48 @@ def test_a_model_is_withdrawn_and_offered(admin: Client, store: redis.Redis, key
     assert store.hkeys(keys.deployments) == [b"demo"]
 
 
+def upstream_form(**values: Any) -> dict[str, Any]:
+    fields = {
+        "name": "llama", "upstream_url": "http://127.0.0.1:11434", "upstream_model": "llama3.2:3b", "upstream_key": "",
+        "max_batch_size": 4, "sizing": "gradient", "sizing_params": '{"largest": 8}', "upstream_first_token_s": 120,
+        "upstream_gap_s": 30, "max_model_len": 0, "path": "", "enabled": "on",
+    }  # fmt: skip
+    return {**fields, **values}
+
+
+def test_an_upstream_server_is_offered_and_changed(admin: Client, store: redis.Redis, keys: Keys) -> None:
+    assert admin.post("/admin/inference/modeldeployment/add/", upstream_form()).status_code == 302
+    row = ModelDeployment.objects.get()
+    assert (row.backend, row.upstream_url, row.path) == ("openai", "http://127.0.0.1:11434/v1", "")
+    assert store.hkeys(keys.deployments) == [b"llama"]
+    page = f"/admin/inference/modeldeployment/{row.pk}/change/"
+    changed = upstream_form(upstream_url=row.upstream_url, upstream_key="VLLM_API_KEY")
+    assert admin.post(page, changed).status_code == 302
+    created, updated = OperatorAction.objects.order_by("id")
+    assert (created.action, created.after["upstream_model"]) == ("deployment.create", "llama3.2:3b")
+    assert (updated.before, updated.after) == ({"upstream_key": ""}, {"upstream_key": "VLLM_API_KEY"})
+    checkpoint = ModelDeployment.objects.create(name="demo", path="/models/demo")
+    assert admin.post(f"/admin/inference/modeldeployment/{checkpoint.pk}/change/", changed).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("upstream_url", "ftp://host/v1", "Only http and https"),
+        ("upstream_url", "http://me:secret@host/v1", "environment variable"),
+        ("upstream_key", "sk-0123", "_API_KEY"),
+        ("sizing_params", '{"largest": 0}', "largest must be a number"),
+        ("path", "/nowhere", "no tokenizer.json"),
+        ("max_batch_size", "0", "at least 1"),
+    ],
+)
+def test_an_upstream_that_cannot_be_is_explained(admin: Client, field: str, value: str, word: str) -> None:
+    response = admin.post("/admin/inference/modeldeployment/add/", upstream_form(**{field: value}))
+    assert response.status_code == 200
+    assert word in " ".join(response.context["adminform"].form.errors[field])
+    assert not ModelDeployment.objects.exists()
+
+
 @pytest.fixture
 def everything(tenant: Tenant) -> None:
     """A row of every table."""
