@@ -8,9 +8,13 @@ import redis
 from django.test import Client
 
 from controlplane.config import Config
+from dashboard.selectors.waiting import Held, explain_others
 from inference.historian import Historian
-from inference.messages import Mark, Slot
+from inference.messages import InferenceRequest, Mark, Slot
 from inference.models import BatchRecord, RequestRecord
+from scheduling.core.answers import QueueSnapshot, RequestRecordView
+from scheduling.core.request import QueueEntry
+from scheduling.core.sequence import SamplingParams
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
 from scheduling.models import OperatorAction, PolicyRevision, ServiceLevel
@@ -216,3 +220,20 @@ def test_a_cancel_that_broke_off_is_ended_by_the_next_one(fleet: FleetWriter) ->
     assert operator.post(f"/requests/{waiting}/cancel/", {"reason": "again"}).status_code == 404
     Historian(fleet.client, fleet.keys).run_once()
     assert RequestRecord.objects.get().request_id == waiting
+
+
+def test_a_request_for_an_upstream_is_explained_by_the_length_that_the_queue_orders_it_by() -> None:
+    request = InferenceRequest(
+        id="mine", model="demo", tenant="acme", priority=3, arrival_s=100.0, prompt_token_ids=[], max_tokens=10,
+        sampling=SamplingParams(), forwarded=b"{}", estimated_prompt_tokens=4000,
+    )  # fmt: skip
+    other = QueueEntry(id="o", tenant="beta", priority=3, arrival_s=50.0, prompt_tokens=4000, max_tokens=10)
+    held = Held(
+        request=request,
+        record=RequestRecordView("queued", 0, "", None, 0, b""),
+        snapshot=QueueSnapshot(depth=1, policy="size"),
+        position=None,
+        replicas=[],
+        others=[other],
+    )
+    assert explain_others(held) == "Before it in its flow: 1 of beta."
