@@ -164,7 +164,7 @@ def _publish_summary(rules: Sequence[AlertRule]) -> None:
     firing: dict[str, int] = {}
     for name in Alert.objects.filter(state=Alert.State.FIRING).values_list("rule_name", flat=True):
         firing[name] = firing.get(name, 0) + 1
-    summary = [[rule.name, rule.severity, firing.get(rule.name, 0)] for rule in rules if rule.enabled]
+    summary = [[rule.name, rule.severity, firing.get(rule.name, 0)] for rule in rules]
     try:
         live_redis().set(live_keys().alerts, json.dumps(summary), ex=SUMMARY_S)
     except (RedisError, OSError) as error:

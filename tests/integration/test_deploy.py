@@ -56,7 +56,12 @@ def exposed() -> set[str]:
         end_to_end=empty,
     )  # fmt: skip
     status = FleetStatus(time_s=1.0, snapshot=QueueSnapshot(), replicas=[replica])
-    reading = FleetReading(redis_up=True, models={"m": status}, refusals={("m", "acme", "queue_full"): 1})
+    reading = FleetReading(
+        alerts=[("Long queue", "warning", 1)],
+        redis_up=True,
+        models={"m": status},
+        refusals={("m", "acme", "queue_full"): 1},
+    )
     lines = render_metrics(reading).decode().splitlines()
     return {re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#")}
 
