@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,18 @@ def test_long_texts_are_read_a_part_at_a_time_and_those_that_are_level_are_guess
         level.append(draft.is_level)
     assert lengths == [[0, 2], [0, 2], [2, 2], [2, 2]]
     assert level == [False, False, True, True]
+
+
+def test_after_wrong_guesses_it_guesses_what_a_model_does_that_reads_the_text_anew(case: Case, tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path)
+    follows, reads = load(case, tmp_path), load(case, tmp_path)
+    text = make_sequence("a", [9, 8, 7], 99)
+    text.block_table = [4, 2, 7, 5]
+    rng = random.Random(2)
+    for num_right, num_more in ((0, 1), (3, 1), (1, 6), (4, 1), (2, 1), (0, 9), (1, 1)):  # it is off now and then
+        guesses = follows.propose([Ask(text, 4)])[0]
+        assert guesses == reads.propose([Ask(replace(text, lookup=None), 4)])[0]
+        text.tokens += [*guesses[:num_right], *(rng.randrange(3, VOCAB) for _ in range(num_more))]
 
 
 def test_a_sequence_beyond_the_draft_model_s_context_has_no_guesses(case: Case, tmp_path: Path) -> None:
