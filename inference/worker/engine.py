@@ -53,10 +53,8 @@ class Engine:
         draft: Source | None = None,
     ) -> None:
         """`draft` guesses where the deployment wants a draft model."""
-        keys = Keys(spec.key_prefix)
-        model = spec.deployment.name
-        self._model = model
-        self._keys = keys
+        self._model = spec.deployment.name
+        self._keys = Keys(spec.key_prefix)
         self._tokenizer = tokenizer
         member = self._member = Membership(spec, inbox, self._read_claimed)
         costs = StepCosts(
@@ -78,6 +76,9 @@ class Engine:
         board = StatusBoard(
             first_status(spec), detail, planner=planner, meters=meters, gate=gate, intake=member.intake, sizer=sizer
         )
+        controls = Controls(
+            gate, planner, sizer, board.announce, deployment=spec.deployment, drain_s=spec.drain_s, adopted=board.adopt
+        )
         self.loop = EngineLoop(
             planner=planner,
             runner=runner,
@@ -88,15 +89,7 @@ class Engine:
             inbox=inbox,
             pipe=pipe,
             gate=gate,
-            controls=Controls(
-                gate,
-                planner,
-                sizer,
-                board.announce,
-                deployment=spec.deployment,
-                drain_s=spec.drain_s,
-                adopted=board.adopt,
-            ),
+            controls=controls,
             board=board,
             meters=meters,
             costs=costs,
