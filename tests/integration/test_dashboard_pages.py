@@ -270,7 +270,7 @@ def test_a_tenant_sees_its_use_its_budget_and_its_share(fleet: FleetWriter) -> N
         Quota.objects.create(tenant=tenant, rpm=60, tpm=10_000, tpd=50_000, concurrency=4)
     ServiceLevel.objects.create(tenant=tenant, priority=1, ttft_ms=1, objective_percent=90)
     limits = TenantLimits(fleet.keys)
-    charge = {"rpm": 60, "tpm": 10_000, "concurrency": 4, "tokens": 700, "tpd": 50_000}
+    charge: dict[str, Any] = {"rpm": 60, "tpm": 10_000, "concurrency": 4, "tokens": 700, "tpd": 50_000}
     for i in range(3):
         assert execute(fleet.client, limits.acquire("support", f"r{i}", **charge)).ok
     fleet.client.hincrby(fleet.keys.refusals, "demo|support|requests_per_minute", 4)
