@@ -1,7 +1,9 @@
 """Drafts repeat what the text repeats, change no token, and end by themselves where they do not pay."""
 
 import random
+from collections.abc import Sequence as Sequence_
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -166,3 +168,31 @@ def test_it_counts_what_was_guessed_and_what_was_right() -> None:
     speculation = Speculation(4)
     step_of(speculation, 2, right=3, draft_s=0.0)
     assert (speculation.num_drafted, speculation.num_accepted) == (8, 6)
+
+
+class Reader:
+    """A source that has read a text after so many asks, and is wrong then."""
+
+    memory_bytes = 0
+
+    def __init__(self, num_behind: int) -> None:
+        self._num_left = num_behind
+        self.is_level = False
+
+    def propose(self, asks: Sequence_[Ask]) -> list[tuple[int, ...]]:
+        self._num_left -= 1
+        self.is_level = self._num_left < 0
+        return [(9,) * limit if self.is_level else () for _, limit in asks]
+
+
+@pytest.mark.parametrize(("num_behind", "steps_on"), [(0, 8), (10, 18), (1000, 39)])
+def test_a_source_is_judged_when_it_has_read_what_it_missed_or_takes_too_long(num_behind: int, steps_on: int) -> None:
+    speculation = Speculation(4, Reader(num_behind))
+    on = 0
+    while speculation.is_on:
+        sequence = make_sequence([2], 9)
+        (draft,) = speculation.propose([Ask(sequence, 4)])
+        part = StepPart(sequence, 1 + len(draft), samples=True, draft=draft)
+        speculation.observe([part], [PartResult(2)], 1.0)
+        on += 1
+    assert on == steps_on
