@@ -7,13 +7,16 @@ import msgspec
 import pytest
 import redis
 from django.core.exceptions import ValidationError
+from django.core.management import CommandError, call_command
 
+from controlplane.config import Config
+from controlplane.demo import offer_upstream
 from inference.directory import load_directory, publish_deployments
 from inference.messages import DeploymentSpec, LatencyTarget
 from inference.models import ModelDeployment
 from inference.services import save_deployment
 from scheduling.keys import Keys
-from scheduling.models import ServiceLevel, Tenant
+from scheduling.models import OperatorAction, ServiceLevel, Tenant
 from tests.checkpoints import make_checkpoint, make_tokenizer
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("installation")]
@@ -74,3 +77,46 @@ def test_a_draft_model_has_the_vocabulary_of_the_model_it_guesses_for(tmp_path: 
     ):
         with pytest.raises(ValidationError, match=sentence):
             save(draft)
+
+
+def test_an_upstream_is_offered_by_command_and_gives_a_checkpoints_name_another_server(
+    tmp_path: Path, store: redis.Redis, keys: Keys
+) -> None:
+    ModelDeployment.objects.create(name="m", path="/m", mode="dynamic", max_batch_size=64)
+    command = [
+        "m",
+        "http://127.0.0.1:9",
+        "--model",
+        "org/m",
+        "--key-variable",
+        "M_API_KEY",
+        "--most",
+        "8",
+        "--gap-s",
+        "5",
+    ]
+    call_command("add_upstream", *command)
+    publish_deployments(store, keys, load_directory())
+    packed: Any = store.hget(keys.deployments, "m")
+    spec = msgspec.json.decode(packed, type=DeploymentSpec)
+    assert (spec.backend, spec.upstream_url, spec.upstream_model) == ("openai", "http://127.0.0.1:9/v1", "org/m")
+    assert (spec.upstream_key, spec.upstream_gap_s, spec.path, spec.mode) == ("M_API_KEY", 5, "", "continuous")
+    assert (spec.sizing, spec.sizing_params, spec.max_batch_size) == ("gradient", {"largest": 8}, 4)
+    call_command("add_upstream", "m", "https://other/v1")
+    assert ModelDeployment.objects.get().upstream_model == "org/m", "what is not named stays"
+    with pytest.raises(CommandError, match="Only http and https"):
+        call_command("add_upstream", "n", "ws://host")
+    make_checkpoint("llama", tmp_path)
+    make_tokenizer("bytes", tmp_path)
+    call_command("add_model", "m", str(tmp_path))
+    assert (ModelDeployment.objects.get().backend, ModelDeployment.objects.get().upstream_url) == ("builtin", "")
+
+
+def test_the_server_of_a_setting_is_offered_once() -> None:
+    for _ in range(2):
+        offer_upstream(Config.model_construct(upstream="m=its:name@http://host:1"))
+    row = ModelDeployment.objects.get()
+    assert (row.name, row.upstream_model, row.upstream_url) == ("m", "its:name", "http://host:1/v1")
+    assert OperatorAction.objects.count() == 1
+    offer_upstream(Config.model_construct(upstream=""))
+    assert ModelDeployment.objects.count() == 1
