@@ -17,6 +17,7 @@ import pytest
 HERE = Path(__file__).parent
 DATABASE_TESTS = (
     "test_admin.py",
+    "test_alert_delivery.py",
     "test_alerts.py",
     "test_commands.py",
     "test_dashboard_guard.py",
