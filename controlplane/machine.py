@@ -44,6 +44,8 @@ class _Entry:
     state: str
     since_s: float
     launched: Launched | None = None
+    exit_status: int | None = None
+    """What its process ended with; None where nobody heard."""
     until_s: float | None = None
     drain_s: float | None = None
     detail: str = ""
@@ -223,6 +225,9 @@ class MachineKeeper:
 
     async def _step(self) -> None:
         """One look: what the plan and the processes call for."""
+        for entry in list(self._entries.values()):
+            if entry.state != "waiting" and not (entry.launched and entry.launched.pid):
+                self._ended(entry)
         for entry in self._entries.values():
             if entry.state == "stopping" and time.time() >= (entry.until_s or 0.0) and entry.launched is not None:
                 self._supervisor.say(f"{entry.wanted.name} does not end; it is killed, and its requests come back.")
@@ -246,10 +251,11 @@ class MachineKeeper:
         former = self._entries.get(wanted.name)
         entry = _Entry(wanted, "running", time.time(), num_failures=former.num_failures if former else 0)
         self._entries[wanted.name] = entry
-        process = self._make_process(self._config, wanted)
-        entry.launched = await self._supervisor.launch(process, lambda status: self._ended(entry, status))
-        if not entry.launched.pid and entry.state == "running":
-            self._fail(entry, "The process could not be started")
+
+        def hear(status: int) -> None:
+            entry.exit_status = status
+
+        entry.launched = await self._supervisor.launch(self._make_process(self._config, wanted), hear)
 
     def _stop(self, entry: _Entry, drain_s: float | None) -> None:
         drain_s = self._config.drain_s if drain_s is None else drain_s
@@ -260,16 +266,20 @@ class MachineKeeper:
         if entry.launched is not None:
             entry.launched.terminate()
 
-    def _ended(self, entry: _Entry, status: int) -> None:
-        """Its process ended: as it was told to, or not."""
+    def _ended(self, entry: _Entry) -> None:
+        """Its process is no more: as it was told to, or not.
+
+        That is seen by its absence: circus may drop a process that dies in the middle of a look without a word.
+        """
+        entry.launched = None
         if entry.state == "stopping":
-            if self._entries.get(entry.wanted.name) is entry:
-                del self._entries[entry.wanted.name]
+            del self._entries[entry.wanted.name]
             return
         age_s = time.time() - entry.since_s
         if age_s >= STABLE_S:
             entry.num_failures = 0
-        self._fail(entry, f"Its process ended with {status} after {age_s:.0f} s")
+        with_status = "" if entry.exit_status is None else f" with {entry.exit_status}"
+        self._fail(entry, f"Its process ended{with_status} after {age_s:.0f} s")
 
     def _fail(self, entry: _Entry, what: str) -> None:
         entry.num_failures += 1
