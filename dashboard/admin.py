@@ -124,6 +124,12 @@ class AlertChannelAdmin(AuditedAdmin):
     ]
     actions = ["send_test"]
 
+    def get_fields(self, request: HttpRequest, obj: AlertChannel | None = None) -> Any:
+        """Who may only look sees no secret, and of a webhook its host alone, as on the page of alerts."""
+        if obj is None or self.has_change_permission(request, obj):
+            return super().get_fields(request, obj)
+        return [("name", "enabled"), ("kind", "min_severity"), "target"]
+
     @display(description="status", ordering="enabled", label={"on": "success", "off": "default"})
     def status(self, channel: AlertChannel) -> str:
         return "on" if channel.enabled else "off"

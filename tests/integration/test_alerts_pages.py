@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 import redis
-from django.contrib.auth.models import User
+from django.contrib.auth.models import Permission, User
 from django.test import Client
 from django.utils import timezone
 from prometheus_client.parser import text_string_to_metric_families
@@ -277,6 +277,17 @@ def test_a_channel_is_made_tried_and_its_secret_is_neither_shown_nor_lost_nor_in
     kept = str(list(OperatorAction.objects.values("before", "after")))
     assert "hush" not in kept
     assert "private" not in kept
+
+
+def test_who_may_only_look_at_channels_sees_no_secret(rule: AlertRule, client: Client) -> None:
+    channel = AlertChannel.objects.create(name="pager", url=URL, secret="hush")
+    watcher = User.objects.create_user("vera", is_staff=True)
+    watcher.user_permissions.set(Permission.objects.filter(codename__in=["view_alertchannel", "use_admin"]))
+    client.force_login(watcher)
+    page = client.get(f"/admin/dashboard/alertchannel/{channel.pk}/change/").content.decode()
+    assert "hooks.example.org" in page
+    assert "hush" not in page
+    assert "private" not in page
 
 
 @pytest.mark.parametrize(
