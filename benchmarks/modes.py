@@ -107,7 +107,10 @@ def drive(
         if not parts:
             time.sleep(max(0.0, waiting[-1][0] - now) if waiting else 0.001)
             continue
-        outputs = planner.apply(parts, runner.step(parts))
+        wait = runner.start(parts)
+        if runner.runner.runs_ahead:
+            runner.runner.foresee(planner.foresee(parts))
+        outputs = planner.apply(parts, wait())
         now = time.perf_counter() - start
         for output in outputs:
             if output.error:

@@ -75,11 +75,20 @@ class MeteredRunner:
 
     def step(self, parts: Sequence[StepPart]) -> list[PartResult]:
         """Pass on to the model."""
+        return self.start(parts)()
+
+    def start(self, parts: Sequence[StepPart]) -> Callable[[], list[PartResult]]:
+        """Pass on to the model; a step lasts from here to its results."""
         self.least_s += self._work.least_seconds(parts, self._rates, self._weight_bytes)
         start = time.perf_counter()
-        results = self.runner.step(parts)
-        self.steps_s.append(time.perf_counter() - start)
-        return results
+        wait = self.runner.start(parts)
+
+        def timed_wait() -> list[PartResult]:
+            results = wait()
+            self.steps_s.append(time.perf_counter() - start)
+            return results
+
+        return timed_wait
 
     @property
     def outside(self) -> float:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from abc import ABC, abstractmethod
 
 from inference.messages import FinishReason
 from inference.worker.active import ActiveRequest, RequestRefusedError
@@ -26,7 +27,7 @@ SHUT_WAIT_S = 0.05
 """How long an acknowledgement waits for a claim on its way; longer only while Redis does not answer."""
 
 
-class ServingLoop:
+class ServingLoop(ABC):
     """Holds the requests of one owner. Everything here happens in one thread; others leave word in the inbox."""
 
     def __init__(
@@ -58,13 +59,13 @@ class ServingLoop:
         self._active: dict[str, ActiveRequest] = {}
         self._handover = Handover(lease.owner)
 
+    @abstractmethod
     def run(self) -> None:
         """Serve until told to end. What is held then belongs to the caller to release."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _admit(self, active: ActiveRequest) -> None:
         """Begin with a request. Raises RequestRefusedError."""
-        raise NotImplementedError
 
     def _heed(self, words: list[Word]) -> None:
         """Commands, cancelled and lost requests, a lost lease. Called in every turn, whatever the loop waits for."""
