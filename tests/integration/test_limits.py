@@ -180,3 +180,15 @@ def test_the_script_does_the_arithmetic_of_the_bucket_in_python(
             assert answer.retry_after_s == pytest.approx(bucket.wait_s(tokens))
         assert answer.remaining_tokens == int(bucket.level)
         assert answer.reset_tokens_s == pytest.approx(bucket.wait_s(tpm))
+
+
+def test_what_was_used_beyond_the_charge_is_owed_and_fills_up_again(store: redis.Redis, keys: Keys) -> None:
+    limits = TenantLimits(keys)
+    assert acquire(store, keys, "r1", tokens=50, tpm=60, tpd=1000).ok
+    execute(store, limits.settle("ada", "r1", refund_tokens=-40, now=0.0))
+    owing = acquire(store, keys, "r2", tokens=10, tpm=60, tpd=1000)
+    assert (owing.ok, owing.retry_after_s, owing.remaining_tokens) == (False, 40.0, 0)
+    assert acquire(store, keys, "r3", tokens=10, tpm=60, tpd=1000, now=40.0).ok
+    assert store.hget(f"{keys.tenant('ada')}:day", "tokens") == b"100"
+    execute(store, limits.settle("ada", "r3", refund_tokens=-10_000, now=40.0))
+    assert acquire(store, keys, "r4", tokens=60, tpm=60, now=159.0).retry_after_s == pytest.approx(1.0)
