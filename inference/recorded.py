@@ -69,7 +69,7 @@ def read_history(model: str, *, limit: int | None = None) -> RecordedRun:
 
     Raises HistoryError.
     """
-    rows = RequestRecord.objects.filter(model=model).order_by("-finished_at", "-id")
+    rows = RequestRecord.objects.filter(model=model).defer("timeline").order_by("-finished_at", "-id")
     return _read(model, list(rows[: min(limit or MAX_REQUESTS, MAX_REQUESTS)]))
 
 
@@ -79,7 +79,7 @@ def read_window(model: str, *, start: datetime, end: datetime) -> RecordedRun:
     rows = RequestRecord.objects.filter(
         model=model, finished_at__gte=start, finished_at__lt=end + LONGEST, arrived_at__gte=start, arrived_at__lt=end
     )
-    return _read(model, list(rows.order_by("-finished_at", "-id")[:MAX_REQUESTS]))
+    return _read(model, list(rows.defer("timeline").order_by("-finished_at", "-id")[:MAX_REQUESTS]))
 
 
 def _read(model: str, found: list[RequestRecord]) -> RecordedRun:
@@ -90,6 +90,9 @@ def _read(model: str, found: list[RequestRecord]) -> RecordedRun:
     start, end = rows[0].arrived_at.replace(microsecond=0), max(row.finished_at for row in rows)
     batches = list(BatchRecord.objects.filter(model=model, second__gte=start, second__lte=end, steps__gte=1))
     cost, error_s = learn_cost(rows, batches)
+    num_blocks = max(batch.kv_blocks_total for batch in batches)
+    if not num_blocks:
+        raise HistoryError(f"The steps of {model!r} are another server's: nothing is known to replay them by.")
     policy, revision = Counter((row.policy or "fifo", row.policy_revision) for row in rows).most_common(1)[0][0]
     deployment = ModelDeployment.objects.filter(name=model).first()
     return RecordedRun(
@@ -100,7 +103,7 @@ def _read(model: str, found: list[RequestRecord]) -> RecordedRun:
         cost=cost,
         typical_error_s=error_s,
         num_replicas=_count_replicas(batches),
-        num_blocks=max(batch.kv_blocks_total for batch in batches),
+        num_blocks=num_blocks,
         claim_s=learn_claim_s(rows),
         pace=learn_pace(cost, batches, start),
         policy=policy,

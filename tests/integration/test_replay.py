@@ -151,3 +151,11 @@ def test_too_little_history_is_said_to_be_too_little() -> None:
     with pytest.raises(HistoryError, match="Only 1 s of steps are recorded"):
         read_history("demo")
     assert RequestRecord.objects.get().finished_at - START < timedelta(seconds=1)
+
+
+@pytest.mark.django_db
+def test_what_another_server_computed_is_not_replayed() -> None:
+    record_run(mixed_requests(), COST)
+    BatchRecord.objects.update(kv_blocks_total=0)
+    with pytest.raises(HistoryError, match="another server's"):
+        read_history("demo")
