@@ -4,6 +4,8 @@ import { byId, el, keyed, setAttribute, setText, setVariable } from "./dom.js";
 import { brief, count, percent, plural, rate } from "./format.js";
 import { PRIORITIES, priorityColour, tenantColour, tenantHatched } from "./palette.js";
 
+/** Two of these share a narrow tile. */
+const flow = (perS) => (perS < 10 ? rate(perS) : count(Math.round(perS)));
 const figure = (name, text) => setText(document.querySelector(`[data-figure="${name}"]`), text);
 
 export function drawFigures(model, replicas) {
@@ -24,7 +26,7 @@ export function drawFigures(model, replicas) {
   figure("running-sub", slots ? `of ${plural(slots, "slot")}` : "no worker");
   figure("tokens", rate(model.tokens_per_s));
   figure("tokens-sub", `${count(model.batch_tokens)} in context`);
-  figure("flow", `${rate(model.arrivals_per_s)} · ${rate(model.completions_per_s)}`);
+  figure("flow", `${flow(model.arrivals_per_s)} · ${flow(model.completions_per_s)}`);
   figure("flow-sub", "over the last 5 s");
   drawWait("queue", model.waits.queue);
   drawWait("ttft", model.waits.ttft);
@@ -36,7 +38,7 @@ export function drawFigures(model, replicas) {
 
 function drawWait(name, wait) {
   figure(`${name}-p50`, brief(wait?.p50_s));
-  figure(`${name}-sub`, wait ? `p99 ${brief(wait.p99_s)}, n = ${count(wait.num)}` : "no request");
+  figure(`${name}-sub`, wait ? `p99 ${brief(wait.p99_s)} of ${count(wait.num)}` : "no request");
 }
 
 /** The queue now, split by priority or by tenant, as a table with bars. */
