@@ -29,6 +29,7 @@ DATABASE_TESTS = (
     "test_policy_switch.py",
     "test_replicas.py",
     "test_services.py",
+    "test_wanted_replicas.py",
 )
 PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/usr/local/pgsql/bin", "/opt/homebrew/opt/postgresql*/bin")
 START_TIMEOUT_S = 60
