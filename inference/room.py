@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from inference.checkpoint import DTYPE_BYTES, CheckpointError, inspect_checkpoint
 from inference.messages import DeploymentSpec, ReplicaStatus
 from inference.plan import Device, Machine, Plan
 from scheduling.core.sizing.memory_model import BatchShape, MemoryModel, ModelConfigError, ModelShape
@@ -73,12 +74,26 @@ def estimate_need(spec: DeploymentSpec, *, num_parameters: int | None, device: D
     kv = spec.kv_memory_bytes or estimate.kv
     if not spec.kv_memory_bytes and not on_gpu:
         kv = max(kv, min(estimate.kv * spec.max_batch_size, int(device.memory_free_bytes * HOST_FRACTION)))
+    draft_weights, draft_token = _estimate_draft(spec, dtype)
+    if not spec.kv_memory_bytes:  # else that is for both
+        kv += kv * draft_token // shape.kv_bytes_per_token
     return Need(
-        weights=_rounded(estimate.weights if num_parameters else 0, spec),
+        weights=_rounded(estimate.weights if num_parameters else 0, spec) + draft_weights,
         kv=kv,
         rest=estimate.activations + estimate.fragmentation,
-        kv_token=shape.kv_bytes_per_token,
+        kv_token=shape.kv_bytes_per_token + draft_token,
     )
+
+
+def _estimate_draft(spec: DeploymentSpec, dtype: str) -> tuple[int, int]:
+    """Bytes of a draft model, and of its keys and values for one token; nothing where its files are not here."""
+    if spec.speculation != "model":
+        return 0, 0
+    try:
+        info = inspect_checkpoint(Path(spec.draft_path), needs_tokenizer=False)
+    except CheckpointError:
+        return 0, 0
+    return info.num_parameters * DTYPE_BYTES[dtype], info.kv_bytes_per_token(dtype)
 
 
 def _rounded(weights: int, spec: DeploymentSpec) -> int:

@@ -16,7 +16,7 @@ from inference.messages import ReplicaStatus, Telemetry
 from inference.models import ModelDeployment, WantedReplica
 from inference.plan import Device, Machine, RunningReplica
 from inference.replicas import ReplicaError, add_replica, read_plan, remove_replica, restart_replica
-from inference.room import HOST_FRACTION, NoRoom
+from inference.room import HOST_FRACTION, NoRoom, estimate_need
 from inference.services import control_replicas, save_deployment
 from scheduling.keys import Keys
 from scheduling.models import OperatorAction
@@ -113,6 +113,16 @@ def test_a_model_that_is_larger_than_the_machine_is_refused(deployment: ModelDep
     deployment.save()
     with pytest.raises(NoRoom, match=r"CPU, 2 cores: a replica needs 8\.\d+ GiB \(weights 8\.00.*6\.00 GiB are free"):
         add_replica(deployment=deployment, machine=machine_with())
+
+
+def test_a_draft_model_needs_its_place_too(deployment: ModelDeployment, checkpoint: Path) -> None:
+    spec = deployment.to_spec()
+    alone = estimate_need(spec, num_parameters=deployment.num_parameters, device=CPU)
+    drafted = msgspec.structs.replace(spec, speculation="model", draft_path=str(checkpoint))
+    both = estimate_need(drafted, num_parameters=deployment.num_parameters, device=CPU)
+    assert both.weights > alone.weights
+    assert both.kv_token > alone.kv_token
+    assert both.kv > alone.kv
 
 
 def test_the_share_of_a_cache_without_a_size_is_the_engines() -> None:
