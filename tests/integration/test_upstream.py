@@ -268,7 +268,7 @@ async def _hang(call: Call) -> None:
 def test_an_answer_that_broke_off_goes_on_where_the_upstream_gives_the_same_again(
     start: Start, fleet: FleetClient, upstream: Upstream
 ) -> None:
-    start(upstream_gap_s=0.5)
+    start(upstream_gap_s=3.0)
     for trouble in (_break_off, _end_without_a_word, _send_garbage, _hang):
         num_before = len(upstream.calls)
 
