@@ -67,7 +67,7 @@ def estimate_need(spec: DeploymentSpec, *, num_parameters: int | None, device: D
     except ModelConfigError as error:
         logger.info("The memory of %s is estimated from its weights alone: %s", spec.name, error)
         weights = (num_parameters or 0) * (2 if dtype in ("bfloat16", "float16") else 4)
-        return Need(weights=_rounded(weights, spec), kv=spec.kv_memory_bytes, rest=RUNTIME_BYTES)
+        return Need(weights=_rounded(weights, spec, dtype), kv=spec.kv_memory_bytes, rest=RUNTIME_BYTES)
     length = spec.max_model_len or _context_length(config)
     batch = BatchShape(batch_size=1, tokens_per_sequence=length, step_tokens=spec.step_tokens)
     estimate = MemoryModel(shape, overhead_bytes=RUNTIME_BYTES).estimate(batch)
@@ -78,7 +78,7 @@ def estimate_need(spec: DeploymentSpec, *, num_parameters: int | None, device: D
     if not spec.kv_memory_bytes:  # else that is for both
         kv += kv * draft_token // shape.kv_bytes_per_token
     return Need(
-        weights=_rounded(estimate.weights if num_parameters else 0, spec) + draft_weights,
+        weights=_rounded(estimate.weights if num_parameters else 0, spec, dtype) + draft_weights,
         kv=kv,
         rest=estimate.activations + estimate.fragmentation,
         kv_token=shape.kv_bytes_per_token + draft_token,
@@ -96,9 +96,9 @@ def _estimate_draft(spec: DeploymentSpec, dtype: str) -> tuple[int, int]:
     return info.num_parameters * DTYPE_BYTES[dtype], info.kv_bytes_per_token(dtype)
 
 
-def _rounded(weights: int, spec: DeploymentSpec) -> int:
-    """In int8 they take a byte each, and a little for the scales."""
-    return weights // 3 if spec.quantization == "int8" else weights
+def _rounded(weights: int, spec: DeploymentSpec, dtype: str) -> int:
+    """In int8 they take a byte each, whatever `dtype` had been, and a third for embeddings and scales."""
+    return weights * 4 // (3 * DTYPE_BYTES[dtype]) if spec.quantization == "int8" else weights
 
 
 def _context_length(config: Mapping[str, Any]) -> int:

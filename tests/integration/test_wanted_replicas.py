@@ -125,6 +125,12 @@ def test_a_draft_model_needs_its_place_too(deployment: ModelDeployment, checkpoi
     assert both.kv > alone.kv
 
 
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_weights_in_int8_need_a_byte_each_at_least_on_every_device(deployment: ModelDeployment, device: Device) -> None:
+    spec = msgspec.structs.replace(deployment.to_spec(), quantization="int8")
+    assert 3_000_000 <= estimate_need(spec, num_parameters=3_000_000, device=device).weights < 6_000_000
+
+
 def test_the_share_of_a_cache_without_a_size_is_the_engines() -> None:
     kv_cache = pytest.importorskip("inference.engine.kv_cache")
     assert kv_cache.HOST_FRACTION == HOST_FRACTION
