@@ -143,7 +143,7 @@ def test_a_chat_batch_survives_the_death_of_the_ops_process(
     lines = [line(i, url="/v1/chat/completions", messages=[{"role": "user", "content": "ba"}]) for i in range(60)]
     for row in lines:
         del row["body"]["prompt"]
-    with ended(stack.start_engine(slots=2, tokens_per_step=1, step_s=0.05)):
+    with ended(stack.start_engine(tokens_per_step=1, step_s=0.2)):
         batch = start(client, lines, "/v1/chat/completions")
         wait_until(lambda: (counts := client.batches.retrieve(batch.id).request_counts) and counts.completed > 5)
         worker.kill()
