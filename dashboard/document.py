@@ -64,7 +64,7 @@ class DocumentBuilder:
         meters = self._meters.setdefault(name, _ModelMeters())
         meters.observe(snapshot, reading.time_s)
         mine = [status for status in reading.replicas.values() if status.model == name]
-        wait_s = meters.backlog.rate.wait_s(snapshot.waiting_tokens)
+        wait_s = meters.backlog.wait_s(snapshot.waiting_tokens)
         assessment = reading.levels.get(name) or assess(
             self._limits,
             depth=snapshot.depth,

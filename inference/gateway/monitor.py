@@ -45,7 +45,7 @@ class FleetStatus:
     replicas: Sequence[ReplicaStatus] = ()
     assessment: Assessment = field(default_factory=lambda: Assessment(Level.NONE, ""))
     estimated_wait_s: float | None = None
-    """For a request that joins the end of the queue now; None where nothing drains it."""
+    """For a request that joins the end of the queue now; None where nothing drains it, or it is not known how fast."""
     rate: DrainRate = field(default_factory=DrainRate)
     """How fast the queue drains while something waits."""
     unserved_s: float = 0.0
@@ -147,7 +147,7 @@ class FleetMonitor:
         backlog = self._backlogs.setdefault(model, BacklogRate())
         backlog.observe(snapshot, now, serving=serving)
         reading = FleetStatus(time_s=time.time(), snapshot=snapshot, replicas=replicas)
-        wait_s = backlog.rate.wait_s(snapshot.waiting_tokens)
+        wait_s = backlog.wait_s(snapshot.waiting_tokens)
         rises, stays = (
             assess(
                 limits, depth=snapshot.depth, queue_limit=self._queue_limit, wait_s=wait_s, kv_usage=reading.kv_usage

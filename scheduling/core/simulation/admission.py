@@ -81,7 +81,7 @@ class SimulatedAdmission:
         assert settings.queue_limit is not None
         limit = settings.queue_limit
         self._backlog.observe(snapshot, now_s)
-        wait_s = self._backlog.rate.wait_s(snapshot.waiting_tokens)
+        wait_s = self._backlog.wait_s(snapshot.waiting_tokens)
         rises, stays = (
             assess(limits, depth=snapshot.depth, queue_limit=limit, wait_s=wait_s, kv_usage=kv_usage)
             for limits in (settings.limits, settings.limits.lowered())
