@@ -370,7 +370,10 @@ class StepPlanner:
         return bool(self._roster.running) and (self.mode != "continuous" or self._budget < self.step_tokens)
 
     def _view(self, now: float) -> BatchView:
-        return view_batch(self._roster.waiting, now, self.allocator.num_free / self.allocator.num_blocks)
+        """What triggers see; only while nothing runs, so what waits is all that will need blocks."""
+        allocator, waiting = self.allocator, self._roster.waiting
+        left = allocator.num_free - sum(allocator.blocks_for(len(entry.sequence.tokens)) for entry in waiting)
+        return view_batch(waiting, now, max(0, left) / allocator.num_blocks)
 
     def _plan_prefills(self, parts: list[StepPart], budget: int) -> None:
         """Chunks of the running sequences that have no part yet, by right, within the budget."""

@@ -24,7 +24,7 @@ class BatchView(NamedTuple):
     most_urgent: int | None = None
     """The highest priority among the waiting, that is the lowest number; None where nothing waits."""
     free_block_share: float = 1.0
-    """Free KV blocks as a share of all."""
+    """KV blocks that would be left if all the waiting had theirs, as a share of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class UrgentPresent:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPressure:
-    """So few KV blocks are free that collecting more would not let more run."""
+    """What waits fills the KV cache but for this share: hardly any more could run with it."""
 
     free_share: float = 0.1
 
@@ -117,7 +117,7 @@ class MemoryPressure:
     def check(self, view: BatchView) -> Fired | None:
         if not view.num_waiting or view.free_block_share > self.free_share:
             return None
-        return Fired("memory", f"{view.free_block_share:.0%} of KV blocks are free")
+        return Fired("memory", f"what waits leaves {view.free_block_share:.0%} of KV blocks free")
 
     def due_s(self, view: BatchView) -> float | None:
         return 0.0 if self.check(view) else None
@@ -163,15 +163,15 @@ class AllOf:
 def batch_triggers(
     size: int = 8, wait_s: float = 0.05, *, urgent: int = Priority.REALTIME, alone: bool = False
 ) -> AnyOf:
-    """What suits most: an urgent request at once, a full batch, the oldest waited `wait_s`, or memory runs out."""
-    return AnyOf((UrgentPresent(urgent, alone), SizeThreshold(size), OldestWait(wait_s), MemoryPressure()))
+    """What suits most: an urgent request at once, a full batch, or the oldest waited `wait_s`."""
+    return AnyOf((UrgentPresent(urgent, alone), SizeThreshold(size), OldestWait(wait_s)))
 
 
 def parse_trigger(expression: Any) -> Trigger | None:
     """A trigger from its JSON form; None for an empty one. Raises TriggerError with a sentence.
 
     One key each: `{"size": 8}`, `{"wait_s": 0.05}`, `{"urgent": 1}` (a priority), `{"urgent_alone": 1}`,
-    `{"memory": 0.1}` (share of KV blocks left), `{"any": [...]}`, `{"all": [...]}`.
+    `{"memory": 0.1}` (share of KV blocks left by what waits), `{"any": [...]}`, `{"all": [...]}`.
     """
     return None if expression == {} else _parse(expression, depth=0)
 

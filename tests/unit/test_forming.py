@@ -66,13 +66,26 @@ def test_an_urgent_request_may_go_alone_and_the_others_form_the_next_batch() -> 
     assert planner.trigger_log.counts == {"urgent": 1, "wait": 1}
 
 
-def test_lack_of_memory_starts_a_batch() -> None:
+def test_a_batch_starts_when_what_waits_would_fill_the_cache() -> None:
     planner = make_planner("dynamic", {"memory": 0.5}, blocks=20)
-    held = planner.allocator.allocate(9)
+    planner.add(make_sequence("a", prompt=20))
+    assert plan(planner, 100.0) == [], "it needs 5 blocks of 20"
+    planner.add(make_sequence("b", prompt=17))
+    assert planner.due_s(100.0) == 0.0
+    assert plan(planner, 100.0) == ["a", "b"]
+    latest = planner.trigger_log.latest
+    assert latest is not None
+    assert (latest.trigger, latest.reason) == ("memory", "what waits leaves 50% of KV blocks free")
+
+
+def test_where_more_waits_than_the_cache_holds_nothing_of_it_is_free() -> None:
+    planner = make_planner("dynamic", {"memory": 0.0}, blocks=20)
     planner.add(make_sequence("a"))
     assert plan(planner, 100.0) == []
-    held += planner.allocator.allocate(1)
+    planner.add(make_sequence("b", prompt=76, output=1))
+    planner.add(make_sequence("c", prompt=76, output=1))
     assert plan(planner, 100.0) == ["a"]
+    assert planner.trigger_log.counts == {"memory": 1}
 
 
 def test_all_of_several_must_fire_where_that_is_asked_for() -> None:
