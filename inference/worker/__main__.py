@@ -105,6 +105,8 @@ def _load_and_serve(spec: EngineSpec, pipe: Pipe, inbox: Inbox, reporter: Report
     memory_model = build_memory_model(
         path, dtype=str(runner.dtype).removeprefix("torch."), block_size=runner.block_size
     )
+    # A batch size is set for what the device has, so that is known first.
+    reading = telemetry.first(DRIVER_PATIENCE_S) if on_cuda else None
     engine = Engine(
         spec,
         runner,
@@ -114,9 +116,9 @@ def _load_and_serve(spec: EngineSpec, pipe: Pipe, inbox: Inbox, reporter: Report
         reporter=reporter,
         detail=detail,
         memory_model=memory_model,
+        on_gpu=on_cuda,
         draft=draft,
     )
-    reading = telemetry.first(DRIVER_PATIENCE_S) if on_cuda else None
     pipe.send(Notice(state="ready", detail=detail, gpu=reading.uuid if reading is not None else ""))
     engine.run()
 

@@ -50,6 +50,7 @@ class Engine:
         reporter: Reporter,
         detail: str = "",
         memory_model: MemoryModel | None = None,
+        on_gpu: bool = False,
         draft: Source | None = None,
     ) -> None:
         """`draft` guesses where the deployment wants a draft model."""
@@ -63,7 +64,8 @@ class Engine:
         planner = self._planner = _build_planner(spec, runner, costs, draft)
         meters = Meters(Second(started_s=time.time()))
         gate = Gate(time.monotonic)
-        memory = DeviceMemory(memory_model, planner, beside_bytes=draft.memory_bytes if draft else 0)
+        beside_bytes = draft.memory_bytes if draft else 0
+        memory = DeviceMemory(memory_model, planner, beside_bytes, on_gpu=on_gpu)
         sizer = Sizer(
             planner,
             meters,

@@ -30,9 +30,13 @@ def build_memory_model(path: Path, *, dtype: str, block_size: int) -> MemoryMode
 class DeviceMemory:
     """Bounds batch sizes by memory, and calibrates the model by what this process holds."""
 
-    def __init__(self, model: MemoryModel | None, planner: StepPlanner, beside_bytes: int = 0) -> None:
+    def __init__(
+        self, model: MemoryModel | None, planner: StepPlanner, beside_bytes: int = 0, *, on_gpu: bool = True
+    ) -> None:
         """`beside_bytes`: held by this process for another model, whatever the batch."""
         self._model = model
+        self._source = "nvml" if on_gpu else "host"
+        """Of the readings that tell of this device's memory."""
         self._beside_bytes = beside_bytes
         self._planner = planner
         self._touched_blocks = 0
@@ -41,6 +45,8 @@ class DeviceMemory:
     def limit(self, telemetry: Telemetry | None) -> int | None:
         """The most sequences that fit, at least 1; None where that is unknown."""
         if self._model is None or telemetry is None or telemetry.stale_s or telemetry.lost:
+            return None
+        if telemetry.source != self._source:
             return None
         total, used, own = telemetry.memory_total_bytes, telemetry.memory_used_bytes, telemetry.process_memory_bytes
         if total is None or used is None or own is None:

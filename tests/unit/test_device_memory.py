@@ -73,3 +73,12 @@ def test_where_nothing_is_known_nothing_is_bounded() -> None:
     assert memory.limit(None) is None
     assert memory.limit(msgspec.structs.replace(GPU, process_memory_bytes=None)) is None
     assert memory.limit(msgspec.structs.replace(GPU, stale_s=9.0)) is None
+
+
+def test_the_host_s_memory_bounds_no_batch_of_a_gpu_nor_a_gpu_s_one_of_the_host() -> None:
+    host = msgspec.structs.replace(GPU, source="host")
+    on_gpu, on_host = (DeviceMemory(MemoryModel(SHAPE), make_planner(1000), on_gpu=on_gpu) for on_gpu in (True, False))
+    assert on_gpu.limit(host) is None
+    assert on_host.limit(GPU) is None
+    assert on_gpu.limit(GPU) is not None
+    assert on_host.limit(host) is not None
