@@ -104,8 +104,8 @@ def _read_promises() -> list[LatencyTarget]:
     """All SLAs, for the engines' sizing strategies."""
     rows = ServiceLevel.objects.order_by("tenant__name", "priority")
     return [
-        LatencyTarget(name or "", priority, ttft_ms and ttft_ms / 1000, e2e_ms and e2e_ms / 1000)
-        for name, priority, ttft_ms, e2e_ms in rows.values_list("tenant__name", "priority", "ttft_ms", "e2e_ms")
+        LatencyTarget(name or "", priority, *(ms and ms / 1000 for ms in promised))
+        for name, priority, *promised in rows.values_list("tenant__name", "priority", "ttft_ms", "e2e_ms", "tpot_ms")
     ]
 
 

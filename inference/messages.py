@@ -374,6 +374,7 @@ class LatencyTarget(msgspec.Struct, frozen=True, array_like=True):
     priority: int
     ttft_s: float | None = None
     e2e_s: float | None = None
+    tpot_s: float | None = None
 
 
 class DeploymentSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
-from statistics import median
 from typing import Any
 
 from inference.messages import DeploymentSpec, LatencyTarget, SizeChange, Telemetry
@@ -12,28 +11,18 @@ from inference.worker.active import ActiveRequest
 from inference.worker.batch import Batch
 from inference.worker.costs import StepCosts
 from inference.worker.meters import Meters
-from scheduling.core.sizing.controller import Controller, Observation, Readings
+from scheduling.core.sizing.controller import Controller, Readings
 from scheduling.core.sizing.cost_model import StepCost
+from scheduling.core.sizing.observer import PERIOD_S, Served, SizingObserver, Work
 from scheduling.core.sizing.strategies import SIZINGS, build_sizing
 
-PERIOD_S = 0.25
-"""Between two looks of a strategy."""
-LATENCY_WINDOW = 256
-"""Ended requests over which the p99 is taken."""
-LATENCY_KEEP_S = 30.0
 SHOWN_CHANGES = 8
-FIRST_TOKENS = 32
-"""First tokens over which the median is taken."""
-NO_BLOCKS = 2**31 - 1
-"""What stands for the KV blocks of a cache that is not ours: no size is bounded by them."""
 
 
 class Sizer:
     """Owned by the loop. `tick` is called in every turn and does something once in PERIOD_S.
 
-    A strategy judges by what a smaller batch can mend: latencies count from the claim, as a share of what the SLA
-    promises from the arrival. Those of requests that ended under an earlier size are forgotten when the size changes.
-    The size of `fixed` is the operator's, and is moved by nobody.
+    The size of `fixed` is the operator's; nothing but lack of memory moves it, and it comes back.
     """
 
     def __init__(
@@ -58,14 +47,13 @@ class Sizer:
         self._memory_limit = memory_limit
         self._clock = clock
         self._random = random or Random()  # noqa: S311
-        self._ratios: deque[tuple[float, float]] = deque(maxlen=LATENCY_WINDOW)
-        self._first_s: deque[tuple[float, float]] = deque(maxlen=FIRST_TOKENS)
-        self._good_tokens = 0
-        self._num_refused = 0
+        self._bound: int | None = None
+        """What memory allowed at the last look."""
         self.changes: deque[SizeChange] = deque(maxlen=SHOWN_CHANGES)
         """The latest, newest last."""
         self.set_targets(deployment.targets)
-        self._begin_period(clock())
+        self._looked_s = clock()
+        self._observer = SizingObserver(planner, self._work(), self._looked_s)
         self.switch(deployment.sizing, deployment.sizing_params, batch_size=deployment.max_batch_size)
 
     @property
@@ -91,7 +79,7 @@ class Sizer:
         first = self._planner.batch_size if batch_size is None else batch_size
         self._controller = self._build(name, params, first)
         decision = self._controller.decide()
-        self._apply(decision.batch_size, f"{name}: {decision.reason}")
+        self._apply(decision.batch_size, f"{name}: {decision.reason}", self._read_bound())
 
     def set_batch_size(self, batch_size: int) -> None:
         """An operator sets the size: `fixed` is in charge from now on. Raises SizingError."""
@@ -103,40 +91,46 @@ class Sizer:
 
     def count_end(self, active: ActiveRequest, now_s: float) -> None:
         """A request ended in good order: how that compares with its SLA."""
-        request, first_s = active.request, active.first_token_s
+        request = active.request
+        served = Served(
+            request.arrival_s,
+            active.claimed_s,
+            active.first_token_s,
+            now_s,
+            active.num_new_tokens,
+            request.deadline_s,
+            is_resumed=bool(active.num_resumed),
+        )
         target = self._targets.get((request.tenant, request.priority)) or self._targets.get(("", request.priority))
-        e2e_s = target.e2e_s if target else None
-        if request.deadline_s is not None:
-            e2e_s = request.deadline_s - request.arrival_s
-        ttft_s = target.ttft_s if target and not active.num_resumed else None
-        pairs = ((first_s, ttft_s), (now_s, e2e_s))
-        known = [(end_s, limit_s) for end_s, limit_s in pairs if end_s is not None and limit_s is not None]
-        if all(end_s - request.arrival_s <= limit_s for end_s, limit_s in known):
-            self._good_tokens += active.num_new_tokens
-        if known:
-            ratio = max((end_s - active.claimed_s) / max(limit_s, 1e-3) for end_s, limit_s in known)
-            self._ratios.append((now_s, ratio))
+        self._observer.count_end(served, target)
 
     def count_first_token(self, seconds: float) -> None:
         """A request's first token came so long after its claim."""
-        self._first_s.append((self._clock(), seconds))
+        self._observer.count_first_token(self._clock(), seconds)
 
     def count_refusal(self) -> None:
         """A server behind turned a request away, or did not answer it."""
-        self._num_refused += 1
+        self._observer.count_refusal()
 
     def tick(self) -> None:
-        """Let the strategy look at the period that is over, and follow it."""
+        """Let the strategy look at the period that is over, and follow it as far as memory allows."""
         now_s = self._clock()
-        if 0 <= now_s - self._since_s < PERIOD_S:
+        if 0 <= now_s - self._looked_s < PERIOD_S:
             return
-        observation = self._observe(now_s)
-        self._begin_period(now_s)
-        if self.name == "fixed":
-            return
-        self._controller.observe(observation)
+        self._looked_s = now_s
+        bound = self._read_bound()
+        observation = self._observer.observe(
+            self._work(),
+            now_s,
+            num_queued=self._num_waiting(),
+            memory_batch_limit=bound,
+            cost=self._costs.cost,
+            telemetry=_readings(self._telemetry()),
+        )
+        if self.name != "fixed":
+            self._controller.observe(observation)
         decision = self._controller.decide()
-        self._apply(decision.batch_size, f"{self.name}: {decision.reason}")
+        self._apply(decision.batch_size, f"{self.name}: {decision.reason}", bound)
 
     def _build(self, name: str, params: Mapping[str, Any], first: int) -> Controller:
         given = dict(params)
@@ -148,59 +142,32 @@ class Sizer:
                 given["initial"] = min(max(first, smallest), largest)
         return build_sizing(name, given, random=self._random)
 
-    def _apply(self, batch_size: int, reason: str) -> None:
+    def _read_bound(self) -> int | None:
+        """What memory allows, or did when that was last known.
+
+        Where it grew by an eighth or less it stays as it was: readings waver, and sizes should not.
+        """
+        limit, before = self._memory_limit(self._telemetry()), self._bound
+        if limit is not None and (before is None or limit < before or limit > before + before // 8):
+            self._bound = limit
+        return self._bound
+
+    def _apply(self, batch_size: int, reason: str, bound: int | None) -> None:
         before = self._planner.max_batch_size
-        limit = self._memory_limit(self._telemetry())
-        if limit is not None and limit < batch_size:
-            batch_size, reason = limit, f"memory allows {limit}"
+        if bound is not None and bound < batch_size:
+            batch_size, reason = bound, f"memory allows {bound}"
         if batch_size == self._planner.batch_size:
             return
         self._planner.set_batch_size(batch_size)
-        self._ratios.clear()
-        self._first_s.clear()
+        self._observer.forget()
         if self._planner.max_batch_size != before:
             change = SizeChange(self._clock(), self._planner.max_batch_size, reason)
             self.changes.append(change)
             self._meters.second.size_changes.append(change)
 
-    def _begin_period(self, now_s: float) -> None:
+    def _work(self) -> Work:
         meters = self._meters
-        self._since_s = now_s
-        self._good_tokens = 0
-        self._num_refused = 0
-        self._before = (meters.steps, meters.step_total_s, meters.output_tokens, self._planner.num_preemptions)
-
-    def _observe(self, now_s: float) -> Observation:
-        planner, meters = self._planner, self._meters
-        steps, step_s, tokens, preemptions = self._before
-        steps, step_s = meters.steps - steps, meters.step_total_s - step_s
-        for kept in (self._ratios, self._first_s):
-            while kept and now_s - kept[0][0] > LATENCY_KEEP_S:
-                kept.popleft()
-        ratios = sorted(ratio for _, ratio in self._ratios)
-        running = planner.sequences[: planner.num_running]
-        telemetry = self._telemetry()
-        return Observation(
-            now_s=now_s,
-            seconds=max(1e-3, now_s - self._since_s),
-            steps=steps,
-            step_s=step_s / steps if steps else 0.0,
-            tokens=meters.output_tokens - tokens,
-            good_tokens=self._good_tokens,
-            num_running=len(running),
-            num_waiting=planner.num_waiting + self._num_waiting(),
-            p99_s=ratios[int(0.99 * (len(ratios) - 1))] if ratios else None,
-            target_s=1.0 if ratios else None,
-            preemptions=planner.num_preemptions - preemptions,
-            kv_blocks_used=planner.allocator.used,
-            kv_blocks_total=planner.allocator.num_blocks or NO_BLOCKS,
-            memory_batch_limit=self._memory_limit(telemetry),
-            cost=self._costs.cost,
-            mean_context_tokens=sum(len(s.tokens) for s in running) / len(running) if running else 0.0,
-            telemetry=_readings(telemetry),
-            first_token_s=median(seconds for _, seconds in self._first_s) if self._first_s else None,
-            refusals=self._num_refused,
-        )
+        return Work(meters.steps, meters.step_total_s, meters.output_tokens)
 
 
 def _bound(given: Mapping[str, Any], defaults: Mapping[str, float], name: str, otherwise: int) -> int:

@@ -28,13 +28,13 @@ def test_engines_read_how_batches_form_and_what_the_slas_promise(store: redis.Re
     changes = {"sizing": "latency_first", "sizing_params": {"largest": 32}, "triggers": trigger}
     save_deployment(deployment=deployment, changes={**changes, "prefix_cache": "per_tenant", "max_batch_size": 8})
     ServiceLevel.objects.create(tenant=Tenant.objects.create(name="acme"), priority=1, ttft_ms=200)
-    ServiceLevel.objects.create(priority=3, ttft_ms=500, e2e_ms=9000)
+    ServiceLevel.objects.create(priority=3, ttft_ms=500, e2e_ms=9000, tpot_ms=40)
     publish_deployments(store, keys, load_directory())
     packed: Any = store.hget(keys.deployments, "m")
     spec = msgspec.json.decode(packed, type=DeploymentSpec)
     assert (spec.sizing, spec.sizing_params, spec.triggers) == ("latency_first", {"largest": 32}, trigger)
     assert (spec.prefix_cache, spec.long_prefill_threshold) == ("per_tenant", 512)
-    promised = [LatencyTarget("", 3, 0.5, 9.0), LatencyTarget("acme", 1, 0.2, None)]
+    promised = [LatencyTarget("", 3, 0.5, 9.0, 0.04), LatencyTarget("acme", 1, 0.2)]
     assert sorted(spec.targets, key=lambda target: target.tenant) == promised
 
 

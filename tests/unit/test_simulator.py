@@ -244,6 +244,17 @@ def test_a_sizing_controller_sees_the_engine_and_is_obeyed() -> None:
     assert result.size_changes[1].reason.startswith("work waits")
 
 
+def test_a_sizing_controller_heeds_a_request_s_own_deadline_as_an_engine_s_does() -> None:
+    calm = [request(0.01 * i, output=50) for i in range(100)]
+    pressed = [one._replace(deadline_s=one.arrival_s + 0.01) for one in calm]
+    sized = fleet(
+        sizing=lambda _: build_sizing("latency_first", {"initial": 8}), targets=ServiceTargets(default=ServiceTarget())
+    )
+    assert [change.batch_size for change in simulate(calm, sized, DEFAULT_COST).size_changes] == [8]
+    changes = simulate(pressed, sized, DEFAULT_COST).size_changes
+    assert [change.batch_size for change in changes[:3]] == [8, 6, 4]
+
+
 def test_the_adaptive_policy_switches_when_one_tenant_floods_and_says_why() -> None:
     flood = [request(5.0, "heavy", output=60) for _ in range(600)]
     trace = sorted([*flood, *(request(0.5 * i, tenant, output=30) for i in range(80) for tenant in ("b", "c"))])

@@ -10,12 +10,13 @@ from inference.messages import DeploymentSpec, InferenceRequest, LatencyTarget, 
 from inference.worker.active import ActiveRequest, open_request
 from inference.worker.costs import MIN_OBSERVATIONS, StepCosts
 from inference.worker.meters import Meters, Second
-from inference.worker.sizer import PERIOD_S, Sizer
+from inference.worker.sizer import Sizer
 from scheduling.core.answers import ClaimedRequest
 from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import StepPlanner
 from scheduling.core.sequence import SamplingParams
 from scheduling.core.sizing.cost_model import StepFeatures
+from scheduling.core.sizing.observer import LATENCY_KEEP_S, PERIOD_S
 from scheduling.core.sizing.strategies import InvalidSizingParameter, UnknownSizing
 from tests.sequences import SilentStream
 
@@ -35,7 +36,7 @@ class Bench:
             self.meters,
             self.costs,
             deployment=DeploymentSpec(
-                name="m", path="/m", sizing=sizing, sizing_params=params, targets=[LatencyTarget("", 3, 1.0, 4.0)]
+                name="m", path="/m", sizing=sizing, sizing_params=params, targets=[LatencyTarget("", 3, 1.0, 4.0, 0.5)]
             ),
             num_waiting=lambda: self.waiting,
             telemetry=lambda: None,
@@ -87,6 +88,23 @@ def test_a_deadline_of_the_request_stands_before_the_target() -> None:
     assert bench.tick() == 12
 
 
+def test_the_time_between_tokens_is_held_against_its_target() -> None:
+    bench = Bench("latency_first")
+    active = make_active(bench.now_s - 3.5)
+    active.first_token_s = bench.now_s - 3.0
+    active.sequence.tokens += [5, 5, 5, 5]
+    bench.sizer.count_end(active, bench.now_s)
+    assert bench.tick() == 12
+    assert bench.sizer.changes[-1].reason == "latency_first: p99 is 200% of its target"
+
+
+def test_latencies_of_half_a_minute_ago_are_forgotten() -> None:
+    bench = Bench("latency_first")
+    bench.end(ttft_s=2.5, e2e_s=3.0)
+    bench.now_s += LATENCY_KEEP_S + 1
+    assert bench.tick() == 16
+
+
 def test_a_strategy_grows_when_the_batch_is_full_and_requests_wait_in_the_fleet() -> None:
     bench = Bench("balanced", initial=1)
     assert bench.tick() == 1
@@ -105,6 +123,20 @@ def test_no_size_is_chosen_that_memory_forbids() -> None:
         bench.sizer.switch("balanced", {"initial": 50})
         assert bench.tick() == 3
         assert bench.sizer.changes[-1].reason.endswith("memory allows 3")
+
+
+def test_a_fixed_size_gives_way_when_memory_shrinks_and_comes_back() -> None:
+    bench = Bench()
+    bench.limit = 9
+    assert bench.tick() == 9
+    assert bench.sizer.changes[-1].reason == "memory allows 9"
+    bench.limit = 10
+    assert bench.tick() == 9, "a reading that wavers moves nothing"
+    bench.limit = None
+    assert bench.tick() == 9, "what is not known now has not changed"
+    bench.limit = 400
+    assert bench.tick() == 16
+    assert (bench.sizer.name, len(bench.sizer.changes)) == ("fixed", 2)
 
 
 def test_a_switch_holds_at_once_and_begins_with_the_present_size() -> None:

@@ -25,7 +25,6 @@ observations = st.builds(
     good_tokens=st.integers(0, 10**6),
     num_running=st.integers(0, 300),
     num_waiting=st.integers(0, 10**6),
-    oldest_wait_s=st.floats(0, 1e6),
     p99_s=st.none() | st.floats(0, 1e4),
     target_s=st.none() | st.floats(0, 100),
     preemptions=st.integers(0, 50),

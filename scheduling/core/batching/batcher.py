@@ -372,7 +372,6 @@ class Batcher(Generic[In, Out]):
                 good_tokens=good,
                 num_running=size,
                 num_waiting=len(self._waiting),
-                oldest_wait_s=self._view().oldest_wait_s,
                 p99_s=latencies[int(0.99 * (len(latencies) - 1))],
                 target_s=self._target_s,
                 kv_blocks_total=NO_LIMIT,

@@ -76,17 +76,6 @@ class Outcome:
         measured = ((self.ttft_s, target.ttft_s), (self.e2e_s, target.e2e_s), (self.tpot_s, target.tpot_s))
         return all(limit is None or value is None or value <= limit for value, limit in measured)
 
-    def service_ratio(self, target: ServiceTarget) -> float | None:
-        """How slowly the engine served it from its claim on, as the worst share of its targets; None without any."""
-        if self.finished_s is None or self.first_token_s is None or self.claimed_s is None:
-            return None
-        measured = (
-            (self.first_token_s - self.claimed_s, target.ttft_s),
-            (self.finished_s - self.claimed_s, target.e2e_s),
-            (self.tpot_s, target.tpot_s),
-        )
-        return max((value / limit for value, limit in measured if value is not None and limit), default=None)
-
 
 class SizeChange(NamedTuple):
     """A decision of a sizing controller that changed a replica's batch size."""

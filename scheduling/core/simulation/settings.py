@@ -10,6 +10,7 @@ from scheduling.core.simulation.admission import AdmissionSettings
 from scheduling.core.simulation.outcome import ServiceTargets
 from scheduling.core.simulation.replica import SwapSettings
 from scheduling.core.sizing.controller import Sizing
+from scheduling.core.sizing.observer import PERIOD_S
 from scheduling.core.triggers import Trigger
 
 
@@ -32,7 +33,8 @@ class SimulationSettings:
     targets: ServiceTargets = field(default_factory=ServiceTargets)
     sizing: Callable[[int], Sizing] | None = None
     """Makes the controller of a replica from its number; None keeps the batch size."""
-    control_period_s: float = 0.5
+    control_period_s: float = PERIOD_S
+    """Between two looks of a controller."""
     admission: AdmissionSettings | None = None
     """None admits everything."""
     swap: SwapSettings | None = None

@@ -291,9 +291,9 @@ class Simulator:
 
     def _control(self) -> None:
         """Let every replica's sizing controller see the period and decide."""
-        period_s, queue = self._settings.control_period_s, self._queue
+        period_s = self._settings.control_period_s
         for watch in self._watches:
-            watch.control(self._now, period_s, num_waiting=len(queue), oldest_wait_s=queue.oldest_wait_s)
+            watch.control(self._now, period_s, num_queued=len(self._queue))
         self._resize()
         self._schedule(_CONTROL, period_s)
 

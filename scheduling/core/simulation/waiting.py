@@ -36,12 +36,6 @@ class SimulatedQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    @property
-    def oldest_wait_s(self) -> float:
-        """How long the oldest request has waited; 0 with none."""
-        oldest = next(iter(self._waiting.values()), None)
-        return self._clock() - oldest.request.arrival_s if oldest else 0.0
-
     def arrive(self, number: int, outcome: Outcome) -> None:
         """Take a request through admission into the queue."""
         request = outcome.request

@@ -38,7 +38,6 @@ class Observation:
     num_running: int = 0
     """Sequences in the batch at the period's end."""
     num_waiting: int = 0
-    oldest_wait_s: float = 0.0
     p99_s: float | None = None
     """Latency at the 99th percentile over the last while; None where nothing ended."""
     target_s: float | None = None
