@@ -210,9 +210,9 @@ class FleetQueue:
         """A request's output tokens so far."""
         return Command(("GET", self.keys.tokens(self.model, request_id)), _read_tokens)
 
-    def position(self, request_id: str) -> Command[Position | None]:
+    def position(self, request_id: str, now: float | None = None) -> Command[Position | None]:
         """How many go before a waiting request; None where it does not wait."""
-        return self.script("position", _read_position, request_id)
+        return self.script("position", _read_position, request_id, _time(now))
 
     def active_policy(self) -> Command[ActivePolicy]:
         """The policy in force; fifo at revision 0 in a queue where none was set."""

@@ -68,7 +68,7 @@ class Claimed(NamedTuple):
     dropped: tuple[Shed, ...] = ()
     """Who was dropped since its deadline had passed; the caller ends them (`end_shed`). A repeated claim names none."""
     more: bool = False
-    """The claim reached the bound of what one call moves or drops: claim again at once."""
+    """The claim reached the bound of what one call drops, and served nobody: claim again at once."""
 
 
 @dataclass(frozen=True, slots=True)

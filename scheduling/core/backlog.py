@@ -90,6 +90,12 @@ class Backlog:
         """Everything that waits, in no order."""
         return [row[2] for row in self.flows] + [record.entry for record in self.unplaced.values()]
 
+    def is_due(self, now: float, after_s: float) -> bool:
+        """Whether the first that arrived has waited so long. Arrivals have to be kept."""
+        assert self._arrivals is not None
+        keys = self._arrivals.chunks[0].columns[0]
+        return bool(keys) and now - keys[0] >= after_s
+
     def oldest(self, now: float, after_s: float) -> Head | None:
         """The first that arrived, if it has waited so long and is placed. Arrivals have to be kept."""
         assert self._arrivals is not None

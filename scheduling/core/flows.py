@@ -114,14 +114,10 @@ class Flows:
             return None
         flow = chunk.rows
         assert isinstance(flow, Flow)
-        return flow, chunk, next(at for at, entry in enumerate(chunk.columns[ENTRY]) if entry.id == request_id)
-
-    def demote(self, head: Head, by: float) -> None:
-        """Give a request a rank that is larger by `by`."""
-        flow, chunk, at = head
-        rank, number, entry, body = flow.row(chunk, at)
-        flow.delete(chunk, at)
-        flow.push(rank + by, number, entry, body)
+        entries = chunk.columns[ENTRY]
+        if entries[0].id == request_id:  # as it mostly is when its turn has come
+            return flow, chunk, 0
+        return flow, chunk, next(at for at, entry in enumerate(entries) if entry.id == request_id)
 
     def take(self, head: Head, cost_tokens: float) -> None:
         """Serve a request and charge its flow; the system's virtual time follows the flow whose turn it was."""
@@ -177,13 +173,19 @@ class Flows:
             flow.weight = weight
         return flow is not None
 
-    def position(self, request_id: str, mean_cost: float) -> tuple[str, int, int] | None:
-        """Flow, requests before it in the flow, and before it in all if every request were of mean cost."""
+    def position(self, request_id: str, mean_cost: float, late_before: float) -> tuple[str, int, int] | None:
+        """Flow, requests before it in the flow, and before it in all if every request were of mean cost.
+
+        Whoever's rank is below `late_before` goes after the rest of its flow.
+        """
         head = self.find(request_id)
         if head is None:
             return None
         own, chunk, at = head
         ahead = own.before(chunk, at)
+        hopeful = own.first_from(late_before)
+        num_late = own.before(*hopeful) if hopeful else 0
+        ahead += own.size - num_late if ahead < num_late else -num_late
         due = own.vt + ahead * mean_cost / own.weight
         before = ahead
         for flow in self._flows.values():

@@ -117,7 +117,7 @@ class FlowQueue:
                 dropped = self._drop_overdue(now, MAX_EXPIRED)
                 more = self._backlog.overdue(now) is not None
             if not more:
-                served, more = self._serve(owner, state, max_requests, max_tokens, now, max_priority)
+                served = self._serve(owner, state, max_requests, max_tokens, now, max_priority)
             if number is not None:
                 state.number, state.given = number, [(record.entry.id, record.attempt) for record in served]
         active = self._policy or _DEFAULT
@@ -246,11 +246,12 @@ class FlowQueue:
         record = self._records.get(request_id)
         return read_tokens(record.journal) if record else []
 
-    def position(self, request_id: str) -> Position | None:
+    def position(self, request_id: str, now: float | None = None) -> Position | None:
         if request_id not in self._backlog:
             return None
         depth = self._backlog.depth
-        found = self._backlog.flows.position(request_id, max(1.0, self._backlog.tokens / depth))
+        late_before = self._rules.late_before(self._now(now))
+        found = self._backlog.flows.position(request_id, max(1.0, self._backlog.tokens / depth), late_before)
         return Position("", depth - 1, depth - 1) if found is None else Position(*found)
 
     def active_policy(self) -> ActivePolicy:
@@ -291,11 +292,10 @@ class FlowQueue:
 
     def _serve(
         self, owner: str, state: Owner, max_requests: int, max_tokens: int, now: float, max_priority: int | None
-    ) -> tuple[list[Record], bool]:
-        """Those served, and whether a bound of this call kept it from serving more."""
+    ) -> list[Record]:
         backlog, flows, rules, records = self._backlog, self._backlog.flows, self._rules, self._records
         if max_priority is not None and not rules.preempts:
-            return [], False
+            return []
         turns = Turns(backlog, rules, now) if self._reorders and self._needs_turns(max_requests, now) else None
         next_head = flows.head if turns is None else turns.next
         claimed_tokens, served = 0, list[Record]()
@@ -324,14 +324,14 @@ class FlowQueue:
         if served:
             self._totals["claimed"] += len(served)
             self._totals["claimed_tokens"] += claimed_tokens
-        return served, turns is not None and turns.is_cut_short
+        return served
 
     def _needs_turns(self, max_requests: int, now: float) -> bool:
         """Whether the rules can change anything in this claim."""
         rules, backlog = self._rules, self._backlog
         if rules.late_slack_s is not None or (rules.run > 1 and max_requests > 1):
             return True
-        return rules.promote_after_s is not None and backlog.oldest(now, rules.promote_after_s) is not None
+        return rules.promote_after_s is not None and backlog.is_due(now, rules.promote_after_s)
 
     def _drop_overdue(self, now: float, limit: int) -> tuple[Shed, ...]:
         dropped: list[Shed] = []

@@ -65,6 +65,16 @@ class Rows:
             return chunk, end - 1
         return chunk, bisect_left(ties, tie, bisect_left(keys, key, 0, end), end)
 
+    def first_from(self, key: float) -> tuple[Chunk, int] | None:
+        """Where the first row is whose key is not below this one; None where all are."""
+        chunks = self.chunks
+        last = chunks[-1].columns[0]
+        if not last or last[-1] < key:
+            return None
+        place = bisect_left(self.bounds, (key,), 1) - 1
+        at = bisect_left(chunks[place].columns[0], key)
+        return (chunks[place], at) if at < len(chunks[place].columns[0]) else (chunks[place + 1], 0)
+
     def delete(self, chunk: Chunk, at: int) -> None:
         """Take a row out."""
         columns = chunk.columns

@@ -1,12 +1,7 @@
 """What a policy asks of the queue beyond the placement of each request: prices, promotion, lateness, runs."""
 
 from dataclasses import dataclass
-
-LATE = 1e10
-"""Added to the rank of a late request: after every rank that is a time, in the same order among the late."""
-
-MAX_DEMOTIONS = 1000
-"""Late requests that one claim moves; it then gives what it has, so that no claim holds up the others for long."""
+from math import inf
 
 PRIORITY_STEP = 1e10
 """What one priority level is worth in the order of right to stay: more than any arrival."""
@@ -26,7 +21,7 @@ class QueueRules:
     """Whoever arrived this long ago is next, the oldest first, whatever its flow; its flow is charged as ever."""
 
     late_slack_s: float | None = None
-    """Ranks are deadlines: one that is nearer than this when it comes up goes after all that are not late, once."""
+    """Ranks are deadlines: one that is nearer than this is late, and goes after all of its flow that are not."""
 
     request_price: float = 0.0
     prompt_price: float = 1.0
@@ -43,6 +38,10 @@ class QueueRules:
     def reorders(self) -> bool:
         """Whether anything but the flows and ranks says who is next."""
         return self.promote_after_s is not None or self.late_slack_s is not None or self.run > 1
+
+    def late_before(self, now: float) -> float:
+        """The rank below which a request is late."""
+        return -inf if self.late_slack_s is None else now + self.late_slack_s
 
     def charge(self, prompt_tokens: int, output_tokens: int) -> float:
         """The price of a request."""

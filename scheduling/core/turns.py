@@ -1,10 +1,8 @@
 """Whose turn it is within one claim of the queue in memory."""
 
-import math
-
 from scheduling.core.backlog import Backlog
 from scheduling.core.flows import RANK, Head
-from scheduling.core.rules import LATE, MAX_DEMOTIONS, QueueRules
+from scheduling.core.rules import QueueRules
 
 
 class Turns:
@@ -16,11 +14,8 @@ class Turns:
     def __init__(self, backlog: Backlog, rules: QueueRules, now: float) -> None:
         self._backlog, self._flows, self._run_length = backlog, backlog.flows, rules.run
         self._now, self._promote_after_s = now, rules.promote_after_s
-        self._late_before = -math.inf if rules.late_slack_s is None else now + rules.late_slack_s
-        self._demotions_left = MAX_DEMOTIONS
+        self._late_before = rules.late_before(now)
         self._run, self._run_left = "", 0
-        self.is_cut_short = False
-        """More requests are late than one claim moves."""
 
     def next(self) -> Head | None:
         """Who is served next. It has to be taken before the next call."""
@@ -31,18 +26,14 @@ class Turns:
         return self._by_turn()
 
     def _by_turn(self) -> Head | None:
-        flows = self._flows
-        while True:
-            head = flows.head_of(self._run) if self._run_left else None
-            if head is None:
-                if (head := flows.head()) is None:
-                    return None
-                self._run, self._run_left = head[0].name, self._run_length
-            if head[1].columns[RANK][0] >= self._late_before:
-                self._run_left -= 1
-                return head
-            if not self._demotions_left:
-                self.is_cut_short = True
+        head = self._flows.head_of(self._run) if self._run_left else None
+        if head is None:
+            if (head := self._flows.head()) is None:
                 return None
-            self._demotions_left -= 1
-            flows.demote(head, LATE)
+            self._run, self._run_left = head[0].name, self._run_length
+        self._run_left -= 1
+        flow, chunk, _ = head
+        if chunk.columns[RANK][0] >= self._late_before:
+            return head
+        hopeful = flow.first_from(self._late_before)
+        return head if hopeful is None else (flow, *hopeful)

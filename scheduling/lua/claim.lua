@@ -30,19 +30,12 @@ local function move(flow, list, vt)
   end
 end
 
--- Take the head out of a flow's list; late ones that come up go behind the others. Nil after too many of those.
-local demotions_left = MAX_DEMOTIONS
+-- Take who is next out of a flow's list: the head of those that are not late, else of the late ones.
 local function pop(list, late_before)
-  while true do
-    local head = call('ZPOPMIN', list)
-    if not head[1] or not late_before or tonumber(head[2]) >= late_before then return head end
-    if demotions_left == 0 then
-      call('ZADD', list, head[2], head[1])
-      return nil
-    end
-    demotions_left = demotions_left - 1
-    call('ZADD', list, tonumber(head[2]) + LATE, head[1])
-  end
+  local head = late_before and call('ZRANGEBYSCORE', list, late_before, '+inf', 'WITHSCORES', 'LIMIT', 0, 1) or {}
+  if not head[1] then return call('ZPOPMIN', list) end
+  call('ZREM', list, head[1])
+  return head
 end
 
 -- Leases of those served, and who leaves the orders: written at once.
@@ -132,16 +125,11 @@ local function serve_next(now, late_before)
   end
   if run_left == 0 then run, run_left = flow, queue.rules[RUN] end
   run_left = run_left - 1
-  local head = pop(queue.at .. ':f:' .. flow, late_before)
-  if not head then
-    more = true
-    return false
-  end
-  return serve(flow, vt, head, first_vt)
+  return serve(flow, vt, pop(queue.at .. ':f:' .. flow, late_before), first_vt)
 end
 
 local now = clock(ARGV[5])
-local late_before = queue.rules[SLACK] and now + queue.rules[SLACK]
+local late_before = late_rank(queue, now)
 if call('ZADD', Q .. ':owners', now + lease_s, owner) == 1 then forgive(owner) end
 if not repeated() then
   dropped, more = drop_expired(queue, now, MAX_EXPIRED)

@@ -1,10 +1,16 @@
--- id -> {flow, before it in the flow, before it in all (estimate)} or nil
+-- id, now -> {flow, before it in the flow, before it in all (estimate)} or nil
 local id = ARGV[1]
 if not call('ZSCORE', ARRIVALS, id) then return nil end
 local queue = load_queue()
 local flow, member = locate(queue, id)
 if not flow then return { '', queue.depth - 1, queue.depth - 1 } end
-local rank = call('ZRANK', queue.at .. ':f:' .. flow, member)
+local list = queue.at .. ':f:' .. flow
+local rank, late_before = call('ZRANK', list, member), late_rank(queue, clock(ARGV[2]))
+if late_before then
+  -- The late go after the others.
+  local num_late = call('ZCOUNT', list, '-inf', '(' .. late_before)
+  rank = rank - num_late + (rank < num_late and call('ZCARD', list) or 0)
+end
 -- With all requests of mean cost, a flow at virtual time v has served k of them when it stands at v + k * cost / weight.
 local cost = math.max(1, tonumber(call('HGET', META, 'waiting_tokens')) / queue.depth)
 local flows = call('ZRANGE', queue.at .. ':flows', 0, 999, 'WITHSCORES')

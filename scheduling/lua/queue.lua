@@ -26,7 +26,7 @@ local FLOW, RANK, WEIGHT, EPOCH, ENTRY = 1, 2, 3, 4, 5
 
 -- Rules of the active policy, see core/rules.py.
 local PROMOTE, SLACK, PER_REQUEST, PER_PROMPT, PER_OUTPUT, RUN, PREEMPTS = 1, 2, 3, 4, 5, 6, 7
-local PLAIN, LATE, MAX_DEMOTIONS = { false, false, 0, 1, 1, 1, false }, 1e10, 1000
+local PLAIN = { false, false, 0, 1, 1, 1, false }
 local PRIORITY_STEP, MAX_SHED, MAX_EXPIRED = 1e10, 16, 100
 -- How long an owner whose lease ended may take to come back and have its requests' failures taken back.
 local FORGIVE_S = 3600
@@ -107,6 +107,11 @@ end
 local function charge(queue, prompt, output)
   local rules = queue.rules
   return rules[PER_REQUEST] + rules[PER_PROMPT] * prompt + rules[PER_OUTPUT] * output
+end
+
+-- The rank below which a request is late; nil without such a rule.
+local function late_rank(queue, now)
+  return queue.rules[SLACK] and string.format('%.17g', now + queue.rules[SLACK])
 end
 
 local function put_rules(packed)

@@ -214,7 +214,7 @@ class BothQueues(RuleBasedStateMachine):
     def look(self, index: int) -> None:
         id_ = self.pick(index)
         assert self.run(self.fleet.record(id_)) == self.memory.record(id_)
-        assert self.run(self.fleet.position(id_)) == self.memory.position(id_)
+        assert self.run(self.fleet.position(id_, self.now)) == self.memory.position(id_, self.now)
 
     @invariant()
     def what_can_be_read_is_the_same(self) -> None:
@@ -223,8 +223,8 @@ class BothQueues(RuleBasedStateMachine):
         assert set(self.run(self.fleet.reply_to_requests("web-1"))) == set(self.memory.reply_to_requests("web-1"))
         for owner in OWNER_NAMES:
             assert self.run(self.fleet.take_cancels(owner)) == self.memory.take_cancels(owner)
-        commands = [self.fleet.position(id_) for id_ in self.ids]
-        assert execute_many(self.client, commands) == [self.memory.position(id_) for id_ in self.ids]
+        commands = [self.fleet.position(id_, self.now) for id_ in self.ids]
+        assert execute_many(self.client, commands) == [self.memory.position(id_, self.now) for id_ in self.ids]
 
     @invariant()
     def nothing_is_lost_or_doubled(self) -> None:

@@ -10,7 +10,6 @@ import redis
 from scheduling.core.policies import POLICIES, Policy, build_policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
-from scheduling.core.rules import MAX_DEMOTIONS
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 from scheduling.store import execute, execute_many
@@ -55,7 +54,6 @@ class Both:
         same = self.memory.claim("gpu", max_requests=num, max_tokens=10**9, lease_s=1e9, now=now)
         assert [r.id for r in answer.requests] == [r.id for r in same.requests]
         assert (answer.depth, answer.more) == (same.depth, same.more)
-        self.was_cut_short = answer.more
         return [request.id for request in answer.requests]
 
     def finish(self, id_: str, used_tokens: int) -> None:
@@ -98,12 +96,15 @@ def test_a_switch_brings_a_policys_rules_into_force(store: redis.Redis, keys: Ke
     assert len(both.claim(100, now)) == 80
 
 
-def test_late_requests_are_passed_a_bounded_number_at_a_time(store: redis.Redis, keys: Keys) -> None:
+def test_a_claim_passes_any_number_of_late_requests_and_positions_know_of_it(store: redis.Redis, keys: Keys) -> None:
     now = 1000.0
     both = Both(store, keys, build_policy("edf"))
     fields: dict[str, Any] = {"tenant": "ada", "priority": 3, "arrival_s": 0.0, "prompt_tokens": 1, "max_tokens": 1}
-    late = [QueueEntry(id=f"late{i}", deadline_s=10.0, **fields) for i in range(MAX_DEMOTIONS + 50)]
-    both.put(*late, QueueEntry(id="early", deadline_s=5000.0, **fields))
-    assert both.claim(1, now) == []
-    assert both.was_cut_short
-    assert both.claim(2, now) == ["early", "late0"]
+    late = [QueueEntry(id=f"late{i}", deadline_s=10.0, **fields) for i in range(1500)]
+    both.put(*late, *(QueueEntry(id=f"early{i}", deadline_s=5000.0, **fields) for i in range(2)))
+    for id_, num_before in (("early1", 1), ("late0", 2), ("late9", 11)):
+        position = both.memory.position(id_, now)
+        assert position == execute(store, both.fleet.position(id_, now))
+        assert position is not None
+        assert position.in_flow == num_before
+    assert both.claim(4, now) == ["early0", "early1", "late0", "late1"]

@@ -4,24 +4,21 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import msgspec
 import pytest
 import redis
 
-from inference.messages import InferenceRequest, RequestEvent
+from inference.messages import RequestEvent
 from inference.worker import intake as intake_module
 from inference.worker.active import ActiveRequest, open_request
 from inference.worker.inbox import Inbox
 from inference.worker.intake import Intake
 from inference.worker.lease import Lease
 from scheduling.core.answers import ClaimedRequest
-from scheduling.core.policies import build_policy
-from scheduling.core.request import QueueEntry
 from scheduling.core.room import NO_ROOM, Room, UrgentRoom
-from scheduling.core.rules import MAX_DEMOTIONS, MAX_EXPIRED
+from scheduling.core.rules import MAX_EXPIRED
 from scheduling.core.sequence import SamplingParams
 from scheduling.keys import Keys
-from scheduling.store import connect, execute, execute_many
+from scheduling.store import connect, execute
 from tests.integration.fleet import FleetClient
 from tests.patience import PATIENCE_S, wait_until
 from tests.sequences import SilentStream
@@ -106,36 +103,6 @@ def test_requests_past_their_deadline_are_ended_at_a_claim_and_never_given(intak
     fleet.until(lambda: all(answer.finish for answer in late))
     assert {answer.finish.error_code for answer in late if answer.finish} == {"deadline_exceeded"}
     assert len(fleet.events(RequestEvent)) == len(late), "each is ended once"
-
-
-@pytest.mark.usefixtures("no_second_look")
-def test_a_claim_that_only_moved_late_requests_is_repeated_at_once(intake: Intake, fleet: FleetClient) -> None:
-    policy = build_policy("edf")
-    assert execute(fleet.client, fleet.queue.init_policy("edf", {}, 1))
-    now = time.time()
-    for name, deadline_s, num in (("late", now - 9, MAX_DEMOTIONS + 1), ("early", now + 600, 1)):
-        request = InferenceRequest(
-            id=name, model="m", tenant="acme", priority=3, arrival_s=now, prompt_token_ids=[1], max_tokens=5,
-            sampling=SamplingParams(),
-        )  # fmt: skip
-        entries = [
-            QueueEntry(
-                id=f"{name}{i}", tenant="acme", priority=3, arrival_s=now, prompt_tokens=1, max_tokens=5,
-                deadline_s=deadline_s,
-            )
-            for i in range(num)
-        ]  # fmt: skip
-        execute_many(
-            fleet.client,
-            [
-                fleet.queue.enqueue(
-                    entry, policy.place(entry), revision=1, body=msgspec.msgpack.encode(request), depth_limit=10**6
-                )
-                for entry in entries
-            ],
-        )
-    intake.offer(Room(1, 100), is_idle=False)
-    assert take(intake, 1) == ["early"]
 
 
 def test_a_full_intake_looks_how_many_wait_and_claims_one_that_may_take_a_place(

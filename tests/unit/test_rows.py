@@ -26,6 +26,11 @@ def test_rows_hold_what_a_sorted_list_holds(seed: int, span: int) -> None:
             chunk, at = rows.locate(*expected[place])
             assert tuple(column[at] for column in chunk.columns) == expected[place]
             assert rows.before(chunk, at) == place
+        key = float(rng.randrange(span))
+        above = [index for index, one in enumerate(expected) if one[0] >= key]
+        first = rows.first_from(key)
+        assert (first is None) == (not above)
+        assert first is None or rows.before(*first) == above[0]
     assert list(rows) == expected
     assert list(reversed(rows)) == expected[::-1]
     assert rows.size == len(expected)
