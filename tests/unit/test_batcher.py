@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from scheduling.core.batching.batcher import Batcher
 from scheduling.core.batching.errors import BatcherClosedError, BatcherError, BatcherFullError, BatchResultError
-from scheduling.core.policies import POLICIES
+from scheduling.core.policies import POLICIES, build_policy
 from scheduling.core.request import Priority
-from scheduling.core.triggers import BatchView, Fired
+from scheduling.core.sizing.strategies import build_sizing
+from scheduling.core.triggers import BatchView, Fired, batch_triggers
 
 DOCS = Path(__file__).parents[2] / "docs"
 SOON_S = 60.0
@@ -254,6 +255,56 @@ async def test_a_trigger_that_raises_fails_the_waiting_and_the_block() -> None:
     with pytest.raises(BatcherError, match="entered only once"):
         async with batcher:
             pass
+
+
+async def test_a_trigger_that_always_fires_starts_no_empty_batch() -> None:
+    class Eager:
+        def check(self, view: BatchView) -> Fired | None:
+            return Fired("eager", "always")
+
+        def due_s(self, view: BatchView) -> float | None:
+            return 0.0
+
+    model = Model()
+    batcher = Batcher.for_batches(model)
+    batcher._triggers = lambda size: Eager()
+    async with batcher:
+        assert await results([batcher.submit(1)]) == ["<1>"]
+        for _ in range(5):
+            await asyncio.sleep(0)
+    assert model.batches == [[1]]
+
+
+async def test_requests_past_their_deadline_run_in_full_batches_too() -> None:
+    model = Model()
+    async with Batcher.for_batches(model, wait_s=0, policy="edf") as batcher:
+        await results([batcher.submit(i, deadline_s=0.0) for i in range(2400)])
+        assert batcher.health().finished == 2400
+    assert {len(batch) for batch in model.batches} == {8}
+
+
+async def test_the_adaptive_policy_switches_when_one_tenant_floods_and_says_why() -> None:
+    model, now_s = Model(held=True), 1000.0
+    batcher = Batcher(
+        model,
+        policy=build_policy("adaptive", {"dwell_s": 5, "hold_s": 5}),
+        sizing=build_sizing("fixed", {"initial": 3}),
+        triggers=lambda size: batch_triggers(size, 0.0),
+        clock=lambda: now_s,
+    )
+    async with batcher:
+        futures = [batcher.submit(f"a{i}", tenant="a", tokens=100) for i in range(40)]
+        await model.began.acquire()
+        assert batcher.health().policy == "fifo"
+        now_s += 3
+        futures += [batcher.submit(f"{tenant}0", tenant=tenant) for tenant in "bc"]
+        now_s += 6
+        model.gate.set()
+        await results(futures)
+        health = batcher.health()
+    assert model.batches[:2] == [["a0", "a1", "a2"], ["a3", "b0", "c0"]]
+    assert health.policy == "fair"
+    assert health.policy_reason.startswith("one tenant has")
 
 
 @settings(max_examples=40, deadline=None)

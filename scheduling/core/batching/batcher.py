@@ -13,9 +13,10 @@ from random import Random
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from scheduling.core.adaptation import PolicyInForce
 from scheduling.core.batching.errors import BatcherClosedError, BatcherError, BatcherFullError, BatchResultError
 from scheduling.core.batching.health import BatcherHealth
-from scheduling.core.policies import build_policy
+from scheduling.core.policies import build_policy, deadline_of
 from scheduling.core.policy import Policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import Priority, QueueEntry
@@ -29,7 +30,6 @@ RunBatch = Callable[[Sequence[In]], Awaitable[Sequence[Out | BaseException]]]
 """Takes a batch and gives as many results in its order; an exception among them belongs to its request alone."""
 
 OWNER = "batcher"
-REVISION = 1
 NO_LIMIT = 2**62
 LATENCY_WINDOW = 256
 
@@ -70,7 +70,6 @@ class Batcher(Generic[In, Out]):
         if max_waiting < 1 or max_concurrent < 1:
             raise ValueError("A batcher holds at least one request and runs at least one batch.")
         self._run_batch = run_batch
-        self._policy = policy
         self._sizing = sizing
         self._triggers = triggers
         self._max_waiting = max_waiting
@@ -79,7 +78,7 @@ class Batcher(Generic[In, Out]):
         self._target_s = target_s
         self._clock = clock
         self._queue = FlowQueue(clock)
-        self._queue.init_policy(policy.name, policy.params, REVISION)
+        self._policy = PolicyInForce(policy, self._queue, deadline_of, clock())
         self._waiting: dict[str, _Waiting[In, Out]] = {}
         """In order of arrival."""
         self._levels: Counter[int] = Counter()
@@ -204,13 +203,16 @@ class Batcher(Generic[In, Out]):
             deadline_s=deadline_s,
             share=share,
         )
-        placement = self._policy.place(entry)
-        limit = self._max_waiting
-        if self._queue.enqueue(entry, placement, revision=REVISION, depth_limit=limit, keep_s=0).status == "full":
+        policy, limit = self._policy, self._max_waiting
+        placement = policy.policy.place(entry)
+        answer = self._queue.enqueue(entry, placement, revision=policy.revision, depth_limit=limit, keep_s=0)
+        if answer.status == "full":
             raise BatcherFullError(limit)
         future: asyncio.Future[Out] = asyncio.get_running_loop().create_future()
         self._waiting[entry.id] = _Waiting(entry, item, future)
         self._levels[priority] += 1
+        policy.note(entry)
+        policy.look(entry.arrival_s)
         future.add_done_callback(lambda done: self._withdraw(entry.id) if done.cancelled() else None)
         self._changed.set()
         return future
@@ -229,6 +231,8 @@ class Batcher(Generic[In, Out]):
             batch_size=self._sizing.decide().batch_size,
             triggers=dict(self._log.counts),
             latest_reason=self._log.latest.reason if self._log.latest else "",
+            policy=self._policy.chosen,
+            policy_reason=self._policy.changes[-1].reason if self._policy.changes else "",
         )
 
     async def _work(self) -> None:
@@ -267,12 +271,13 @@ class Batcher(Generic[In, Out]):
             if self._closing:
                 return Fired("drain", "the batcher is closing") if self._waiting else None
             trigger = self._triggers(self._sizing.decide().batch_size)
-            fired = trigger.check(view)
+            # Where nothing waits there is nothing to start, whatever a trigger of the user's says.
+            fired = trigger.check(view) if view.num_waiting else None
             if fired is not None:
                 return fired
             self._changed.clear()
             try:
-                async with asyncio.timeout(trigger.due_s(view)):
+                async with asyncio.timeout(trigger.due_s(view) if view.num_waiting else None):
                     await self._changed.wait()
             except TimeoutError:
                 continue
@@ -287,6 +292,7 @@ class Batcher(Generic[In, Out]):
     def _take(self, fired: Fired) -> list[_Waiting[In, Out]]:
         """The next batch, in the policy's order, or the most urgent requests alone."""
         size = self._sizing.decide().batch_size
+        self._policy.look(self._clock())
         if fired.alone:
             urgent = min(level for level, count in self._levels.items() if count)
             ids = [id_ for id_, waiting in self._waiting.items() if waiting.entry.priority == urgent][:size]
@@ -301,6 +307,7 @@ class Batcher(Generic[In, Out]):
     def _leave(self, request_id: str) -> _Waiting[In, Out]:
         waiting = self._waiting.pop(request_id)
         self._levels[waiting.entry.priority] -= 1
+        self._policy.forget(request_id)
         return waiting
 
     def _withdraw(self, request_id: str) -> None:

@@ -22,3 +22,6 @@ class BatcherHealth:
     triggers: dict[str, int]
     """What started the batches, by trigger."""
     latest_reason: str
+    policy: str
+    """By which requests go next; under `adaptive` the one that it has chosen, and why."""
+    policy_reason: str

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from scheduling.core.adaptation import PolicyChange
 from scheduling.core.request import QueueEntry
 from scheduling.core.simulation.trace import TraceRequest
 
@@ -83,14 +84,6 @@ class SizeChange(NamedTuple):
     time_s: float
     replica: int
     batch_size: int
-    reason: str
-
-
-class PolicyChange(NamedTuple):
-    """A switch that the adaptive policy made."""
-
-    time_s: float
-    policy: str
     reason: str
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 
+from scheduling.core.adaptation import PERIOD_S as LOOK_S
 from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import RequestTooLongError, StepPlanner
 from scheduling.core.request import Priority
@@ -103,7 +104,7 @@ class Simulator:
         if settings.admission is not None and queue.admission.is_assessed:
             self._schedule(_ASSESS, settings.admission.period_s)
         if queue.policy.is_adaptive:
-            self._schedule(_JUDGE, queue.policy.period_s)
+            self._schedule(_JUDGE, LOOK_S)
         if self._drops:
             self._schedule(_SWEEP, SWEEP_S)
 
@@ -128,7 +129,7 @@ class Simulator:
             self._schedule(_SWEEP, SWEEP_S)
         else:
             self._queue.policy.judge(time_s)
-            self._schedule(_JUDGE, self._queue.policy.period_s)
+            self._schedule(_JUDGE, LOOK_S)
 
     @property
     def _next_arrival_s(self) -> float:

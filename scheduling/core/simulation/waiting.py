@@ -4,12 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
+from scheduling.core.adaptation import PolicyInForce
+from scheduling.core.policies import deadline_of
+from scheduling.core.policy import Params
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
 from scheduling.core.room import Room, UrgentRoom
 from scheduling.core.simulation.admission import NO_LIMIT, SimulatedAdmission
 from scheduling.core.simulation.outcome import Outcome
-from scheduling.core.simulation.policy import SimulatedPolicy
 from scheduling.core.simulation.replica import SimulatedSequence
 from scheduling.core.simulation.settings import SimulationSettings
 
@@ -26,7 +28,8 @@ class SimulatedQueue:
         self._clock = clock
         self._refused = refused
         self._queue = FlowQueue(clock=clock)
-        self.policy = SimulatedPolicy(settings.policy, self._queue, settings.targets)
+        self._targets = settings.targets
+        self.policy = PolicyInForce(settings.policy, self._queue, self._deadline)
         self.admission = SimulatedAdmission(settings.admission)
         self._waiting: dict[str, Outcome] = {}
         """In order of arrival."""
@@ -135,6 +138,13 @@ class SimulatedQueue:
         unused_tokens = request.prompt_tokens + request.max_tokens
         self.admission.settle(request.tenant, request_id, unused_tokens, self._clock())
         self._refuse(outcome, reason)
+
+    def _deadline(self, entry: QueueEntry, params: Params) -> float:
+        """A request's own deadline, or its arrival plus its end-to-end target, or the policy's own target."""
+        e2e_s = self._targets.of(entry).e2e_s
+        if entry.deadline_s is not None or e2e_s is None:
+            return deadline_of(entry, params)
+        return entry.arrival_s + e2e_s
 
     def _leave(self, request_id: str) -> Outcome:
         """A request was claimed."""

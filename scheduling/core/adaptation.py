@@ -1,32 +1,50 @@
-"""The policy in force during a simulation; where it is `adaptive`, its switches, as ops makes them in a fleet."""
+"""The policy in force on a queue in memory; where it is `adaptive`, its switches, as ops makes them in a fleet."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from scheduling.core.adaptive import AdaptiveState, choose, observe
-from scheduling.core.policies import build_policy, deadline_of
-from scheduling.core.policy import Policy
+from scheduling.core.policies import build_policy
+from scheduling.core.policy import Params, Policy
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
-from scheduling.core.simulation.outcome import PolicyChange, ServiceTargets
 
+PERIOD_S = 2.0
+"""How often the adaptive policy looks."""
 SAMPLE = 200
-"""Waiting requests that the adaptive policy looks at."""
+"""Waiting requests that it looks at."""
 
 
-class SimulatedPolicy:
+class PolicyChange(NamedTuple):
+    """A switch that the adaptive policy made."""
+
+    time_s: float
+    policy: str
+    reason: str
+
+
+class PolicyInForce:
     """Knows the policy, its revision, and what waits."""
 
-    period_s = 2.0
-    """How often the adaptive policy looks."""
-
-    def __init__(self, policy: Policy, queue: FlowQueue, targets: ServiceTargets) -> None:
+    def __init__(
+        self, policy: Policy, queue: FlowQueue, deadline: Callable[[QueueEntry, Params], float], now_s: float = 0.0
+    ) -> None:
+        """`deadline` gives a request's, by the parameters of the policy."""
         self.policy = policy
         self.revision = 1
         self.changes: list[PolicyChange] = []
         self.is_adaptive = policy.name == "adaptive"
         self._queue = queue
-        self._targets = targets
+        self._deadline = deadline
         self._waiting: dict[str, QueueEntry] = {}
-        self._state = AdaptiveState(switched_s=0.0)
+        self._state = AdaptiveState(switched_s=now_s)
+        self._due_s = now_s
         queue.init_policy(policy.name, policy.params, self.revision)
+
+    @property
+    def chosen(self) -> str:
+        """The policy by which requests go: its own name, or the one that `adaptive` has chosen."""
+        return str(self.policy.params["current"]) if self.is_adaptive else self.policy.name
 
     @property
     def is_timed(self) -> bool:
@@ -44,22 +62,21 @@ class SimulatedPolicy:
         if self.is_adaptive:
             del self._waiting[request_id]
 
+    def look(self, now_s: float) -> None:
+        """`judge`, where that is due again."""
+        if self.is_adaptive and now_s >= self._due_s:
+            self._due_s = now_s + PERIOD_S
+            self.judge(now_s)
+
     def judge(self, now_s: float) -> None:
         """Look at what waits, and switch where another policy fits better and has done so for long enough."""
         waiting = list(self._waiting.values())
         sample = waiting[:: max(1, len(waiting) // SAMPLE)]
         params = self.policy.params
-        conditions = observe(sample, len(waiting), now_s, self._deadline)
+        conditions = observe(sample, len(waiting), now_s, lambda entry: self._deadline(entry, params))
         self._state, choice = choose(self._state, conditions, current=params["current"], params=params, now=now_s)
         if choice is not None:
             self.revision += 1
             self.policy = build_policy("adaptive", {**params, "current": choice.policy})
             self._queue.switch(self.policy, self.revision)
             self.changes.append(PolicyChange(now_s, choice.policy, choice.reason))
-
-    def _deadline(self, entry: QueueEntry) -> float:
-        """A request's own deadline, or its arrival plus its end-to-end target, or the policy's own target."""
-        e2e_s = self._targets.of(entry).e2e_s
-        if entry.deadline_s is not None or e2e_s is None:
-            return deadline_of(entry, self.policy.params)
-        return entry.arrival_s + e2e_s
