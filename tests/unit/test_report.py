@@ -133,8 +133,11 @@ def test_tables_and_json_show_every_policy_side_by_side() -> None:
     table = compare_reports([report, report])
     assert table.splitlines()[0].split() == ["fifo", "fifo"]
     assert "SLA attainment" in table
-    assert "TTFT mean / p99 by priority" in table
-    assert "a (2)" in table
+    for group, attainment in (("a (2)", "50.0%"), ("normal (3)", "33.3%")):
+        figures = ["fifo", attainment, "1.75 s", "500 ms", "3 s", "3 s", "3 s", "2 s", "4 s", "4 s"]
+        first = table.splitlines().index(next(line for line in table.splitlines() if line.startswith(group)))
+        named, unnamed = (re.split(" {2,}", line.strip()) for line in table.splitlines()[first : first + 2])
+        assert (named, unnamed) == ([group, *figures], figures)
     assert max(len(line) for line in table.splitlines()) < 120
     assert json.loads(json.dumps(report.to_dict()))["total"]["ttft_s"]["p50"] == 0.5
     assert light_half(report) == ["b <&>"]

@@ -69,27 +69,23 @@ def compare_reports(reports: Sequence[Report], *, max_groups: int = 12) -> str:
     tenants = reports[0].tenants
     busiest = sorted(tenants, key=lambda name: -tenants[name].requests)[:max_groups]
     title = "tenant" if len(busiest) == len(tenants) else f"tenant ({len(busiest)} busiest of {len(tenants)})"
-    parts.append(_compare_groups(f"TTFT mean / p99 by {title}", reports, busiest, lambda r: r.tenants))
+    parts.append(_compare_groups(f"by {title}", reports, busiest, lambda r: r.tenants))
     if len(reports[0].priorities) > 1:
-        names = list(reports[0].priorities)
-        parts.append(_compare_groups("TTFT mean / p99 by priority", reports, names, lambda r: r.priorities))
+        parts.append(_compare_groups("by priority", reports, list(reports[0].priorities), lambda r: r.priorities))
     return "\n\n".join(parts)
 
 
 def _compare_groups(
     title: str, reports: Sequence[Report], names: Sequence[str], groups: Callable[[Report], dict[str, Group]]
 ) -> str:
-    show = _latency if len(reports) <= 4 else _latency_alone
-    rows = [
-        [f"{name} ({groups(reports[0])[name].requests:,})", *(show(groups(report)[name]) for report in reports)]
-        for name in names
-    ]
-    return format_table([title, *(report.label for report in reports)], rows)
-
-
-def _latency(group: Group) -> str:
-    return f"{_latency_alone(group)}, SLA {_share(group.sla_attainment)}"
-
-
-def _latency_alone(group: Group) -> str:
-    return f"{format_seconds(group.ttft_s.mean)} / {format_seconds(group.ttft_s.p99)}"
+    """A row for each group and report: what one policy did for a group stands under what another did."""
+    spread = ("mean", "p50", "p90", "p99")
+    header = [title, "", "SLA", *(f"TTFT {spread[0]}", *spread[1:]), *(f"end to end {spread[0]}", *spread[1:])]
+    rows = []
+    for name in names:
+        for number, report in enumerate(reports):
+            group = groups(report)[name]
+            first = "" if number else f"{name} ({group.requests:,})"
+            latencies = [getattr(part, figure) for part in (group.ttft_s, group.e2e_s) for figure in spread]
+            rows.append([first, report.label, _share(group.sla_attainment), *map(format_seconds, latencies)])
+    return format_table(header, rows)
