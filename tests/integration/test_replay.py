@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 from django.core.management import CommandError, call_command
+from django.db.models import F
 
 from inference.models import BatchRecord, ModelDeployment, RequestRecord
 from inference.recorded import HistoryError, read_history
 from inference.what_if import Candidate, run_what_if
 from scheduling.core.simulation.trace import TraceRequest
 from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost
+from scheduling.models import Tenant
 from tests.integration.recorded_run import START, record_run
 
 Capture = pytest.CaptureFixture[str]
@@ -74,7 +76,9 @@ def test_a_cost_file_decides_how_long_steps_take(trace: Path, tmp_path: Path, ca
     slow = tmp_path / "slow.json"
     StepCost(step_s=0.5, prefill_token_s=0, decode_sequence_s=0, context_token_s=0).save(slow)
     call_command("replay", str(trace), "--policies=fifo", "--limit=1", f"--cost={slow}")
-    assert "500 ms / 500 ms, SLA 100.0%" in capsys.readouterr().out
+    tenant = next(line for line in capsys.readouterr().out.splitlines() if "(1)" in line)
+    assert tenant.split()[2:5] == ["fifo", "100.0%", "500"]
+    assert tenant.count("500 ms") >= 4
 
 
 @pytest.mark.parametrize(
@@ -159,3 +163,14 @@ def test_what_another_server_computed_is_not_replayed() -> None:
     BatchRecord.objects.update(kv_blocks_total=0)
     with pytest.raises(HistoryError, match="another server's"):
         read_history("demo")
+
+
+@pytest.mark.django_db
+def test_recorded_requests_have_as_long_until_their_deadline_at_any_rate(tmp_path: Path) -> None:
+    record_run(mixed_requests(), COST)
+    RequestRecord.objects.update(deadline_at=F("arrived_at") + timedelta(seconds=30))
+    Tenant.objects.bulk_create(Tenant(name=name, drop_expired=True) for name in "ab")
+    report = tmp_path / "report.json"
+    call_command("replay", "--from-history=demo", "--policies=fifo", "--rate=0.5", f"--json={report}")
+    (total,) = (r["total"] for r in json.loads(report.read_text())["reports"])
+    assert (total["finished"], total["refused"]) == (400, 0)

@@ -80,3 +80,9 @@ def test_an_unusable_file_is_said_to_be_one(tmp_path: Path) -> None:
         read_trace(tmp_path, rate=0.0)
     with pytest.raises(TraceError, match="limit"):
         read_trace(tmp_path, limit=0)
+
+
+def test_at_another_rate_a_request_has_as_long_until_its_deadline() -> None:
+    request = TraceRequest(8.0, "a", 5, 5, deadline_s=11.0)
+    assert request.at_rate(4.0) == request._replace(arrival_s=2.0, deadline_s=5.0)
+    assert request._replace(deadline_s=None).at_rate(0.5) == request._replace(arrival_s=16.0, deadline_s=None)

@@ -96,10 +96,7 @@ class Command(BaseCommand):
             raise TraceError("Name a trace, or a model with --from-history.")
         if options["rate"] <= 0:
             raise TraceError("The rate must be above 0.")
-        rate = options["rate"]
-        return with_weights(
-            [request._replace(arrival_s=request.arrival_s / rate) for request in recorded.trace], tenants
-        )
+        return with_weights([request.at_rate(options["rate"]) for request in recorded.trace], tenants)
 
     def _simulate(self, trace: Sequence[TraceRequest], settings: SimulationSettings, cost: StepCost) -> Run:
         name, total = settings.policy.name, len(trace)

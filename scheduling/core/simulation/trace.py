@@ -35,6 +35,12 @@ class TraceRequest(NamedTuple):
     drop_expired: bool = False
     """Whether it is dropped when it still waits at its deadline."""
 
+    def at_rate(self, rate: float) -> "TraceRequest":
+        """The same where requests come so many times as fast; it has as long until its deadline as it had."""
+        arrival_s = self.arrival_s / rate
+        deadline_s = None if self.deadline_s is None else arrival_s + (self.deadline_s - self.arrival_s)
+        return self._replace(arrival_s=arrival_s, deadline_s=deadline_s)
+
 
 def read_trace(path: Path, *, rate: float = 1.0, limit: int | None = None) -> list[TraceRequest]:
     """The requests of a trace, in order; arrivals come `rate` times as fast, and at most `limit` are read.
