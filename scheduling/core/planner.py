@@ -318,11 +318,12 @@ class StepPlanner:
             if not entry.sequence.is_urgent:
                 return
             shared, num_blocks = roster.blocks_needed(entry.sequence)
+            num_missing = num_blocks + roster.watermark_blocks - allocator.num_free
             victims = choose_victims(
                 roster.running,
                 entry,
                 num_slots=len(roster.running) + 1 - self.max_batch_size,
-                num_blocks=num_blocks + roster.watermark_blocks - allocator.num_free,
+                num_blocks=num_missing,
                 allocator=allocator,
                 shared=set(shared),
             )
@@ -331,8 +332,8 @@ class StepPlanner:
             for victim in victims:
                 victim.sequence.num_preemptions += 1
                 self.num_slot_preemptions += 1
-                # What is still in the cache when its turn comes again is better than a copy.
-                self._preempt(victim, keeps=roster.prefix is None)
+                # Where slots alone lack, a prefix cache keeps its blocks, and better than a copy would.
+                self._preempt(victim, keeps=roster.prefix is None or num_missing > 0)
             if not roster.start(entry):
                 return
 

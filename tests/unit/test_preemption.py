@@ -222,6 +222,22 @@ def test_a_swapped_sequence_computes_nothing_again() -> None:
         assert device.num_computed == 10 + 8 + 4 + again * 13
 
 
+def test_with_a_prefix_cache_a_copy_is_kept_only_of_blocks_that_are_about_to_be_taken() -> None:
+    for urgent_prompt, num_out in ((4, 0), (24, 4)):
+        device = make_device(batch=1, blocks=8, host_blocks=40, reuse=True)
+        planner = device.planner
+        planner.add(make_sequence("low", prompt=10, output=9, priority=5))
+        for _ in range(4):
+            device.step()
+        planner.add(make_sequence("urgent", prompt=urgent_prompt, output=1, priority=0, urgent=True))
+        device.step()
+        assert planner.num_slot_preemptions == 1
+        assert planner.swap is not None
+        assert planner.swap.num_out == num_out
+        assert device.run() == ["low"]
+        assert device.num_computed <= 10 + 8 + urgent_prompt + 1, "at most what stood in a block that was not full"
+
+
 def test_a_full_host_memory_leaves_recomputing() -> None:
     device = make_device(batch=1, host_blocks=2)
     device.planner.add(make_sequence("low", prompt=10, output=9, priority=5))
