@@ -82,7 +82,7 @@ class Mailbox:
             self._logprobs += update.logprobs[skip:]
             self.num_tokens += len(texts) - skip
         self.attempt = update.attempt
-        self.heard_s = self.shown_s = now
+        self.heard_s = now
         if update.finish is not None:
             self._texts.append(update.finish.text)
             self.finish = update.finish
@@ -112,9 +112,10 @@ class Mailbox:
             finally:
                 self._waiter = None
 
-    def take(self) -> str:
-        """The text since the last call."""
+    def take(self, now: float) -> str:
+        """The text since the last call, which the client is now sent."""
         self.idle = False
+        self.shown_s = now
         texts = self._texts
         if not texts:
             return ""

@@ -51,7 +51,7 @@ class Reply:
         """
         mailbox = self.mailbox
         await mailbox.wait()
-        text = mailbox.take()
+        text = mailbox.take(asyncio.get_running_loop().time())
         if not text and mailbox.error is not None and mailbox.finish is None:
             raise mailbox.error
         return text
@@ -64,7 +64,7 @@ class Reply:
             await mailbox.wait()
             if mailbox.error is not None and mailbox.finish is None:
                 raise mailbox.error
-        return mailbox.take()
+        return mailbox.take(asyncio.get_running_loop().time())
 
     @property
     def finish(self) -> Finish | None:

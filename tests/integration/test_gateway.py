@@ -78,14 +78,19 @@ class Connection:
             await self.changed.wait_for(lambda: part in b"".join(self.sent))
 
 
-async def test_an_idle_stream_gets_signs_of_life(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SIGN_OF_LIFE_S", 0.05)
-    connection = Connection(gateway, {"model": "tiny", "prompt": "ba", "stream": True})
-    task = asyncio.create_task(connection.run())
-    await connection.wait_for(b": keep-alive\n\n: keep-alive\n\n")
-    connection.gone.set()
-    await asyncio.wait_for(task, PATIENCE_S)
-    assert gateway.num_replies == 0
+async def test_an_idle_stream_gets_signs_of_life(
+    redis_url: str, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All of them, so that what waits is looked up before a sign of life is due, as it is in earnest.
+    for name in ("SIGN_OF_LIFE_S", "STALLED_S", "STALLED_UNHEARD_S", "PERIOD_S"):
+        monkeypatch.setattr(module, name, getattr(module, name) / 20)
+    async with open_gateway(redis_url, keys, tmp_path) as gateway:
+        connection = Connection(gateway, {"model": "tiny", "prompt": "ba", "stream": True})
+        task = asyncio.create_task(connection.run())
+        await connection.wait_for(b": keep-alive\n\n: keep-alive\n\n")
+        connection.gone.set()
+        await asyncio.wait_for(task, PATIENCE_S)
+        assert gateway.num_replies == 0
 
 
 async def test_a_request_placed_under_an_old_revision_is_placed_again(
