@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import redis
 
-from inference.messages import HISTORY_LENGTH, InferenceRequest, unserved_event
+from inference.cancelling import end_cancelled
+from inference.messages import InferenceRequest
 from inference.shedding import end_dropped
 from scheduling.fleet import FleetQueue, Shed
 from scheduling.keys import Keys
@@ -139,15 +140,7 @@ class Sweeper:
         except msgspec.MsgspecError as error:
             logger.error("Request %s was cancelled, and cannot be read: %s", request_id, error)
             return
-        execute(
-            self._client,
-            self._limits.settle(request.tenant, request.id, refund_tokens=request.charged_tokens),
-        )
-        end = unserved_event(
-            request, state="cancelled", reason="cancelled", now_s=self._clock(), error_code="client_gone"
-        )
-        event = msgspec.msgpack.encode([end])
-        self._client.xadd(self._keys.history, {"m": event}, maxlen=HISTORY_LENGTH, approximate=True)
+        execute_many(self._client, end_cancelled(self._keys, request, attempt=None, error_code="client_gone"))
 
 
 def _text(name: Any) -> str:

@@ -15,6 +15,7 @@ import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from inference.cancelling import end_cancelled, settle_cancelled
 from inference.directory import Directory, DirectoryWatch
 from inference.gateway.admission import AdmissionDesk, Draft, to_request
 from inference.gateway.errors import GatewayError, RedisUnavailable, RequestLost, ShuttingDown
@@ -26,7 +27,7 @@ from inference.gateway.repair import read_missing
 from inference.gateway.replies import ReplyReader
 from inference.gateway.reply import Reply
 from inference.gateway.served import ServedModel, ServedModels
-from inference.messages import HISTORY_LENGTH, InferenceRequest, unserved_event
+from inference.messages import InferenceRequest
 from scheduling.core.backpressure import BackpressureLimits
 from scheduling.fleet import RequestRecordView
 from scheduling.keys import Keys
@@ -264,50 +265,51 @@ class Gateway:
             await asyncio.gather(*(self.pipeline.send_within(command, PATIENCE_S) for command in commands))
 
     async def cancel(
-        self, model: ServedModel, request: InferenceRequest, *, withdrawn: bool = False, token: str = ""
+        self,
+        model: ServedModel,
+        request: InferenceRequest,
+        *,
+        gone: bool = False,
+        withdrawn: bool = False,
+        token: str = "",
     ) -> str:
         """Cancel one request wherever it is: "queued", "running" or "gone". Raises RedisUnavailable.
 
-        One that is `withdrawn` while it waits does not count against requests a minute either. Whoever tries again
-        after RedisUnavailable does so under the same `token`.
+        Its client is told, unless it is `gone`. One that is `withdrawn` while it waits does not count against requests
+        a minute either. Whoever tries again after RedisUnavailable does so under the same `token`.
         """
         answer = await self.pipeline.send(model.queue.cancel(request.id, token))
-        if answer.status == "queued" or (answer.status == "gone" and await self._is_ours_to_settle(model, request)):
-            await self._settle(request, with_history=answer.status == "queued", withdrawn=withdrawn)
+        if answer.status == "running":
+            return "running"
+        record = await self.pipeline.send(model.queue.record(request.id))
+        ending: list[Command[Any]] = []
+        if answer.status == "queued" or await self._is_owed(request, record):
+            attempt = None if gone or record is None else record.attempt
+            ending = end_cancelled(self.keys, request, attempt=attempt, withdrawn=withdrawn)
+        elif record is None:  # it never came into the queue
+            ending = [settle_cancelled(self.keys, request, withdrawn=withdrawn)]
+        await asyncio.gather(*(self.pipeline.send_within(command, 30.0) for command in ending))
         return str(answer.status)
 
-    async def _is_ours_to_settle(self, model: ServedModel, request: InferenceRequest) -> bool:
-        """Of one that is gone: whether it never came into the queue, or left it by a cancel whose answer was lost.
+    async def _is_owed(self, request: InferenceRequest, record: RequestRecordView | None) -> bool:
+        """Of one that is gone: whether it left the queue by a cancel that broke off before its end was told.
 
         What a worker ended, it settles by what was really used; that may be still to come.
         """
-        record = await self.pipeline.send(model.queue.record(request.id))
-        return record is None or (record.state == "cancelled" and record.finish is None)
+        if record is None or record.state != "cancelled" or record.finish is not None:
+            return False
+        return await self.pipeline.send(self.desk.limits.holds(request.tenant, request.id))
 
     async def _cancel(self, model: ServedModel, request: InferenceRequest, *, withdrawn: bool = False) -> None:
-        """`cancel` that keeps trying while Redis is away."""
+        """`cancel` for a client that has left, which keeps trying while Redis is away."""
         deadline, token = time.monotonic() + PATIENCE_S, uuid.uuid4().hex
         while time.monotonic() < deadline:
             try:
-                await self.cancel(model, request, withdrawn=withdrawn, token=token)
+                await self.cancel(model, request, gone=True, withdrawn=withdrawn, token=token)
                 return
             except RedisUnavailable:
                 await asyncio.sleep(0.25)
         log.error("Request %s could not be cancelled: Redis stayed away", request.id)
-
-    async def _settle(self, request: InferenceRequest, *, with_history: bool, withdrawn: bool) -> None:
-        """Give the tenant's tokens and slot back; once it left the queue nobody else does, nor writes its history."""
-        limits, tokens = self.desk.limits, request.charged_tokens
-        commands: list[Command[Any]] = [
-            limits.cancel_charge(request.tenant, request.id, tokens=tokens)
-            if withdrawn
-            else limits.settle(request.tenant, request.id, refund_tokens=tokens)
-        ]
-        if with_history:
-            end = unserved_event(request, state="cancelled", reason="cancelled", now_s=time.time())
-            event = msgspec.msgpack.encode([end])
-            commands.append(Command(("XADD", self.keys.history, "MAXLEN", "~", HISTORY_LENGTH, "*", "m", event), bytes))
-        await asyncio.gather(*(self.pipeline.send_within(command, 30.0) for command in commands))
 
     # Replies that lost something on the way
 

@@ -4,6 +4,7 @@ import asyncio
 
 import msgspec
 
+from inference.cancelling import finish_cancelled
 from inference.gateway.pipeline import CommandPipeline
 from inference.gateway.served import ServedModel
 from inference.logprobs import read_logprobs
@@ -33,4 +34,6 @@ async def read_missing(
             return None
     texts = await asyncio.to_thread(model.texts, request.sampling, journal)
     finish = msgspec.msgpack.decode(record.finish, type=Finish) if record.finish else None
+    if finish is None and record.state == "cancelled":  # as it waited; whoever did it may not have come to say so
+        finish = finish_cancelled(request, len(journal))
     return SequenceUpdate(request.id, record.attempt, 0, journal, texts, finish, logprobs[: len(journal)])

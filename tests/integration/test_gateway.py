@@ -19,7 +19,7 @@ from inference.gateway.choices import submit_choices
 from inference.gateway.errors import InvalidRequest, Overloaded, QueueFull, RateLimited
 from inference.gateway.gateway import Gateway
 from inference.gateway.idempotency import IdempotencyKey
-from inference.messages import Finish, SequenceUpdate
+from inference.messages import Finish, InferenceRequest, SequenceUpdate
 from scheduling.core.policies import build_policy
 from scheduling.keys import Keys
 from scheduling.store import Command, aexecute, connect
@@ -256,6 +256,50 @@ async def test_where_one_of_several_answers_fails_the_others_are_not_waited_for(
     await until_is(depth, 0)
     connection.gone.set()
     await asyncio.wait_for(task, PATIENCE_S)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_waits_hears_at_once_that_another_client_cancelled_the_request(
+    gateway: Gateway, redis_url: str, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(module, "STALLED_UNHEARD_S", 10 * PATIENCE_S)
+    connection = Connection(gateway, {"model": "tiny", "prompt": "ba", "stream": stream})
+    task = asyncio.create_task(connection.run())
+    request = await queued_request(gateway)
+    async with open_gateway(redis_url, keys, tmp_path) as other:
+        assert await other.cancel(other.find_model("tiny"), request) == "queued"
+        await connection.wait_for(b'"code":"cancelled"')
+        assert await other.cancel(other.find_model("tiny"), request) == "gone"
+    assert connection.status == (200 if stream else 499)
+    connection.gone.set()
+    await asyncio.wait_for(task, PATIENCE_S)
+
+
+async def test_a_request_whose_canceller_died_before_it_told_the_client_ends_as_cancelled(
+    gateway: Gateway, astore: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STALLED_UNHEARD_S", 0.1)
+    connection = Connection(gateway, {"model": "tiny", "prompt": "ba"})
+    task = asyncio.create_task(connection.run())
+    request = await queued_request(gateway)
+    await aexecute(astore, gateway.find_model("tiny").queue.cancel(request.id))
+    await connection.wait_for(b'"code":"cancelled"')
+    assert connection.status == 499
+    connection.gone.set()
+    await asyncio.wait_for(task, PATIENCE_S)
+
+
+async def queued_request(gateway: Gateway) -> InferenceRequest:
+    """The only one, once it is in the queue."""
+    queue = gateway.find_model("tiny").queue
+
+    async def find() -> list[str]:
+        return await gateway.pipeline.send(queue.reply_to_requests(gateway.name))
+
+    await until(find)
+    record = await gateway.pipeline.send(queue.record((await find())[0]))
+    assert record is not None
+    return msgspec.msgpack.decode(record.body, type=InferenceRequest)
 
 
 async def test_concurrent_commands_share_round_trips(gateway: Gateway, astore: redis.asyncio.Redis) -> None:
