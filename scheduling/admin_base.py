@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from django.contrib.auth.models import User
+from django.db import transaction
 from django.db.models import Model, QuerySet
 from django.forms import BaseModelForm
 from django.http import HttpRequest
@@ -51,6 +52,7 @@ class AuditedAdmin(ModelAdmin):
         self._record_deletion(request, [obj])
         super().delete_model(request, obj)
 
+    @transaction.atomic  # unlike a page, an action is none: the news must not go out before the rows are gone
     def delete_queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
         self._record_deletion(request, queryset)
         super().delete_queryset(request, queryset)

@@ -7,6 +7,7 @@ import pytest
 import redis
 from django.contrib.auth.models import Group, User
 from django.contrib.messages import get_messages
+from django.db.models.signals import pre_delete
 from django.test import Client
 
 from controlplane.config import Config
@@ -134,8 +135,8 @@ def test_a_tenant_is_made_with_its_quota(admin: Client) -> None:
     assert "Enter a valid" not in admin.post("/admin/scheduling/tenant/add/", form | {"name": "B C"}).content.decode()
 
 
-def act(admin: Client, path: str, action: str, *rows: Any) -> list[str]:
-    form = {"action": action, "_selected_action": [row.pk for row in rows]}
+def act(admin: Client, path: str, action: str, *rows: Any, **fields: Any) -> list[str]:
+    form = {"action": action, "_selected_action": [row.pk for row in rows], **fields}
     response = admin.post(f"/admin/{path}/", form)
     assert response.status_code == 302
     return [str(message) for message in get_messages(response.wsgi_request)]
@@ -148,6 +149,26 @@ def test_suspend_and_resume_take_effect(admin: Client, tenant: Tenant) -> None:
     assert not load_directory().tenants["acme"].suspended
     actions = OperatorAction.objects.filter(actor_name="ada").values_list("action", flat=True)
     assert sorted(actions) == ["tenant.resume", "tenant.suspend"]
+
+
+def test_the_deletion_of_several_is_announced_once_they_are_gone(
+    admin: Client, tenant: Tenant, store: redis.Redis, keys: Keys
+) -> None:
+    services.create_tenant(name="other")
+    announced, meanwhile = store.get(keys.config_version), []
+
+    def look(**_: Any) -> None:
+        meanwhile.append(store.get(keys.config_version))
+
+    pre_delete.connect(look, sender=Tenant)
+    try:
+        act(admin, "scheduling/tenant", "delete_selected", *Tenant.objects.all(), post="yes")
+    finally:
+        pre_delete.disconnect(look, sender=Tenant)
+    assert meanwhile == [announced, announced]
+    assert store.get(keys.config_version) != announced
+    assert not load_directory().tenants
+    assert OperatorAction.objects.filter(action="tenant.delete").count() == 2
 
 
 def test_rotating_shows_the_new_key_and_revokes_the_old(admin: Client, tenant: Tenant) -> None:
