@@ -3,18 +3,18 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import redis
 
-from inference.cancelling import end_cancelled
-from inference.messages import InferenceRequest
+from inference.cancelling import end_cancelled, finish_cancelled
+from inference.messages import HISTORY_LENGTH, Finish, InferenceRequest, RequestEvent, State, unserved_event
 from inference.shedding import end_dropped
-from scheduling.fleet import FleetQueue, Shed
+from scheduling.fleet import FleetQueue, RequestRecordView, Shed
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
-from scheduling.store import TIME, execute, execute_many
+from scheduling.store import TIME, Command, execute, execute_many
 from scheduling.switch import place_unplaced
 
 logger = logging.getLogger(__name__)
@@ -61,20 +61,40 @@ class Sweeper:
             self._sweep_web(heartbeats, web, queues)
 
     def free_slots(self, tenants: Iterable[str]) -> int:
-        """Give back concurrency slots of requests that no queue knows any more; how many.
+        """Give back concurrency slots of requests that have ended, or that no queue knows any more; how many.
 
         They leak where a process died between charging a request and enqueueing it, or Redis came back with older data.
+        Where one died between ending a request and settling it, its record says what was used, and makes its history.
         """
         queues, num_freed, before_s = self._queues(), 0, self._clock() - SLOT_GRACE_S
         for tenant in tenants if queues else ():
             ids = execute(self._client, self._limits.slots(tenant, before_s))
             for batch in (ids[i : i + SLOTS_AT_ONCE] for i in range(0, len(ids), SLOTS_AT_ONCE)):
                 over = self._over(queues, batch, before_s)
-                execute_many(self._client, [self._limits.settle(tenant, id_, refund_tokens=0) for id_ in over])
+                for id_, (queue, ended_s) in over.items():
+                    execute_many(self._client, self._settle_late(tenant, id_, queue, ended_s))
                 num_freed += len(over)
         if num_freed:
             logger.warning("%d concurrency slots of lost requests are free again.", num_freed)
         return num_freed
+
+    def _settle_late(self, tenant: str, request_id: str, queue: FleetQueue, ended_s: float) -> list[Command[Any]]:
+        """What is owed of a request: its tokens, as far as its record is there to say how many, and then its history.
+
+        Both may have been done meanwhile: a request is settled once, and the historian takes an id once.
+        """
+        record = execute(self._client, queue.record(request_id))
+        try:
+            event, refund = _end_of(record, ended_s) if record else (None, 0)
+        except msgspec.MsgspecError as error:
+            logger.error("The record of %s cannot be read: %s", request_id, error)
+            event, refund = None, 0
+        commands: list[Command[Any]] = [self._limits.settle(tenant, request_id, refund_tokens=refund)]
+        if event is not None:
+            message = msgspec.msgpack.encode([event])
+            words = ("XADD", self._keys.history, "MAXLEN", "~", HISTORY_LENGTH, "*", "m", message)
+            commands.append(Command(words, bytes))
+        return commands
 
     def _queues(self) -> list[FleetQueue]:
         """Of all models, withdrawn ones too."""
@@ -85,12 +105,18 @@ class Sweeper:
             names = pipe.execute()[-1]
         return [FleetQueue(self._keys, model) for model in sorted(map(_text, names))]
 
-    def _over(self, queues: Sequence[FleetQueue], ids: Sequence[str], before_s: float) -> list[str]:
-        """Requests that ended before then, or that no queue knows."""
-        commands = [queue.ended_s(id_) for id_ in ids for queue in queues]
-        ends = iter(execute_many(self._client, commands))
-        ends_of = {id_: [next(ends) for _ in queues] for id_ in ids}
-        return [id_ for id_, each in ends_of.items() if all(end is not None and end < before_s for end in each)]
+    def _over(
+        self, queues: Sequence[FleetQueue], ids: Sequence[str], before_s: float
+    ) -> dict[str, tuple[FleetQueue, float]]:
+        """Requests that ended before then (in which queue, and when), or that no queue knows (0: in any)."""
+        ends = iter(execute_many(self._client, [queue.ended_s(id_) for id_ in ids for queue in queues]))
+        over = {}
+        for id_ in ids:
+            each = [next(ends) for _ in queues]
+            if all(end is not None and end < before_s for end in each):
+                last = max(range(len(queues)), key=each.__getitem__)
+                over[id_] = (queues[last], each[last])
+        return over
 
     def _end_shed(self, queue: FleetQueue) -> None:
         """End what was dropped while it waited, by a process that died, or lost the answer."""
@@ -141,6 +167,25 @@ class Sweeper:
             logger.error("Request %s was cancelled, and cannot be read: %s", request_id, error)
             return
         execute_many(self._client, end_cancelled(self._keys, request, attempt=None, error_code="client_gone"))
+
+
+def _end_of(record: RequestRecordView, ended_s: float) -> tuple[RequestEvent, int]:
+    """How a request ended, by its record alone, and how many tokens of its charge were not used."""
+    request = msgspec.msgpack.decode(record.body, type=InferenceRequest)
+    finish = finish_cancelled(request)
+    if record.finish is not None:
+        finish = msgspec.msgpack.decode(record.finish, type=Finish)
+    # One without was cancelled as it waited, and one that was never claimed has computed nothing.
+    used = finish.prompt_tokens + finish.completion_tokens if record.finish is not None and record.attempt else 0
+    state = cast(State, record.state)
+    event = unserved_event(request, state=state, reason=finish.reason, now_s=ended_s, error_code=finish.error_code)
+    event = msgspec.structs.replace(
+        event,
+        prompt_tokens=finish.prompt_tokens,
+        completion_tokens=finish.completion_tokens,
+        attempts=record.attempt,
+    )
+    return event, request.charged_tokens - used
 
 
 def _text(name: Any) -> str:

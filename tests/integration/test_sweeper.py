@@ -28,14 +28,14 @@ def queue(store: redis.Redis, keys: Keys) -> FleetQueue:
     return FleetQueue(keys, "demo")
 
 
-def enqueue(store: redis.Redis, queue: FleetQueue, request_id: str, web: str) -> None:
+def enqueue(store: redis.Redis, queue: FleetQueue, request_id: str, web: str, tpd: int | None = None) -> None:
     request = InferenceRequest(
         id=request_id, model="demo", tenant="acme", priority=3, arrival_s=NOW_S, prompt_token_ids=[1, 2, 3],
         max_tokens=7, sampling=SamplingParams(), reply_to=web, charged_tokens=10,
     )  # fmt: skip
     entry = QueueEntry(id=request_id, tenant="acme", priority=3, arrival_s=NOW_S, prompt_tokens=3, max_tokens=7)
     limits = TenantLimits(queue.keys)
-    execute(store, limits.acquire("acme", request_id, rpm=None, tpm=None, concurrency=9, tokens=10))
+    execute(store, limits.acquire("acme", request_id, rpm=None, tpm=None, tpd=tpd, concurrency=9, tokens=10))
     body = msgspec.msgpack.encode(request)
     place = build_policy("fifo").place(entry)
     execute(store, queue.enqueue(entry, place, revision=0, body=body, depth_limit=99, reply_to=web))
@@ -135,6 +135,47 @@ def test_slots_of_lost_requests_are_freed_and_others_kept(store: redis.Redis, ke
     later = Sweeper(store, keys, clock=lambda: seconds + SLOT_GRACE_S + 5)
     assert later.free_slots(["acme", "nobody"]) == 1
     assert running(store, keys) == 1
+
+
+def test_a_worker_that_died_before_it_settled_leaves_that_to_the_sweeper(
+    store: redis.Redis, keys: Keys, queue: FleetQueue
+) -> None:
+    enqueue(store, queue, "r1", "web", tpd=10)
+    execute(store, queue.claim("gpu-0:1", max_requests=1, max_tokens=99, lease_s=60))
+    finish = msgspec.msgpack.encode(Finish("stop", 3, 2))
+    ended = {"state": "finished", "used_tokens": 5, "finish": finish, "output": "ba be"}
+    assert execute(store, queue.finish("gpu-0:1", "r1", 1, **ended))  # type: ignore[arg-type]
+    ended_s = execute(store, TIME)
+    free_slots_later(store, keys)
+    (event,) = history(store, keys)
+    assert (event.id, event.state, event.finish_reason, event.completion_tokens) == ("r1", "finished", "stop", 2)
+    assert (event.prompt_tokens, event.attempts, event.claimed_s) == (3, 1, None)
+    assert abs(event.finished_s - ended_s) < 60
+    assert [spend(store, keys, tokens) for tokens in (6, 5)] == [False, True], "5 of the day's 10 tokens were used"
+
+
+def test_a_web_process_that_died_before_it_settled_a_cancelled_request_leaves_that_to_the_sweeper(
+    store: redis.Redis, keys: Keys, queue: FleetQueue
+) -> None:
+    enqueue(store, queue, "r1", "web", tpd=10)
+    execute(store, queue.cancel("r1"))
+    free_slots_later(store, keys)
+    (event,) = history(store, keys)
+    assert (event.id, event.state, event.finish_reason, event.attempts) == ("r1", "cancelled", "cancelled", 0)
+    assert spend(store, keys, 10), "all of the day's tokens are there again"
+
+
+def spend(store: redis.Redis, keys: Keys, tokens: int) -> bool:
+    """Whether another request may use so many of the day's ten tokens, and have the only slot."""
+    acquire = TenantLimits(keys).acquire("acme", "r2", rpm=None, tpm=None, tpd=10, concurrency=1, tokens=tokens)
+    return execute(store, acquire).ok
+
+
+def free_slots_later(store: redis.Redis, keys: Keys) -> None:
+    """As after the time in which whoever ended a request settles it."""
+    later = Sweeper(store, keys, clock=lambda: execute(store, TIME) + SLOT_GRACE_S + 5)
+    later.run_once()
+    assert [later.free_slots(["acme"]) for _ in range(2)] == [1, 0]
 
 
 def test_what_was_shed_by_a_process_that_died_is_ended_by_the_sweeper_once(
