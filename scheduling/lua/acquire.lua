@@ -3,6 +3,7 @@
 -- :buckets holds level, time, size and beginning of `requests` and `tokens`; :running is request ids by the time they took
 -- their slot; :day the day (UTC, since 1970), the tokens charged on it, and since when. Who took a slot before a limit
 -- began was not charged for it, and is given nothing back.
+local BUCKETS_KEEP_S = 2 * 86400
 local id, now, num = ARGV[1], clock(ARGV[6]), math.max(1, #ARGV - 6)
 local buckets, slots = Q .. ':buckets', Q .. ':running'
 local concurrency, tokens, daily = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[7])
@@ -70,8 +71,8 @@ call('ZADD', slots, now, id)
 for i = 8, #ARGV do call('ZADD', slots, now, ARGV[i]) end
 if #taken > 0 then
   call('HSET', buckets, unpack(taken))
-  -- After a minute without traffic a bucket is full, which is also what a missing one means. A look costs less than a
-  -- write.
-  if call('TTL', buckets) < 60 then call('EXPIRE', buckets, 120) end
+  -- A missing bucket means a full one, so it stays for as long as a request may run: what that used beyond its charge is
+  -- owed at its end. A look costs less than a write.
+  if call('TTL', buckets) < BUCKETS_KEEP_S / 2 then call('EXPIRE', buckets, BUCKETS_KEEP_S) end
 end
 return answer('', 0)

@@ -10,7 +10,8 @@ local function give(name, amount)
   if not b[1] or amount == 0 or tonumber(taken) < tonumber(b[4] or 0) then return end
   local size, time = tonumber(b[3]), tonumber(b[2])
   local level = tonumber(b[1]) + math.max(0, now - time) * size / 60 + amount
-  -- A debt of more than the bucket would be forgotten with it, after two minutes without traffic.
+  -- No debt is larger than the bucket: its tenant is kept out for two minutes at most, whatever an upstream
+  -- counted.
   call('HSET', buckets, name, math.max(-size, math.min(size, level)), name .. '_s', math.max(now, time))
 end
 

@@ -151,12 +151,14 @@ def test_a_changed_limit_holds_from_the_next_request_on(store: redis.Redis, keys
     assert not acquire(store, keys, "r3", rpm=1).ok
 
 
-def test_the_buckets_of_an_idle_tenant_go_away_by_themselves(store: redis.Redis, keys: Keys) -> None:
+def test_the_buckets_of_an_idle_tenant_go_away_by_themselves_after_the_longest_answer(
+    store: redis.Redis, keys: Keys
+) -> None:
     acquire(store, keys, "r1", rpm=10, tpm=100)
     execute(store, TenantLimits(keys).settle("ada", "r1", refund_tokens=0))
     left = list(store.scan_iter(f"{keys.tenant('ada')}:*"))
     assert left
-    assert all(0 < int(store.ttl(key)) <= 120 for key in left)
+    assert all(24 <= int(store.ttl(key)) / 3600 <= 48 for key in left), "an upstream's answer may run for hours"
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
