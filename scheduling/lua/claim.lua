@@ -38,6 +38,9 @@ local function pop(list, late_before)
   return head
 end
 
+-- Whether somebody was found to wait who has no record.
+local vanished = false
+
 -- Leases of those served, and who leaves the orders: written at once.
 local leases, arrivals, rights = {}, {}, {}
 
@@ -50,8 +53,7 @@ local function serve(flow, vt, head, system_vt)
   local r = call('HMGET', record, 'entry', 'body', 'attempt', 'cancel', 'failures', 'at')
   if not r[1] then
     -- Evicted or deleted by hand: a request without a record is gone, the others must not wait behind it.
-    call('ZREM', RIGHT, id)
-    if call('ZREM', ARRIVALS, id) == 1 then add(queue, 'depth', -1) end
+    vanished = vanished or call('ZSCORE', ARRIVALS, id)
     move(flow, list, vt)
     return true
   end
@@ -103,7 +105,7 @@ local function take_promoted(now)
     if call('EXISTS', Q .. ':req:' .. id) == 1 then return nil end
     call('ZREM', ARRIVALS, id)
     call('ZREM', RIGHT, id)
-    add(queue, 'depth', -1)
+    vanished = true
   end
 end
 
@@ -150,5 +152,6 @@ if not repeated() then
     end
   end
   save(queue)
+  if vanished then recount(queue) end
 end
 return { queue.revision, queue.policy, queue.depth, rows, dropped, more and 1 or 0 }

@@ -211,6 +211,37 @@ local function count_waiting(queue, entry, by)
   add(queue, 'p:' .. entry[PRIORITY], by)
 end
 
+-- Count anew what waits, where a record vanished (evicted, or deleted by hand): nothing else says what it counted for.
+local function recount(queue)
+  local counts, gone = { depth = 0, waiting_tokens = 0 }, {}
+  local function count(field, by) counts[field] = (counts[field] or 0) + by end
+  for _, id in ipairs(call('ZRANGE', ARRIVALS, 0, -1)) do
+    local packed = call('HGET', Q .. ':req:' .. id, 'entry')
+    if packed then
+      local entry = cmsgpack.unpack(packed)
+      count('depth', 1)
+      count('waiting_tokens', entry[PROMPT] + entry[MAXIMUM])
+      count('t:' .. entry[TENANT], 1)
+      count('p:' .. entry[PRIORITY], 1)
+    else
+      gone[#gone + 1] = id
+    end
+  end
+  in_chunks('ZREM', ARRIVALS, gone)
+  in_chunks('ZREM', RIGHT, gone)
+  local drops, values = {}, {}
+  for _, field in ipairs(call('HKEYS', META)) do
+    if string.match(field, '^[tp]:') and not counts[field] then drops[#drops + 1] = field end
+  end
+  for field, value in pairs(counts) do
+    values[#values + 1] = field
+    values[#values + 1] = value
+  end
+  in_chunks('HDEL', META, drops)
+  in_chunks('HSET', META, values)
+  queue.depth = counts.depth
+end
+
 -- The bell is a hint, so it holds few elements; an idle engine process also looks by itself now and then.
 local function ring()
   if call('LLEN', Q .. ':bell') < 64 then call('LPUSH', Q .. ':bell', '1') end

@@ -13,6 +13,7 @@ from scheduling.core.request import QueueEntry
 from scheduling.fleet import Claimed, FleetQueue
 from scheduling.keys import Keys
 from scheduling.store import Command, aexecute, execute, execute_many
+from scheduling.switch import place_unplaced, switch_policy
 
 
 @pytest.fixture
@@ -235,6 +236,26 @@ def test_requests_whose_record_was_evicted_hold_up_nobody(store: redis.Redis, ke
     assert ids_of(claim(store, queue, "gpu", 9)) == []
     execute(store, queue.enqueue(entry_of(8), place, revision=0, body=b"", depth_limit=9))
     assert ids_of(claim(store, queue, "gpu", 9)) == ["r00008"]
+
+
+def test_what_waits_is_counted_anew_where_a_record_has_vanished(
+    store: redis.Redis, keys: Keys, queue: FleetQueue
+) -> None:
+    fill(store, queue, 4)
+    each = execute(store, queue.snapshot()).waiting_tokens // 4
+    store.delete(keys.request("demo", "r00000"), keys.request("demo", "r00002"))
+    assert ids_of(claim(store, queue, "gpu", 1)) == ["r00001"]
+    left = execute(store, queue.snapshot())
+    assert (left.depth, left.waiting_tokens) == (1, each)
+    assert sum(left.by_tenant.values()) == sum(left.by_priority.values()) == 1
+    switch_policy(store, queue, build_policy("fair"), 1)
+    execute(store, queue.release("gpu"))
+    store.delete(keys.request("demo", "r00001"))
+    assert place_unplaced(store, queue) == 0
+    assert execute(store, queue.snapshot()).depth == 1
+    assert ids_of(claim(store, queue, "gpu", 9)) == ["r00003"]
+    empty = execute(store, queue.snapshot())
+    assert (empty.depth, empty.waiting_tokens, empty.by_tenant, empty.by_priority) == (0, 0, {}, {})
 
 
 def test_an_enqueue_rings_the_bell_of_a_waiting_engine(store: redis.Redis, keys: Keys, queue: FleetQueue) -> None:
