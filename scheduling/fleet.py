@@ -295,8 +295,8 @@ _read_tokens = read_tokens
 
 
 def _read_enqueued(reply: list[Any]) -> Enqueued:
-    status, depth, revision, shed = reply
-    return Enqueued(status.decode(), depth, revision, _read_dropped(shed, "shed"))
+    status, depth, revision, shed, *waiting_tokens = reply
+    return Enqueued(status.decode(), depth, revision, _read_dropped(shed, "shed"), *waiting_tokens)
 
 
 def _read_dropped(flat: list[bytes], reason: DropReason) -> tuple[Shed, ...]:

@@ -30,7 +30,7 @@ from inference.traces import current_traceparent
 from scheduling.core.backpressure import BackpressureLimits, depth_limit, excess_wait_s, release_depth
 from scheduling.core.request import Priority, QueueEntry
 from scheduling.core.sequence import SamplingParams
-from scheduling.fleet import FleetQueue, Shed
+from scheduling.fleet import Enqueued, FleetQueue, Shed
 from scheduling.keys import Keys
 from scheduling.limits import Admission, TenantLimits
 from scheduling.store import Command
@@ -241,7 +241,7 @@ class AdmissionDesk:
             if answer.status in ("queued", "duplicate"):  # a duplicate is our own, sent again after a lost reply
                 return
             if answer.status == "full":
-                await self._refuse_full(draft, request, answer.depth)
+                await self._refuse_full(draft, request, answer)
         await self._give_back(request)
         raise Unavailable("The queue's policy changes too often to place the request.")
 
@@ -257,26 +257,33 @@ class AdmissionDesk:
             if await self._pipeline.send(write_end(queue, request, shed.reason)):
                 await asyncio.gather(*map(self._pipeline.send, tell_end(queue, request, shed.reason)))
 
-    async def _refuse_full(self, draft: Draft, request: InferenceRequest, depth: int) -> None:
+    async def _refuse_full(self, draft: Draft, request: InferenceRequest, answer: Enqueued) -> None:
         await self._give_back(request)
         self.count_refusal(draft, "queue_full")
-        raise QueueFull(
-            f"{depth} requests wait already, which is the bound for priority {Priority(draft.priority).name.lower()}.",
-            retry_after_s=self.drain_time_s(draft.model.name, draft.priority),
-        )
+        depth, waiting, excess, level = answer.depth, answer.waiting_tokens, 0, Priority(draft.priority).name.lower()
+        sentence = f"{depth} requests wait already, which is the bound for priority {level}."
+        if waiting is not None and self._queue_tokens is not None:
+            # Once nothing waits it is let in, however long it is.
+            excess = min(waiting, waiting + draft.num_tokens - self._queue_tokens)
+            sentence = (
+                f"Requests of {waiting} tokens (prompt and max_tokens together) wait already; with the "
+                f"{draft.num_tokens} of this one they would be above the bound of {self._queue_tokens}."
+            )
+        raise QueueFull(sentence, retry_after_s=self.drain_time_s(draft.model.name, draft.priority, excess))
 
     async def _give_back(self, request: InferenceRequest) -> None:
         command = self.limits.cancel_charge(request.tenant, request.id, tokens=request.charged_tokens)
         await self._pipeline.send_within(command, REDIS_WAIT_S)
 
-    def drain_time_s(self, model: str, priority: int) -> float:
-        """Seconds until a request of this priority will probably be let in."""
+    def drain_time_s(self, model: str, priority: int, excess_tokens: int = 0) -> float:
+        """Seconds until a request of this priority will probably be let in, so many waiting tokens having drained."""
         status = self._monitor.status(model)
         depth = status.snapshot.depth if status.snapshot else 0
         target = release_depth(priority, self._queue_limit, self._backpressure)
         by_depth = status.rate.retry_after_s(depth, min(target, depth))
         by_wait = excess_wait_s(priority, status.estimated_wait_s, self._backpressure)
-        return min(LONGEST_RETRY_S, max(by_depth, by_wait) + self._backpressure.hold_s)
+        by_tokens = status.rate.tokens_retry_after_s(excess_tokens) if excess_tokens else 0
+        return min(LONGEST_RETRY_S, max(by_depth, by_wait, by_tokens) + self._backpressure.hold_s)
 
     def _slot_time_s(self, draft: Draft, least_s: float) -> float:
         """Seconds until one of the tenant's requests has probably ended; `least_s` where that is not known."""

@@ -36,8 +36,8 @@ class Enqueued(NamedTuple):
     """`queued`, or why not.
 
     `stale`: another revision is active (`revision`), place again and retry. `full`: `depth` has reached the limit
-    given. `duplicate`: a request of this id is there already; who repeats a call after a lost reply (redis-py does so
-    by itself) takes it for `queued`.
+    given, or else `waiting_tokens` and this request's are over theirs. `duplicate`: a request of this id is there
+    already; who repeats a call after a lost reply (redis-py does so by itself) takes it for `queued`.
     """
 
     status: Literal["queued", "stale", "full", "duplicate"]
@@ -45,6 +45,8 @@ class Enqueued(NamedTuple):
     revision: int
     shed: tuple[Shed, ...] = ()
     """Who was dropped to make room; the caller ends them (`end_shed`)."""
+    waiting_tokens: int | None = None
+    """Where the limit on tokens refused: how many wait."""
 
 
 class ClaimedRequest(NamedTuple):

@@ -212,7 +212,12 @@ class DrainRate:
 
     def retry_after_s(self, depth: int, target_depth: int, *, unknown_s: int = 30, maximum_s: int = 600) -> int:
         """Whole seconds until the queue has drained from `depth` to below `target_depth`: for `Retry-After`."""
-        if self.requests_per_s <= 0:
-            return unknown_s
-        excess = max(1, depth - target_depth + 1)
-        return min(maximum_s, max(1, math.ceil(excess / self.requests_per_s)))
+        return _retry_after_s(max(1, depth - target_depth + 1), self.requests_per_s, unknown_s, maximum_s)
+
+    def tokens_retry_after_s(self, excess: int, *, unknown_s: int = 30, maximum_s: int = 600) -> int:
+        """The same until `excess` of the tokens that wait have drained."""
+        return _retry_after_s(excess, self.tokens_per_s, unknown_s, maximum_s)
+
+
+def _retry_after_s(amount: float, per_s: float, unknown_s: int, maximum_s: int) -> int:
+    return min(maximum_s, max(1, math.ceil(amount / per_s))) if per_s > 0 else unknown_s

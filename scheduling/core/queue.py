@@ -81,7 +81,7 @@ class FlowQueue:
             limit = math.inf if tokens_limit is None else tokens_limit
             victims = backlog.find_victims(entry, depth_limit, limit, shed)
             if victims is None:
-                return Enqueued("full", depth, active)
+                return Enqueued("full", depth, active, (), backlog.tokens if depth < depth_limit else None)
             dropped = tuple([self._drop(victim, "shed") for victim in victims])
         self._totals["enqueued"] = number = self._totals["enqueued"] + 1
         if reply_to or keep_s != KEEP_S:

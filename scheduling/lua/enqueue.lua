@@ -1,6 +1,6 @@
 -- id, {entry, {flow, weight, rank}}, revision, depth limit, body, limit of waiting tokens ('' is none),
 -- '1' to drop requests of lower priority rather than refuse this one
---   -> {status, depth, active revision, {id, body, of those dropped, ...}}
+--   -> {status, depth, active revision, {id, body, of those dropped, ...}, where the limit of tokens refused: how many wait}
 local id, body = ARGV[1], ARGV[5]
 local packed = cmsgpack.unpack(ARGV[2])
 local entry, placement = packed[1], packed[2]
@@ -39,7 +39,9 @@ end
 local shed = {}
 if over(queue.depth, tokens) then
   local victims = ARGV[7] == '1' and depth_limit > 0 and find_victims()
-  if not victims then return { 'full', queue.depth, queue.revision, {} } end
+  if not victims then
+    return { 'full', queue.depth, queue.revision, {}, queue.depth < depth_limit and queue.known.waiting_tokens }
+  end
   for _, victim in ipairs(victims) do
     drop(queue, victim[1], 'shed', clock())
     add(queue, 'shed', 1)

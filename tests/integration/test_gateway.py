@@ -124,6 +124,23 @@ async def test_each_priority_has_its_own_bound_on_the_queue(gateway: Gateway, as
     await until_is(lambda: running(gateway, astore), QUEUE_LIMIT)
 
 
+async def test_who_is_refused_by_the_bound_on_tokens_is_told_so_and_comes_again_when_they_have_drained(
+    redis_url: str, keys: Keys, tmp_path: Path, astore: redis.asyncio.Redis
+) -> None:
+    async with open_gateway(redis_url, keys, tmp_path, queue_limit=QUEUE_LIMIT, queue_tokens=30) as gateway:
+        for number in range(4):
+            await gateway.submit(draft(gateway, number))
+        with pytest.raises(QueueFull, match=r"Requests of 28 tokens .* above the bound of 30") as refused:
+            await gateway.submit(draft(gateway, 4))
+        assert refused.value.retry_after_s == 31, "nothing has drained yet"
+        rate = gateway.status("tiny").rate
+        for second in range(3):
+            rate.update(second, 100 * second, second)
+        with pytest.raises(QueueFull) as again:
+            await gateway.submit(draft(gateway, 5))
+        assert again.value.retry_after_s == 6, "five tokens too many at one a second, and one for the level to fall"
+
+
 async def running(gateway: Gateway, astore: redis.asyncio.Redis) -> int:
     return (await aexecute(astore, gateway.desk.limits.usage("alpha"))).running
 
