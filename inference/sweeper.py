@@ -15,7 +15,7 @@ from scheduling.fleet import FleetQueue, RequestRecordView, Shed
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
 from scheduling.store import TIME, Command, execute, execute_many
-from scheduling.switch import place_unplaced
+from scheduling.switch import Weights, place_unplaced
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,11 @@ SHED_GRACE_S = 3.0
 class Sweeper:
     """Returns the requests of dead engine processes to the queue, and cancels those of dead web processes."""
 
-    def __init__(self, client: redis.Redis, keys: Keys, *, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self, client: redis.Redis, keys: Keys, *, clock: Callable[[], float] | None = None, weights: Weights = dict
+    ) -> None:
         """`clock` gives unix seconds, by default Redis's own: heartbeats and slots are stamped by that."""
+        self._weights = weights
         self._client = client
         self._keys = keys
         self._clock = clock or partial(execute, client, TIME)
@@ -53,7 +56,7 @@ class Sweeper:
         for queue in queues:
             for owner, num_requeued in execute(self._client, queue.expire()):
                 logger.warning("%s of %s is gone; %d requests go back to the queue.", owner, queue.model, num_requeued)
-            place_unplaced(self._client, queue)
+            place_unplaced(self._client, queue, self._weights)
             expired = execute(self._client, queue.drop_expired(limit=EXPIRED_AT_ONCE))
             end_dropped(self._client, queue, expired)
             self._end_shed(queue)

@@ -20,6 +20,7 @@ from scheduling import policy_switch
 from scheduling.adaptation import Adaptation
 from scheduling.connection import live_keys, live_redis
 from scheduling.models import Tenant
+from scheduling.selectors import find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -132,4 +133,13 @@ def _adaptation() -> Adaptation:
 @cache
 def _sweeper() -> Sweeper:
     """One for the life of the process: it remembers models that were withdrawn."""
-    return Sweeper(live_redis(), live_keys())
+    return Sweeper(live_redis(), live_keys(), weights=_weights)
+
+
+def _weights() -> dict[str, float]:
+    """Nobody waits for a database that is away: then requests have the weights that they came with."""
+    try:
+        return find_weights()
+    except DatabaseError as error:
+        logger.warning("The weights of tenants could not be read: %s", error)
+        return {}

@@ -20,6 +20,7 @@ from scheduling.core.policies import Policy, build_policy
 from scheduling.fleet import ActivePolicy, FleetQueue
 from scheduling.keys import Keys
 from scheduling.models import ConfigVersion, PolicyRevision
+from scheduling.selectors import find_weights
 from scheduling.store import execute
 from scheduling.switch import StaleRevision, SwitchError
 from scheduling.switch import switch_policy as switch_queue
@@ -201,7 +202,8 @@ def _bring_into_force(client: redis.Redis, queue: FleetQueue, revision: PolicyRe
     if active.revision >= revision.revision:
         # Redis was away when this row got its number, and is ahead of a database that came from a backup.
         _save(revision, revision=active.revision + 1)
-    result = switch_queue(client, queue, build_policy(revision.name, revision.params), revision.revision)
+    policy = build_policy(revision.name, revision.params)
+    result = switch_queue(client, queue, policy, revision.revision, weights=find_weights)
     _save(
         revision,
         state=State.APPLIED,

@@ -107,7 +107,7 @@ def weight_changed(tenant: Tenant) -> None:
 
 
 def _set_weights(tenant: str, weight: float) -> None:
-    """In queues where a tenant is a flow. What is enqueued later brings its weight along."""
+    """In queues where a tenant is a flow. What is enqueued later brings its weight along; a switch asks for all."""
     client, keys = live_redis(), live_keys()
     try:
         for name in client.hkeys(keys.deployments):

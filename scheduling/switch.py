@@ -10,8 +10,9 @@ can do harm.
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import redis
@@ -27,6 +28,9 @@ STEP_S = 0.01
 """A step that takes longer is followed by one of half the size, one that takes a quarter of it by a larger one."""
 REST = 200
 """Changes that the last script may find left over: about 1 ms."""
+
+Weights = Callable[[], Mapping[str, float]]
+"""Tenants' weights as they are now; those it does not know keep the one that their requests came with."""
 
 
 class SwitchError(Exception):
@@ -59,14 +63,16 @@ def switch_policy(
     policy: Policy,
     revision: int,
     clock: Callable[[], float] = time.perf_counter,
+    weights: Weights = dict,
 ) -> SwitchResult:
     """Put `policy` in force under `revision`, which must be above the active one. Loses, doubles and pauses nothing.
 
+    What waits is placed by the weight that its tenant has now, where `weights` tells it.
     Repeating a switch that came into force (its caller died before it knew) does nothing and succeeds. Raises
     SwitchInProgress, StaleRevision or SwitchLost, the queue being as before.
     """
     start = clock()
-    build = _Build(client, queue, policy, uuid.uuid4().hex, clock)
+    build = _Build(client, queue, policy, uuid.uuid4().hex, clock, weights())
     if not build.begin(revision):
         return SwitchResult(0, clock() - start)
     try:
@@ -74,19 +80,19 @@ def switch_policy(
         moved = build.flip(revision)
     finally:
         build.end()
-    place_unplaced(client, queue)
+    place_unplaced(client, queue, weights)
     return SwitchResult(moved, clock() - start)
 
 
-def place_unplaced(client: redis.Redis, queue: FleetQueue) -> int:
+def place_unplaced(client: redis.Redis, queue: FleetQueue, weights: Weights = dict) -> int:
     """Place what waits unplaced, under the policy in force. Anybody may call it at any time, also several at once."""
     placed = 0
     while True:
         active, entries = execute(client, queue.unplaced())
         if not entries:
             return placed
-        policy = build_policy(active.name, active.params)
-        rows = [(entry.id, policy.place(entry)) for entry in entries]
+        policy, now = build_policy(active.name, active.params), weights()
+        rows = [(entry.id, policy.place(entry.at_weight(now))) for entry in entries]
         placed += execute(client, queue.place(rows, revision=active.revision))
 
 
@@ -114,12 +120,15 @@ class _Build:
         policy: Policy,
         token: str,
         clock: Callable[[], float] = time.perf_counter,
+        weights_now: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.client = client
         self.queue = queue
         self.policy = policy
         self.token = token
         self.clock = clock
+        self.weights_now = weights_now
+        """Tenant -> its weight."""
         self.chunk = CHUNK
         self.epoch = 0
         self.read = 0
@@ -194,7 +203,7 @@ class _Build:
                 gone.append(id_)
                 continue
             entry, number = unpack_entry(packed)
-            flow, weight, rank = self.policy.place(entry)
+            flow, weight, rank = self.policy.place(entry.at_weight(self.weights_now))
             digits = f"{number:016d}"
             places += (entry.id, digits + flow)
             members = flows.get(flow)

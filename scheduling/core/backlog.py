@@ -1,6 +1,7 @@
 """What waits: in flows, in the orders that cut across them (arrival, right to stay, deadline), and counted."""
 
 from array import array
+from collections.abc import Mapping
 
 from scheduling.core.flows import Flows, Head
 from scheduling.core.policy import Policy
@@ -50,10 +51,14 @@ class Backlog:
             self.flows.place(record.entry, record.body, record.number, placement)
 
     def place(self, request_id: str, placement: Placement) -> bool:
-        """Put an unplaced request into its flow; False where it is none."""
+        """Put an unplaced request into its flow; False where it is none.
+
+        While others of the flow wait, theirs is the later word on its weight.
+        """
         record = self.unplaced.pop(request_id, None)
         if record is not None:
-            self.flows.place(record.entry, record.body, record.number, placement)
+            weight = self.flows.weight_of(placement.flow) or placement.weight
+            self.flows.place(record.entry, record.body, record.number, placement._replace(weight=weight))
         return record is not None
 
     def remove(self, request_id: str) -> Record:
@@ -66,15 +71,15 @@ class Backlog:
         self.discount(record.entry)
         return record
 
-    def reorder(self, policy: Policy) -> None:
-        """Place everything anew."""
+    def reorder(self, policy: Policy, weights: Mapping[str, float]) -> None:
+        """Place everything anew, by the weights that tenants have now."""
         rows = [(number, entry, body) for _, number, entry, body in self.flows]
         rows += [(record.number, record.entry, record.body) for record in self.unplaced.values()]
         rows.sort(key=lambda row: row[0])
         self.flows = Flows()
         self.unplaced.clear()
         for number, entry, body in rows:
-            self.flows.place(entry, body, number, policy.place(entry))
+            self.flows.place(entry, body, number, policy.place(entry.at_weight(weights)))
         self.keep_arrivals(policy.rules.promote_after_s is not None)
 
     def keep_arrivals(self, is_needed: bool) -> None:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from heapq import heappop, heappush
+from types import MappingProxyType
 from typing import Any
 
 from scheduling.core.answers import (
@@ -33,6 +34,7 @@ from scheduling.core.rules import MAX_EXPIRED, PLAIN, QueueRules
 from scheduling.core.turns import Turns
 
 KEEP_S = 60
+_NO_WEIGHTS: Mapping[str, float] = MappingProxyType({})
 
 
 class FlowQueue:
@@ -272,14 +274,14 @@ class FlowQueue:
         live = (r for r in self._records.values() if r.state in ("queued", "running"))
         return [record.entry.id for record in live if record.reply_to == web]
 
-    def switch(self, policy: Policy, revision: int) -> int:
+    def switch(self, policy: Policy, revision: int, weights: Mapping[str, float] = _NO_WEIGHTS) -> int:
         """`switch_policy` in memory: order what waits by `policy` under a higher revision; how many that were."""
         if revision <= self.active_policy().revision:
             raise ValueError(f"Revision {self.active_policy().revision} is active; {revision} comes too late.")
         self._epoch += 1
         self._policy = ActivePolicy(revision, policy.name, dict(policy.params))
         self._set_rules(policy.rules)
-        self._backlog.reorder(policy)
+        self._backlog.reorder(policy, weights)
         return self._backlog.depth
 
     def unplaced(self, limit: int = 500) -> tuple[ActivePolicy, list[QueueEntry]]:

@@ -1,6 +1,7 @@
 """What the scheduler knows of a request, and the six priority levels."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -36,6 +37,11 @@ class QueueEntry:
     def cost_tokens(self) -> int:
         """What a claim charges before the real output length is known."""
         return self.prompt_tokens + self.max_tokens
+
+    def at_weight(self, weights: Mapping[str, float]) -> "QueueEntry":
+        """Itself with the weight that its tenant has by now; with its own where that is not among them."""
+        share = weights.get(self.tenant, self.share)
+        return self if share == self.share else replace(self, share=share)
 
 
 class Placement(NamedTuple):

@@ -192,11 +192,11 @@ class BothQueues(RuleBasedStateMachine):
     def set_weight(self, flow: str, weight: float) -> None:
         assert self.run(self.fleet.set_weight(flow, weight)) == self.memory.set_weight(flow, weight)
 
-    @rule(name=POLICY)
-    def switch(self, name: str) -> None:
+    @rule(name=POLICY, weights=st.dictionaries(TENANTS, st.sampled_from([0.5, 1.0, 3.0])))
+    def switch(self, name: str, weights: dict[str, float]) -> None:
         self.policy, self.revision = build_policy(name), self.revision + 1
-        result = switch_policy(self.client, self.fleet, self.policy, self.revision)
-        assert result.moved == self.memory.switch(self.policy, self.revision)
+        result = switch_policy(self.client, self.fleet, self.policy, self.revision, weights=lambda: weights)
+        assert result.moved == self.memory.switch(self.policy, self.revision, weights)
 
     @rule()
     def place_unplaced(self) -> None:

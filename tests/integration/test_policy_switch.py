@@ -18,7 +18,9 @@ from scheduling.core.request import QueueEntry
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 from scheduling.models import OperatorAction, PolicyRevision
+from scheduling.selectors import find_weights
 from scheduling.store import execute
+from scheduling.switch import place_unplaced
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("installation")]
 
@@ -173,3 +175,38 @@ def test_a_changed_weight_reaches_what_waits(
     services.update_tenant(tenant=tenant, weight=7.5, reason="bought more")
     claimed = execute(store, queue.claim("gpu-0:1", max_requests=5, max_tokens=10**6, lease_s=5))
     assert {"r3", "r7"} <= {request.id for request in claimed.requests}, "twice in five, though last among equals"
+
+
+def test_a_weight_that_changed_since_a_request_came_holds_after_a_switch_and_where_it_is_placed_again(
+    store: redis.Redis, keys: Keys, queue: FleetQueue
+) -> None:
+    tenant = services.create_tenant(name="t3")
+    store.hset(keys.deployments, "demo", "{}")
+    fill(store, queue, 8)
+    running = execute(store, queue.claim("gpu-0:1", max_requests=4, max_tokens=10**6, lease_s=5))
+    services.update_tenant(tenant=tenant, weight=7.5, reason="bought more")
+    services.switch_policy(model="demo", name="fair")
+    assert weight_of(store, queue, "t3") == 7.5
+    services.switch_policy(model="demo", name="fair", params={"level_s": 7})
+    assert weight_of(store, queue, "t3") == 7.5
+    assert "r3" in {request.id for request in running.requests}
+    execute(store, queue.release("gpu-0:1"))
+    services.update_tenant(tenant=tenant, weight=5.0)
+    assert place_unplaced(store, queue) == 4, "by the weights that they came with: others of their flows know better"
+    assert weight_of(store, queue, "t3") == 5.0
+
+
+def test_what_waits_alone_and_unplaced_has_the_weight_of_now(store: redis.Redis, keys: Keys, queue: FleetQueue) -> None:
+    services.create_tenant(name="t3", weight=7.5)
+    fill(store, queue, 4)
+    execute(store, queue.claim("gpu-0:1", max_requests=4, max_tokens=10**6, lease_s=5))
+    services.switch_policy(model="demo", name="fair")
+    execute(store, queue.release("gpu-0:1"))
+    assert place_unplaced(store, queue, find_weights) == 4
+    assert (weight_of(store, queue, "t2"), weight_of(store, queue, "t3")) == (1.0, 7.5)
+
+
+def weight_of(store: redis.Redis, queue: FleetQueue, tenant: str) -> float:
+    epoch = store.hget(f"{queue.base}:meta", "epoch")
+    assert epoch is not None
+    return float(store.hget(f"{queue.base}:meta", f"w:{epoch.decode()}:{tenant}") or 0)  # type: ignore[union-attr]
