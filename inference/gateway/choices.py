@@ -15,7 +15,8 @@ async def submit_choices(gateway: Gateway, drafts: Sequence[Draft], key: Idempot
 
     Each is a request of its own for queue and engine. The first one is charged for all of them, in one script: the
     tenant's limits let them all in, or none. An idempotency key stands for all of them too; the first one says whether
-    it was used before, so that no other comes in under a key of another body.
+    it was used before, so that no other comes in under a key of another body. An answer that an earlier run under the
+    key has given, while another one failed, is not charged again.
     """
     if len(drafts) == 1:
         return [await gateway.submit(drafts[0], key)]
@@ -27,18 +28,25 @@ async def submit_choices(gateway: Gateway, drafts: Sequence[Draft], key: Idempot
             tasks.append(asyncio.create_task(gateway.submit(draft, key_of)))
             if len(tasks) == 1:
                 await tasks[0]
-        return list(await asyncio.gather(*tasks))
+        replies = list(await asyncio.gather(*tasks))
+        if replies[0].request.id == first.id:  # it was charged for all
+            gateway.give_back(_not_entered(drafts, replies))
+        return replies
     except BaseException:
         for task in tasks:
             task.cancel()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        replies = [outcome if isinstance(outcome, Reply) else None for outcome in outcomes]
-        for reply in replies:
-            if reply is not None:
-                reply.withdraw()
-        replies += [None] * (len(drafts) - len(replies))
-        gateway.give_back([draft for draft, reply in zip(drafts, replies, strict=True) if reply is None])
+        entered = [outcome for outcome in outcomes if isinstance(outcome, Reply)]
+        for reply in entered:
+            reply.withdraw()
+        gateway.give_back(_not_entered(drafts, entered))
         raise
+
+
+def _not_entered(drafts: Sequence[Draft], replies: Sequence[Reply]) -> list[Draft]:
+    """Drafts that became no request: refused, or an earlier one of the same key stands for them."""
+    entered = {reply.request.id for reply in replies}
+    return [draft for draft in drafts if draft.id not in entered]
 
 
 async def read_choices(replies: Sequence[Reply]) -> AsyncGenerator[tuple[int, str, bool], None]:

@@ -256,7 +256,8 @@ class Gateway:
 
     def give_back(self, drafts: Sequence[Draft]) -> None:
         """Refund answers that were charged with another one and are not let in after all. Returns at once."""
-        self._spawn(self._give_back(drafts))
+        if drafts:
+            self._spawn(self._give_back(drafts))
 
     async def _give_back(self, drafts: Sequence[Draft]) -> None:
         limits = self.desk.limits

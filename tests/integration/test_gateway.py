@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import redis.asyncio
 
+from controlplane.api.openai import exchange
 from controlplane.api.openai.app import OpenAIApp
 from inference.directory import TenantConfig
 from inference.gateway import gateway as module
@@ -42,6 +43,8 @@ class Connection:
 
     gateway: Gateway
     body: dict[str, Any]
+    part: bytes | None = None
+    """Sent in place of the body, and nothing after it."""
     sent: list[bytes] = field(default_factory=list)
     status: int = 0
     headers: dict[bytes, bytes] = field(default_factory=dict)
@@ -60,9 +63,11 @@ class Connection:
         await OpenAIApp(2**20)(scope, self.receive, self.send)
 
     async def receive(self) -> MutableMapping[str, Any]:
-        if not self.asked:
-            self.asked = True
+        is_first, self.asked = not self.asked, True
+        if is_first and self.part is None:
             return {"type": "http.request", "body": json.dumps(self.body).encode(), "more_body": False}
+        if is_first and self.part:
+            return {"type": "http.request", "body": self.part, "more_body": True}
         await self.gone.wait()
         return {"type": "http.disconnect"}
 
@@ -141,8 +146,8 @@ async def test_who_is_refused_by_the_bound_on_tokens_is_told_so_and_comes_again_
         assert again.value.retry_after_s == 6, "five tokens too many at one a second, and one for the level to fall"
 
 
-async def running(gateway: Gateway, astore: redis.asyncio.Redis) -> int:
-    return (await aexecute(astore, gateway.desk.limits.usage("alpha"))).running
+async def running(gateway: Gateway, astore: redis.asyncio.Redis, tenant: str = "alpha") -> int:
+    return (await aexecute(astore, gateway.desk.limits.usage(tenant))).running
 
 
 async def until_is(read: Callable[[], Awaitable[int]], expected: int) -> None:
@@ -229,6 +234,36 @@ async def test_answers_under_a_key_of_which_one_was_refused_are_let_in_at_the_ne
         await submit_choices(gateway, drafts, key)
     again = [replace(one, id=f"again-{one.id}", tenant=replace(few, rpm=None)) for one in drafts]
     assert len(await submit_choices(gateway, again, key)) == 5
+
+
+async def test_an_answer_that_an_earlier_run_of_the_key_gave_is_not_charged_again(
+    gateway: Gateway, astore: redis.asyncio.Redis
+) -> None:
+    few, key = TenantConfig(name="few", max_priority=0, tpd=100), IdempotencyKey("digest", "fingerprint")
+    drafts = [replace(draft(gateway, number), tenant=few) for number in range(2)]
+    queue = drafts[0].model.queue
+    await submit_choices(gateway, drafts, key)
+    await aexecute(astore, queue.claim("gpu", max_requests=2, max_tokens=99, lease_s=5))
+    for one, state in zip(drafts, ("failed", "finished"), strict=True):
+        end = msgspec.msgpack.encode(Finish("error" if state == "failed" else "stop", 2, 5))
+        await aexecute(astore, queue.finish("gpu", one.id, 1, state=state, used_tokens=7, finish=end, output=""))
+        await aexecute(astore, gateway.desk.limits.settle("few", one.id, refund_tokens=0))
+    again = await submit_choices(gateway, [replace(one, id=f"again-{one.id}") for one in drafts], key)
+    assert [reply.request.id for reply in again] == ["again-cmpl-0", "cmpl-1"]
+    await until_is(lambda: running(gateway, astore, "few"), 1)
+    assert await astore.hget(f"{gateway.keys.tenant('few')}:day", "tokens") == b"21"
+
+
+@pytest.mark.parametrize("part", [b"", b'{"model'])
+async def test_a_client_that_does_not_send_its_body_is_told_that_it_took_too_long(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, part: bytes
+) -> None:
+    monkeypatch.setattr(exchange, "BODY_PATIENCE_S", 0.05)
+    connection = Connection(gateway, {}, part=part)
+    await asyncio.wait_for(connection.run(), PATIENCE_S)
+    assert connection.status == 408
+    assert connection.headers[b"connection"] == b"close"
+    assert b'"code":"request_timeout"' in b"".join(connection.sent)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -65,16 +65,16 @@ class Exchange:
         """The whole body. Raises InvalidRequest where it has over `limit` bytes or takes too long, ClientGone."""
         if self.content_length is not None and self.content_length > limit:
             raise _too_large(limit)
-        message = await self._receive()
-        if not message.get("more_body"):  # nearly always: it came in one piece
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            return bytes(message.get("body", b""))
         try:
             async with asyncio.timeout(BODY_PATIENCE_S):
-                return await self._read_rest(message, limit)
+                message = await self._receive()
+                if message.get("more_body"):
+                    return await self._read_rest(message, limit)
         except TimeoutError:
             raise InvalidRequest("The body did not arrive in time.", code="request_timeout") from None
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        return bytes(message.get("body", b""))  # nearly always: it came in one piece
 
     async def _read_rest(self, message: MutableMapping[str, Any], limit: int) -> bytearray:
         body = bytearray(message.get("body", b""))
