@@ -7,6 +7,7 @@ from django.http import HttpRequest
 from ninja import Field, Query, Router, Schema
 
 from controlplane.api.access import ViewerAuth
+from controlplane.api.queries import without_nul
 from dashboard.selectors.revisions import MAX_REVISIONS, list_revisions
 from scheduling.models import PolicyRevision
 
@@ -51,7 +52,7 @@ class RevisionsQuery(Schema, extra="forbid"):
 @router.get("/operator/revisions", response=RevisionsPage, summary="What a queue's policy was, and why")
 def list_policy_revisions(request: HttpRequest, query: Annotated[RevisionsQuery, Query()]) -> RevisionsPage:
     """For signed-in viewers."""
-    rows, more = list_revisions(query.model, before=query.before, limit=query.limit)
+    rows, more = list_revisions(without_nul(query.model), before=query.before, limit=query.limit)
     return RevisionsPage(revisions=[_view(row) for row in rows], next_before=rows[-1].revision if more else None)
 
 

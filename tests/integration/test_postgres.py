@@ -14,6 +14,9 @@ from typing import Any
 import psycopg
 import pytest
 
+from benchmarks.stack import running_stack
+from tests.integration.test_api_schema import try_all_calls
+
 HERE = Path(__file__).parent
 DATABASE_TESTS = (
     "test_admin.py",
@@ -105,6 +108,13 @@ def test_the_database_tests_pass_on_postgresql(postgres_url: str, redis_url: str
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *DATABASE_TESTS]
     result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-16000:] + result.stderr[-2000:]
+
+
+@pytest.mark.postgres
+def test_no_call_is_a_server_error_on_postgresql(postgres_url: str) -> None:
+    with running_stack({"alpha": {}}, DATABASE_URL=postgres_url) as stack:
+        statuses = try_all_calls(stack, examples=3)
+    assert statuses["session"][200] > 10, statuses
 
 
 MIGRATE = "import django; django.setup(); from controlplane.preflight import migrate; migrate()"
