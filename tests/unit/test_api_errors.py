@@ -1,12 +1,15 @@
 """Status, body and headers of errors, and who is let in with which priority."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from controlplane.api.errors import error_body, error_headers, limit_headers, status_of
+from controlplane.api.errors import STATUS_BY_CODE, error_body, error_headers, limit_headers, status_of
 from inference.gateway import errors
 from scheduling.limits import Admission
+
+API = Path(__file__).parents[2] / "docs" / "api.md"
 
 
 def admission(**changes: object) -> Admission:
@@ -46,6 +49,13 @@ def test_every_kind_has_its_status_and_type(error: errors.GatewayError, status: 
     assert body["type"] == kind
     assert body["code"]
     assert body["message"]
+
+
+def test_every_code_with_a_status_of_its_own_is_documented_beside_it() -> None:
+    rows = [line for line in API.read_text().splitlines() if line.startswith("| ")]
+    for code, status in STATUS_BY_CODE.items():
+        if code != "client_closed_request":  # nobody is there to read it
+            assert any(str(status) in row.split("|")[1] and f"`{code}`" in row for row in rows), code
 
 
 def test_retry_after_is_in_whole_seconds_rounded_up() -> None:
