@@ -1,6 +1,7 @@
 """The in-memory directory follows the database, with Redis and without."""
 
 import asyncio
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +137,8 @@ async def test_a_suspension_reaches_a_watching_process_by_way_of_redis(
         await follow.until(lambda d: d.tenants["acme"].suspended)
     finally:
         await watch.stop()
+    period_s = inspect.signature(DirectoryWatch).parameters["redis_period_s"].default
+    assert period_s <= 0.5, "a change is to be in force within a second"
 
 
 async def test_without_redis_the_watch_still_follows_the_database(tenant: Tenant) -> None:

@@ -21,6 +21,7 @@ from inference.gateway.errors import InvalidRequest, Overloaded, QueueFull, Rate
 from inference.gateway.gateway import Gateway
 from inference.gateway.idempotency import IdempotencyKey
 from inference.messages import Finish, InferenceRequest, SequenceUpdate
+from inference.worker import outbox
 from scheduling.core.policies import build_policy
 from scheduling.keys import Keys
 from scheduling.store import Command, aexecute, connect
@@ -96,6 +97,39 @@ async def test_an_idle_stream_gets_signs_of_life(
         connection.gone.set()
         await asyncio.wait_for(task, PATIENCE_S)
         assert gateway.num_replies == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_has_its_request_cancelled_without_waiting_for_any_period(
+    redis_url: str,
+    keys: Keys,
+    tmp_path: Path,
+    astore: redis.asyncio.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: bool,
+) -> None:
+    for name in ("PERIOD_S", "HEARTBEAT_S"):
+        monkeypatch.setattr(module, name, 10 * PATIENCE_S)
+    async with open_gateway(redis_url, keys, tmp_path) as gateway:
+        connections = [Connection(gateway, {"model": "tiny", "prompt": "ba", "stream": stream}) for _ in range(2)]
+        tasks = [asyncio.create_task(connection.run()) for connection in connections]
+        queue = gateway.find_model("tiny").queue
+
+        async def depth() -> int:
+            return (await aexecute(astore, queue.snapshot())).depth
+
+        await until_is(depth, 2)
+        (claimed,) = (await aexecute(astore, queue.claim("gpu", max_requests=1, max_tokens=99, lease_s=60))).requests
+        for connection in connections:
+            connection.gone.set()
+        await until_is(depth, 0)
+
+        async def is_told() -> bool:
+            return await aexecute(astore, queue.take_cancels("gpu")) == [claimed.id]
+
+        await until(is_told)
+        await asyncio.wait_for(asyncio.gather(*tasks), PATIENCE_S)
+    assert outbox.CANCELS_PERIOD_S <= 0.5, "how often its worker asks"
 
 
 async def test_a_request_placed_under_an_old_revision_is_placed_again(
