@@ -3,9 +3,11 @@
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
@@ -14,8 +16,11 @@ from inference.engine.batch import StepBatch
 from inference.engine.errors import ModelLoadError
 from inference.engine.kv_cache import BLOCK_SIZE, KVCache
 from inference.engine.native import BoundBatch, Heads
+from inference.engine.upload import upload
 
 NAME = "penstock_paged"
+LONG_TOKENS = 64
+"""Of a part that is computed by itself, where no compiled kernel takes them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +55,74 @@ class Context(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Parts padded together: decodes in one group, prefill chunks in another."""
+    """Parts padded together, which are about as long as each other."""
 
     whole: int
     """Tokens of the one prompt that is the group from its first token on; such need no mask. Else 0."""
+    longest: int
+    """Tokens of its longest query."""
     rows: torch.Tensor
     """[n, longest query], token of the flat batch; padding repeats the part's last."""
     positions: torch.Tensor
     """[n, longest query]"""
     tables: torch.Tensor
     """[n, blocks]"""
-    dead: torch.Tensor
-    """[n, 1, blocks * BLOCK_SIZE, 1], cache slots past the context: they hold what another sequence left, even NaN."""
     real: torch.Tensor
     """[tokens], positions in the flattened `rows` that are no padding."""
     tokens: torch.Tensor
     """[tokens], the flat batch's tokens they stand for."""
     contexts: torch.Tensor
     """[n], tokens of each sequence."""
+    dead: torch.Tensor | None
+    """[n, 1, blocks * BLOCK_SIZE, 1], cache slots past the context: they hold what another sequence left, even NaN.
+
+    None for decodes that a kernel computes.
+    """
+
+
+class Layout(NamedTuple):
+    """A group before it is on the device."""
+
+    whole: int
+    longest: int
+    arrays: tuple[npt.NDArray[Any], ...]
+    """In the order of `Group`, without `dead`."""
+
+
+def split(batch: StepBatch, *, by_context: bool) -> list[npt.NDArray[np.int64]]:
+    """The step's parts in groups, so that padding makes little of what is computed.
+
+    A part of many tokens is a group of its own. Shorter ones are together with those that have, within a factor of two,
+    as many tokens and, where decodes are not the kernel's business, as long a context.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    lengths = np.diff(batch.query_starts).tolist()
+    for part, (length, context) in enumerate(zip(lengths, batch.context_lens.tolist(), strict=True)):
+        blocks = (-(-context // BLOCK_SIZE) - 1).bit_length() if by_context or length > 1 else 0
+        key = (length, part) if length >= LONG_TOKENS else ((length - 1).bit_length(), -1, blocks)
+        groups.setdefault(key, []).append(part)
+    return [np.array(parts, np.int64) for parts in groups.values()]
+
+
+def lay_out(batch: StepBatch, parts: npt.NDArray[np.int64]) -> Layout:
+    """One group of a step."""
+    starts, sizes = batch.query_starts[parts].astype(np.int64), np.diff(batch.query_starts)[parts]
+    contexts = batch.context_lens[parts].astype(np.int64)
+    span = np.arange(sizes.max())
+    inside = np.minimum(span[None], sizes[:, None] - 1)
+    rows = starts[:, None] + inside
+    real = np.flatnonzero(span[None] < sizes[:, None])
+    blocks = -(-int(contexts.max()) // BLOCK_SIZE)
+    whole = int(contexts[0]) if len(parts) == 1 and sizes[0] == contexts[0] else 0
+    arrays = (
+        rows,
+        (contexts - sizes)[:, None] + inside,
+        batch.block_tables[parts, :blocks],
+        real,
+        rows.reshape(-1)[real],
+        contexts,
+    )
+    return Layout(whole, len(span), arrays)
 
 
 class PagedContext:
@@ -89,37 +144,19 @@ class PagedContext:
         self.bound = BoundBatch(batch) if kernels else None
         self.layers_seen: list[int] = []
         if kernels is None:
-            slots = self._move(torch.from_numpy(batch.slots))
+            groups = [lay_out(batch, parts) for parts in split(batch, by_context=decode is None)]
+            slots, *moved = upload([batch.slots, *(array for group in groups for array in group.arrays)], device)
             self.blocks, self.offsets = slots // BLOCK_SIZE, slots % BLOCK_SIZE
-            lengths = np.diff(batch.query_starts)
-            split = (np.flatnonzero(lengths == 1), np.flatnonzero(lengths > 1))
-            self.groups = [self._group(torch.from_numpy(parts)) for parts in split if len(parts)]
+            given = iter(moved)
+            self.groups = [self._place(group, *islice(given, len(group.arrays))) for group in groups]
 
-    def _group(self, parts: torch.Tensor) -> Group:
-        query_starts = torch.from_numpy(self.batch.query_starts).long()
-        starts, sizes = query_starts[parts], query_starts.diff()[parts]
-        contexts = torch.from_numpy(self.batch.context_lens).long()[parts]
-        span = torch.arange(int(sizes.max()))
-        inside = torch.minimum(span[None], sizes[:, None] - 1)
-        rows = starts[:, None] + inside
-        real = (span[None] < sizes[:, None]).flatten().nonzero()[:, 0]
-        blocks = -(-int(contexts.max()) // BLOCK_SIZE)
-        dead = torch.arange(blocks * BLOCK_SIZE)[None] >= contexts[:, None]
-        group = (
-            rows,
-            (contexts - sizes)[:, None] + inside,
-            torch.from_numpy(self.batch.block_tables)[parts, :blocks].long(),
-            dead[:, None, :, None],
-            real,
-            rows.flatten()[real],
-            contexts,
-        )
-        whole = int(contexts[0]) if len(parts) == 1 and sizes[0] == contexts[0] else 0
-        return Group(whole, *(self._move(tensor) for tensor in group))
-
-    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        """To the device, without waiting for what it computes."""
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+    def _place(self, layout: Layout, *tensors: torch.Tensor) -> Group:
+        rows, positions, tables, real, tokens, contexts = tensors
+        dead = None
+        if self.decode is None or layout.longest > 1:
+            at = torch.arange(tables.shape[1] * BLOCK_SIZE, device=self.device)
+            dead = (at >= contexts[:, None])[:, None, :, None]
+        return Group(layout.whole, layout.longest, rows, positions, tables, real, tokens, contexts, dead)
 
     def attend(
         self,
@@ -203,7 +240,7 @@ def _attend_padded(
     values[paged.blocks, :, paged.offsets] = value[0].transpose(0, 1)
     out = torch.empty((query.shape[2], query.shape[1], value.shape[3]), dtype=query.dtype, device=query.device)
     for group in paged.groups:
-        if paged.decode is not None and group.rows.shape[1] == 1:
+        if paged.decode is not None and group.longest == 1:
             asked = query[0].transpose(0, 1)[group.tokens]
             found = paged.decode(asked, keys, values, group.tables, group.contexts, rule)
         else:
@@ -219,6 +256,7 @@ def _attend_group(
     group: Group,
     rule: Rule,
 ) -> torch.Tensor:
+    assert group.dead is not None
     q = query[:, group.rows].transpose(0, 1)
     k = keys[group.tables].permute(0, 2, 1, 4, 3).flatten(2, 3).masked_fill(group.dead, 0)
     v = values[group.tables].transpose(1, 2).flatten(2, 3).masked_fill(group.dead, 0)

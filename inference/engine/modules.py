@@ -11,6 +11,7 @@ from inference.engine.batch import StepBatch
 from inference.engine.errors import ModelLoadError
 from inference.engine.kv_cache import KVCache
 from inference.engine.native import WeightKind
+from inference.engine.upload import upload
 from inference.engine.weights import replace_linears
 
 
@@ -41,11 +42,12 @@ class ModulesForward:
     def __call__(self, batch: StepBatch) -> torch.Tensor:
         """Logits [N, vocab] of the batch's sample rows."""
         context = PagedContext(batch, self._cache, self._device, self._kernels, self._decode)
+        tokens, positions, rows = upload([batch.token_ids, batch.positions, batch.sample_rows], self._device)
         logits: torch.Tensor = self._model(
-            input_ids=torch.from_numpy(batch.token_ids)[None].to(self._device),
-            position_ids=torch.from_numpy(batch.positions)[None].to(self._device),
+            input_ids=tokens[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=torch.from_numpy(batch.sample_rows).to(self._device),
+            logits_to_keep=rows,
             paged=context,
         ).logits[0]
         if not self._checked and sorted(context.layers_seen) != list(range(self._cache.shape.num_layers)):
