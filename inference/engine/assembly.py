@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from inference.checkpoint import CheckpointInfo, inspect_checkpoint
-from inference.engine import llama, loading, weights
+from inference.engine import graphs, llama, loading, weights
 from inference.engine.batch import StepBatch
 from inference.engine.errors import ModelLoadError, OutOfDeviceMemory
 from inference.engine.graphs import GraphedForward
@@ -34,6 +34,8 @@ class Assembly:
 
     forward: Forward
     """Logits [N, vocab] of a batch's sample rows."""
+    prepare: Callable[[StepBatch], None] | None
+    """Sends a decode step's tables ahead of its tokens, where that is of use."""
     cache: KVCache
     device: torch.device
     dtype: torch.dtype
@@ -59,6 +61,8 @@ def assemble(
     Raises ModelLoadError or CheckpointError with a sentence that says what to do.
     """
     path, place = Path(spec.path), choose_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # where Triton launches and torch captures, whatever device tensors name
     info = inspect_checkpoint(path, needs_tokenizer=False)
     config = loading.load_config(path)
     max_model_len = loading.longest_sequence(config, spec.max_model_len)
@@ -69,12 +73,15 @@ def assemble(
     dtype = torch.float32 if kernels is not None else _choose_dtype(spec.dtype, place)
     model = loading.load_model(path, config, dtype, place)
     shape = loading.kv_shape(config, dtype)
-    cache, why = _make_cache(spec, shape, place, max_model_len, num_blocks, num_host_blocks)
     vocab_size = int(config.get_text_config().vocab_size)
-    forward, how = _build_forward(model, kernels, kind, cache, max_model_len, vocab_size, fused)
+    reserved = graphs.reserve(place, spec.max_batch_size, vocab_size)
+    cache, why = _make_cache(spec, shape, place, max_model_len, num_blocks, num_host_blocks)
+    del reserved
+    forward, how = _build_forward(spec, model, kernels, kind, cache, max_model_len, vocab_size, fused)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
     return Assembly(
-        forward=forward, cache=cache, device=place, dtype=dtype, max_model_len=max_model_len, vocab_size=vocab_size,
+        forward=forward, prepare=forward.prepare if isinstance(forward, GraphedForward) else None,
+        cache=cache, device=place, dtype=dtype, max_model_len=max_model_len, vocab_size=vocab_size,
         eos_token_ids=info.eos_token_ids,
         description=f"{type(model).__name__} in {str(dtype).removeprefix('torch.')} on {name}, {how}; {why}",
     )  # fmt: skip
@@ -87,7 +94,9 @@ def choose_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelLoadError("There is no CUDA device here. Set PENSTOCK_DEVICE to cpu or auto.")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ModelLoadError(f"There is no device {name}; this host has {torch.cuda.device_count()}.")
     return device
 
@@ -141,6 +150,7 @@ def _draft_needs(spec: DeploymentSpec, dtype: torch.dtype) -> DraftNeeds | None:
 
 
 def _build_forward(
+    spec: DeploymentSpec,
     model: PreTrainedModel,
     kernels: ctypes.CDLL | None,
     kind: WeightKind,
@@ -159,7 +169,7 @@ def _build_forward(
             expected = loading.reference_logits(model, vocab_size, tokens, model.device)
         with torch.inference_mode():
             if cache.device.type == "cuda":
-                forward, how = _cuda_forward(model, kind, cache, max_model_len, expected)
+                forward, how = _cuda_forward(spec, model, kind, cache, max_model_len, expected)
             elif kernels is not None and fused and llama.supports(model):
                 forward, how = LlamaForward(kernels, model, cache, max_model_len, kind), "fused and compiled"
             else:
@@ -178,19 +188,40 @@ def _build_forward(
 
 
 def _cuda_forward(
-    model: PreTrainedModel, kind: WeightKind, cache: KVCache, max_model_len: int, expected: torch.Tensor
+    spec: DeploymentSpec,
+    model: PreTrainedModel,
+    kind: WeightKind,
+    cache: KVCache,
+    max_model_len: int,
+    expected: torch.Tensor,
 ) -> tuple[Forward, str]:
-    """Decode steps as CUDA graphs over a Triton kernel; plain torch where that does not work here, which is said."""
-    how = "transformers' modules"
+    """Decode steps by a Triton kernel, as CUDA graphs in the sizes in which that works here; else in plain torch."""
+    how, tolerance = "transformers' modules", loading.PROBE_TOLERANCE[cache.shape.dtype]
     try:
         from inference.engine.paged_triton import attend_decodes
 
         modules = ModulesForward(None, model, cache, cache.device, kind, attend_decodes)
-        graphed = GraphedForward(modules, model, cache, attend_decodes, max_model_len, capture=True)
-        loading.verify(graphed, expected, loading.PROBE_TOLERANCE[cache.shape.dtype])
-        return graphed, f"{how}, decode steps as CUDA graphs over a Triton kernel"
+        loading.verify(modules, expected, tolerance)
     except torch.OutOfMemoryError:
         raise
     except Exception:
-        logger.warning("Decode steps cannot be CUDA graphs over a Triton kernel here", exc_info=True)
-    return ModulesForward(None, model, cache, cache.device, kind), f"{how} in plain torch"
+        logger.warning("Decode steps cannot use a Triton kernel here", exc_info=True)
+        return ModulesForward(None, model, cache, cache.device, kind), f"{how} in plain torch"
+    graphed = GraphedForward(modules, model, cache, attend_decodes, max_model_len, spec.max_batch_size)
+    graphed.capture()
+    keep_exact(graphed, expected, tolerance)
+    if not graphed.sizes:
+        return graphed, f"{how}, decode steps by a Triton kernel, without graphs"
+    return graphed, f"{how}, decode steps of up to {graphed.sizes[-1]} sequences as CUDA graphs over a Triton kernel"
+
+
+def keep_exact(graphed: GraphedForward, expected: torch.Tensor, tolerance: float) -> None:
+    """Hold every captured size against the model's own logits, and drop those that differ or fail."""
+    for size in graphed.sizes:
+        try:
+            loading.verify(graphed.filled_up(size), expected, tolerance)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            logger.warning("Captured decode steps of %d sequences are not used", size, exc_info=True)
+            graphed.drop(size)

@@ -1,7 +1,10 @@
 """Decode steps as CUDA graphs over padded batch sizes; other steps run as they come."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,21 +15,46 @@ from inference.engine.attention import DecodeKernel, Rule
 from inference.engine.batch import StepBatch
 from inference.engine.kv_cache import BLOCK_SIZE, KVCache
 from inference.engine.modules import ModulesForward
+from inference.engine.upload import upload
+
+logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, *range(16, 257, 16))
 """Sequences of a captured step; one that has fewer is filled up, one with more than the last is not captured."""
-WARM_UPS = 2
+HEAD = 4
+"""Numbers of a sequence before its block table: token, position, slot, context length."""
+FIXED_BYTES = 256 * 2**20
+"""For captured steps whatever their size: what cuBLAS works in, and the graphs themselves."""
+
+
+def sizes_for(max_batch_size: int) -> tuple[int, ...]:
+    """The sizes that batches of up to so many sequences need."""
+    return tuple(size for at, size in enumerate(SIZES) if not at or SIZES[at - 1] < max_batch_size)
+
+
+def reserve(device: torch.device, max_batch_size: int, vocab_size: int) -> torch.Tensor | None:
+    """Memory that captured steps will need, held until it is let go, so that the KV cache is sized beside it.
+
+    A quarter of what is free at most: a step that cannot be captured is served all the same.
+    """
+    if device.type != "cuda":
+        return None
+    needed = FIXED_BYTES + 3 * 4 * sizes_for(max_batch_size)[-1] * vocab_size  # logits, the model's own, its layers
+    free = torch.cuda.mem_get_info(device)[0]
+    return torch.empty(min(needed, free // 4), dtype=torch.uint8, device=device)
 
 
 class DecodeContext:
     """What attention sees of a decode step: tensors that stay where they are while their content changes."""
 
     def __init__(self, inputs: torch.Tensor, cache: KVCache, attend: DecodeKernel) -> None:
-        """`inputs` [sequences, 4 + blocks]: token, position, slot and context length, then the block table."""
+        """`inputs` int32 [sequences, HEAD + blocks]."""
         self._cache, self._attend = cache, attend
         self.layers_seen: list[int] = []
-        self.token_ids, self.positions, self._slots, self._contexts = inputs[:, :4].unbind(1)
-        self._tables = inputs[:, 4:]
+        head = inputs[:, :HEAD].t().to(torch.int64, memory_format=torch.contiguous_format)
+        self.token_ids, self.positions, slots, self._contexts = head
+        self._blocks, self._offsets = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+        self._tables = inputs[:, HEAD:]
 
     def attend(
         self,
@@ -38,28 +66,17 @@ class DecodeContext:
     ) -> torch.Tensor:
         """Write this step's keys and values, and attend; see attention.PagedContext."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        blocks, offsets = self._slots // BLOCK_SIZE, self._slots % BLOCK_SIZE
-        keys[blocks, :, :, offsets] = key[0].transpose(0, 1)
-        values[blocks, :, offsets] = value[0].transpose(0, 1)
+        keys[self._blocks, :, :, self._offsets] = key[0].transpose(0, 1)
+        values[self._blocks, :, self._offsets] = value[0].transpose(0, 1)
         asked = query[0].transpose(0, 1)
         return self._attend(asked, keys, values, self._tables, self._contexts, rule)
 
 
-@dataclass(slots=True)
-class _Step:
-    """Decode steps of one size."""
-
-    staging: list[torch.Tensor]
-    """Host memory for the inputs, twice: the latter is filled next, while the former may still be read."""
-    tokens: torch.Tensor
-    inputs: torch.Tensor
-    """On the device, see DecodeContext."""
-    run: Callable[[], torch.Tensor]
-    """Computes the logits of the inputs."""
-
-
 class GraphedForward:
-    """A forward pass whose decode steps are replayed. `capture=False` runs them without graphs, on any device."""
+    """A forward pass whose decode steps are replayed, in sizes up to what `max_batch_size` needs.
+
+    All sizes have their inputs and their logits in the same place: those of a step are gone when the next one runs.
+    """
 
     def __init__(
         self,
@@ -68,95 +85,154 @@ class GraphedForward:
         cache: KVCache,
         attend: DecodeKernel,
         max_model_len: int,
-        *,
-        capture: bool,
+        max_batch_size: int = SIZES[-1],
     ) -> None:
+        """Nothing is captured yet: all steps run as they come."""
         self._modules, self._model, self._cache, self._attend = modules, model, cache, attend
-        self._width = 4 + -(-max_model_len // BLOCK_SIZE)
-        self._capture = capture
-        self._steps: dict[int, _Step] = {}
-        self._prepared: StepBatch | None = None
-        """Whose tables are on the device, or on their way there."""
-        self._pool: Any = None
+        self._wanted = sizes_for(max_batch_size)
+        self._runs: dict[int, Callable[[], None]] = {}
+        """By size, what computes the logits of the inputs."""
+        most, self._width = self._wanted[-1], HEAD + -(-max_model_len // BLOCK_SIZE)
+        pinned = cache.device.type == "cuda"
+        self._staging = [torch.zeros(most * self._width, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        """Host memory for the inputs, twice: the latter is filled next, while the former may still be read."""
+        self._tokens = torch.zeros(most, dtype=torch.int32, pin_memory=pinned)
+        self._inputs = torch.zeros((most, self._width), dtype=torch.int32, device=cache.device)
+        """See DecodeContext."""
+        self._inputs[:, : HEAD + 1] = torch.from_numpy(self._idle_row()).to(cache.device)
+        self._logits = torch.empty(0)
+        self._prepared: tuple[StepBatch, int] | None = None
+        """Whose tables are on the device, or on their way there, and in which size."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the steps that are replayed, ascending."""
+        return sorted(self._runs)
 
     def __call__(self, batch: StepBatch) -> torch.Tensor:
         """Logits [N, vocab] of the batch's sample rows."""
-        num_parts = len(batch.context_lens)
-        # Nobody waits for a step that samples nothing: the next would overwrite its inputs before they are read.
-        if len(batch.token_ids) > num_parts or num_parts > SIZES[-1] or not len(batch.sample_rows):
-            return self._modules(batch)
-        size = next(size for size in SIZES if size >= num_parts)
-        if size not in self._steps:
-            self._steps[size] = self._capture_step(size)
-        step = self._steps[size]
-        if batch is self._prepared:
-            step.tokens[:num_parts] = torch.from_numpy(batch.token_ids)
-            step.inputs[:num_parts, 0].copy_(step.tokens[:num_parts], non_blocking=True)
-        else:
-            self._upload(step, batch)
-        self._prepared = None
-        logits = step.run()[:num_parts]
-        if len(batch.sample_rows) == num_parts:
-            return logits
-        return logits[torch.from_numpy(batch.sample_rows).to(logits.device)]
+        return self._run(1, batch)
+
+    def filled_up(self, size: int) -> Callable[[StepBatch], torch.Tensor]:
+        """The same, with decode steps filled up to at least so many sequences."""
+        return partial(self._run, size)
 
     def prepare(self, batch: StepBatch) -> None:
         """Send a decode step's tables ahead, behind the step that runs; its tokens come with the call."""
+        size = self._size_of(len(batch.context_lens))
+        self._prepared = None if size is None else (batch, size)
+        if size is not None:
+            self._send(batch, size)
+
+    def capture(self, *, as_graphs: bool = True) -> None:
+        """Make all sizes ready, the largest first, whose memory the others share. Runs on idle rows only.
+
+        Steps of a size that cannot be captured, which is said, run as they come. `as_graphs=False`: sizes are filled up
+        to without graphs, on any device.
+        """
+        make = _Recorder(self._cache.device).record if as_graphs else _plain
+        for at, size in enumerate(reversed(self._wanted), 1):
+            try:
+                self._runs[size] = make(partial(self._compute, size))
+                logger.info("Captured decode steps of %d sequences, %d of %d sizes", size, at, len(self._wanted))
+            except torch.OutOfMemoryError:
+                logger.warning("There is no memory to capture decode steps of %d sequences", size)
+            except Exception:
+                logger.warning("Decode steps cannot be captured here", exc_info=True)
+                return
+
+    def drop(self, size: int) -> None:
+        """Replay steps of this size no more."""
+        del self._runs[size]
+
+    def _run(self, least: int, batch: StepBatch) -> torch.Tensor:
         num_parts = len(batch.context_lens)
-        step = next((self._steps.get(size) for size in SIZES if size >= num_parts), None)
-        self._prepared = batch if step is not None else None
-        if step is not None:
-            self._upload(step, batch)
+        size = self._size_of(max(least, num_parts))
+        # Nobody waits for a step that samples nothing: the next would overwrite its inputs before they are read.
+        if size is None or len(batch.token_ids) > num_parts or not len(batch.sample_rows):
+            return self._modules(batch)
+        if self._prepared is not None and self._prepared[0] is batch and self._prepared[1] == size:
+            self._send_tokens(batch)
+        else:
+            self._send(batch, size)
+        self._prepared = None
+        self._runs[size]()
+        logits = self._logits[:num_parts]
+        if len(batch.sample_rows) == num_parts:
+            return logits
+        (rows,) = upload([batch.sample_rows], logits.device)
+        return logits[rows]
 
-    def _upload(self, step: _Step, batch: StepBatch) -> None:
-        step.staging.reverse()  # the other one may still be on its way
-        self._fill(step.staging[0].numpy(), batch)
-        step.inputs.copy_(step.staging[0], non_blocking=True)
+    def _size_of(self, num_parts: int) -> int | None:
+        return min((size for size in self._runs if size >= num_parts), default=None)
 
-    def _fill(self, rows: Any, batch: StepBatch) -> None:
-        """The step's inputs; what fills it up writes to the spare block, where nobody reads."""
-        num_parts, width = len(batch.context_lens), batch.block_tables.shape[1]
-        rows[num_parts:] = self._idle_row()
+    def _send(self, batch: StepBatch, size: int) -> None:
+        """A step's inputs, as far as its tables go; what fills it up writes to the spare block, where nobody reads."""
+        self._staging.reverse()  # the other one may still be on its way
+        num_parts, blocks = len(batch.context_lens), batch.block_tables.shape[1]
+        staging = self._staging[0][: size * (HEAD + blocks)].view(size, HEAD + blocks)
+        rows = staging.numpy()
+        rows[num_parts:, : HEAD + 1] = self._idle_row()
         rows[:num_parts, 0], rows[:num_parts, 1] = batch.token_ids, batch.positions
         rows[:num_parts, 2], rows[:num_parts, 3] = batch.slots, batch.context_lens
-        rows[:num_parts, 4 : 4 + width] = batch.block_tables
+        rows[:num_parts, HEAD:] = batch.block_tables
+        self._inputs[:size, : HEAD + blocks].copy_(staging, non_blocking=True)
+
+    def _send_tokens(self, batch: StepBatch) -> None:
+        tokens = self._tokens[: len(batch.token_ids)]
+        tokens.numpy()[:] = batch.token_ids
+        self._inputs[: len(tokens), 0].copy_(tokens, non_blocking=True)
 
     def _idle_row(self) -> Any:
-        row = np.zeros(self._width, np.int64)
-        row[2], row[3], row[4] = self._cache.num_blocks * BLOCK_SIZE, 1, self._cache.num_blocks
-        return row
+        spare = self._cache.num_blocks
+        return np.array([0, 0, spare * BLOCK_SIZE, 1, spare], np.int32)
 
-    def _capture_step(self, size: int) -> _Step:
-        """Captured with idle rows only."""
-        device = self._cache.device
-        pinned = device.type == "cuda"
-        staging = [torch.zeros((size, self._width), dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
-        staging[0][:] = torch.from_numpy(self._idle_row())
-        inputs = staging[0].to(device, copy=True)
-        tokens = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
+    def _compute(self, size: int) -> None:
+        """The logits of the first rows of the inputs, into those of `_logits`."""
+        context = DecodeContext(self._inputs[:size], self._cache, self._attend)
+        logits: torch.Tensor = self._model(
+            input_ids=context.token_ids[None], position_ids=context.positions[None], use_cache=False, paged=context
+        ).logits[0]
+        if not self._logits.numel():  # while the largest size warms up
+            shape = (self._wanted[-1], logits.shape[1])
+            self._logits = torch.zeros(shape, dtype=torch.float32, device=logits.device)
+        self._logits[:size] = logits
 
-        def run() -> torch.Tensor:
-            context = DecodeContext(inputs, self._cache, self._attend)
-            logits: torch.Tensor = self._model(
-                input_ids=context.token_ids[None], position_ids=context.positions[None], use_cache=False, paged=context
-            ).logits[0]
-            return logits.float()
 
-        if not self._capture:
-            return _Step(staging, tokens, inputs, run)
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                run()
-        torch.cuda.current_stream(device).wait_stream(aside)
+def _plain(compute: Callable[[], None]) -> Callable[[], None]:
+    compute()
+    return compute
+
+
+class _Recorder:
+    """Records work on a device as CUDA graphs that share memory: no two of them may run at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, compute: Callable[[], None]) -> Callable[[], None]:
+        """What replays `compute`, which has run twice before: once to set up, once to see that it waits for nothing."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = run()
-        self._pool = self._pool or graph.pool()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):  # torch.cuda.graph alone would not leave it where a capture cannot end
+            compute()
+            with _no_waiting():
+                compute()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                compute()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return graph.replay
 
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return logits
 
-        return _Step(staging, tokens, inputs, replay)
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Raise RuntimeError where work waits for the device. In a capture that would leave torch's memory in disorder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it does not see all that waits
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

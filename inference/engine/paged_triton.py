@@ -20,18 +20,24 @@ PROGRAMS = 512
 MAX_SPLITS = 16
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["width", "window"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    query, keys, values, tables, contexts, sums, tops, totals, scale, softcap, window, width, kv_heads,
+    query, keys, values, tables, contexts, out, sums, tops, totals, scale, softcap, window, width, kv_heads,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr, SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One split of one sequence's context, for the GROUP heads that share a key head."""
+    """One split of one sequence's context, for the GROUP heads that share a key head.
+
+    A context that is WHOLE, in one split, is answered in `out`; else its parts are left in the others for `_merge`.
+    """
     sequence, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(2)
     context = tl.load(contexts + sequence).to(tl.int32)
     first = tl.where(window > 0, tl.maximum(context - window, 0), 0)
-    turns = (context + TOKENS - 1) // TOKENS
-    share = (turns + SPLITS - 1) // SPLITS
+    skipped = first // TOKENS
+    turns = (context + TOKENS - 1) // TOKENS - skipped
+    share = (turns + splits - 1) // splits
+    begin = (skipped + split * share) * TOKENS
     rows, dims, steps = tl.arange(0, ROWS), tl.arange(0, PADDED), tl.arange(0, TOKENS)
     heads = sequence * kv_heads * GROUP + head * GROUP + rows
     real = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
@@ -39,7 +45,7 @@ def _attend(  # type: ignore[no-untyped-def]
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     found = tl.zeros([ROWS, PADDED], tl.float32)
-    for start in range(split * share * TOKENS, tl.minimum((split + 1) * share * TOKENS, context), TOKENS):
+    for start in range(begin, tl.minimum(begin + share * TOKENS, context), TOKENS):
         tokens = start + steps
         seen = (tokens >= first) & (tokens < context)
         block = tl.load(tables + sequence * width + tokens // BLOCK, mask=seen, other=0).to(tl.int64)
@@ -59,10 +65,29 @@ def _attend(  # type: ignore[no-untyped-def]
         found = found * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total = total * shrink + tl.sum(weights, 1)
         top = higher
-    place = heads * SPLITS + split
-    tl.store(sums + place[:, None] * DIM + dims[None, :], found, mask=real)
-    tl.store(tops + place, top, mask=rows < GROUP)
-    tl.store(totals + place, total, mask=rows < GROUP)
+    if WHOLE:
+        tl.store(out + heads[:, None] * DIM + dims[None, :], found / total[:, None], mask=real)
+    else:
+        place = heads * splits + split
+        tl.store(sums + place[:, None] * DIM + dims[None, :], found, mask=real)
+        tl.store(tops + place, top, mask=rows < GROUP)
+        tl.store(totals + place, total, mask=rows < GROUP)
+
+
+@triton.jit(do_not_specialize=["splits"])  # type: ignore[untyped-decorator]
+def _merge(  # type: ignore[no-untyped-def]
+    out, sums, tops, totals, splits, DIM: tl.constexpr, PADDED: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """The answer of one head of one sequence from those of its context's splits."""
+    head = tl.program_id(0)
+    parts, dims = tl.arange(0, MOST), tl.arange(0, PADDED)
+    there = parts < splits
+    top = tl.load(tops + head * splits + parts, mask=there, other=-1e30)
+    share = tl.where(there, tl.exp(top - tl.max(top, 0)), 0.0)
+    total = tl.sum(tl.load(totals + head * splits + parts, mask=there, other=0.0) * share, 0)
+    inside = there[:, None] & (dims < DIM)[None, :]
+    found = tl.load(sums + (head * splits + parts)[:, None] * DIM + dims[None, :], mask=inside, other=0.0)
+    tl.store(out + head * DIM + dims, tl.sum(found * share[:, None], 0) / total, mask=dims < DIM)
 
 
 def attend_decodes(
@@ -79,16 +104,20 @@ def attend_decodes(
     """
     sequences, heads, dim = query.shape
     kv_heads = keys.shape[1]
-    group = heads // kv_heads
+    group, padded = heads // kv_heads, max(16, triton.next_power_of_2(dim))
     splits = max(1, min(MAX_SPLITS, PROGRAMS // (sequences * kv_heads), -(-tables.shape[1] * BLOCK_SIZE // TOKENS)))
-    sums = query.new_empty((sequences, heads, splits, dim), dtype=torch.float32)
-    tops, totals = (query.new_empty((sequences, heads, splits), dtype=torch.float32) for _ in range(2))
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    sums = tops = totals = out  # none are needed
+    if splits > 1:
+        sums = query.new_empty((sequences, heads, splits, dim), dtype=torch.float32)
+        tops, totals = (query.new_empty((sequences, heads, splits), dtype=torch.float32) for _ in range(2))
     grid: Any = (sequences, kv_heads, splits)
     _attend[grid](
-        query.contiguous(), keys, values, tables, contexts.contiguous(), sums, tops, totals, rule.scale, rule.softcap,
+        query.contiguous(), keys, values, tables, contexts, out, sums, tops, totals, rule.scale, rule.softcap,
         rule.window, tables.stride(0), kv_heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim,
-        PADDED=max(16, triton.next_power_of_2(dim)), BLOCK=BLOCK_SIZE, TOKENS=TOKENS, SPLITS=splits,
+        PADDED=padded, BLOCK=BLOCK_SIZE, TOKENS=TOKENS, WHOLE=splits == 1,
     )  # fmt: skip
-    shares = torch.exp(tops - tops.amax(-1, keepdim=True))
-    merged = (sums * shares[..., None]).sum(2) / (totals * shares).sum(2)[..., None]
-    return merged.to(query.dtype)
+    if splits > 1:
+        grid = (sequences * heads,)
+        _merge[grid](out, sums, tops, totals, splits, DIM=dim, PADDED=padded, MOST=MAX_SPLITS)
+    return out

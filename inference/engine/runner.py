@@ -14,7 +14,6 @@ import torch
 from inference.engine.assembly import assemble
 from inference.engine.batch import StepBatch, build_batch, check_part, foresee_batch
 from inference.engine.errors import DeviceLost, InvalidPart, OutOfDeviceMemory
-from inference.engine.graphs import GraphedForward
 from inference.engine.kv_cache import BLOCK_SIZE
 from inference.engine.sampler import Ask, Choice, Chosen, Sampler
 from inference.messages import DeploymentSpec
@@ -67,6 +66,7 @@ class ModelRunner:
         # Configurations name ids, of a tokenizer's added tokens, that the model has no logit for.
         self._sampler = Sampler(frozenset(i for i in self.eos_token_ids if i < self.vocab_size))
         self._cache, self._forward, self._description = assembly.cache, assembly.forward, assembly.description
+        self._prepare = assembly.prepare
         self.runs_ahead = self.device.type == "cuda" if runs_ahead is None else runs_ahead
         self.num_foreseen = 0
         """Steps that began as they were foreseen."""
@@ -124,8 +124,8 @@ class ModelRunner:
         if sequences:
             batch = foresee_batch(sequences, self.block_size)
             self._foreseen = Foreseen(list(sequences), [len(s.block_table) for s in sequences], batch)
-            if isinstance(self._forward, GraphedForward):
-                self._forward.prepare(batch)
+            if self._prepare is not None:
+                self._prepare(batch)
 
     def _begin(self, parts: Seq[StepPart]) -> Results:
         """Lay parts out and, where the runner runs ahead, launch them."""

@@ -28,6 +28,8 @@ CASES = [
     {"heads": 4, "kv_heads": 2, "dim": 16, "contexts": [1, 16, 17, 150], "window": 0, "softcap": 0.0},
     {"heads": 6, "kv_heads": 6, "dim": 20, "contexts": [33, 90], "window": 24, "softcap": 0.0},
     {"heads": 8, "kv_heads": 1, "dim": 32, "contexts": [200, 5, 64], "window": 0, "softcap": 30.0},
+    {"heads": 4, "kv_heads": 2, "dim": 20, "contexts": [64, 3], "window": 0, "softcap": 0.0},  # not split
+    {"heads": 4, "kv_heads": 2, "dim": 16, "contexts": [400, 300], "window": 150, "softcap": 0.0},
 ]
 
 
@@ -52,7 +54,7 @@ def check_kernel(case: Any, device: str, dtype: torch.dtype = torch.float32) -> 
     cache.keys[0].fill_(float("nan"))
     cache.values[0].fill_(float("nan"))
     order = torch.randperm(64).tolist()
-    tables = torch.zeros((len(contexts), width), dtype=torch.int64)
+    tables = torch.zeros((len(contexts), width), dtype=torch.int32)
     query = torch.randn(len(contexts), case["heads"], dim, dtype=dtype)
     expected = []
     for i, context in enumerate(contexts):
@@ -84,15 +86,15 @@ def check_padded_decodes(folder: Path, tokens: list[list[int]]) -> None:
     model = load_model(folder, config, torch.float32, device)
     cache = KVCache(kv_shape(config, torch.float32), 40, device)
     modules = ModulesForward(None, model, cache, device, "float32", attend_decodes)
-    forward = GraphedForward(modules, model, cache, attend_decodes, 256, capture=False)
+    forward = GraphedForward(modules, model, cache, attend_decodes, 256, max_batch_size=5)
     sequences: list[Sequence] = []
     for i, expected in enumerate(tokens):
         sequence = make_sequence(str(i), expected[:-3], 3)
         sequence.block_table = list(range(i * 8, i * 8 + 8))
         sequences.append(sequence)
     with torch.inference_mode():
-        forward(build_batch([StepPart(s, 1, samples=False) for s in sequences], BLOCK_SIZE))
-        assert not forward._steps, "what samples nothing is not captured"
+        forward.capture(as_graphs=False)
+        assert forward.sizes == [1, 2, 4, 8], "five sequences are filled up to eight"
         ahead = None
         for _ in range(3):
             parts = [StepPart(s, len(s.tokens) - s.num_computed, samples=True) for s in sequences]
@@ -104,12 +106,11 @@ def check_padded_decodes(folder: Path, tokens: list[list[int]]) -> None:
             assert logits.shape[0] == len(parts)
             ahead = foresee_batch(sequences, BLOCK_SIZE)
             forward.prepare(ahead)
-            assert (forward._prepared is ahead) == bool(forward._steps), "its tables are there before its tokens"
+            assert forward._prepared == (ahead, 4), "its tables are there before its tokens"
             for sequence, row in zip(sequences, logits, strict=True):
                 sequence.num_computed = len(sequence.tokens)
                 sequence.tokens.append(int(row.argmax()))
     assert [s.tokens for s in sequences] == tokens
-    assert list(forward._steps) == [4], "three sequences are filled up to four"
 
 
 def in_interpreter(*arguments: str) -> None:

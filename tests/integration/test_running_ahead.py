@@ -46,7 +46,10 @@ def as_on_cuda(runner: ModelRunner, path: Path) -> None:
     cpu = torch.device("cpu")
     model = load_model(path, load_config(path), torch.float32, cpu)
     modules = ModulesForward(None, model, runner._cache, cpu, "float32", attend)
-    runner._forward = GraphedForward(modules, model, runner._cache, attend, runner.max_model_len, capture=False)
+    forward = GraphedForward(modules, model, runner._cache, attend, runner.max_model_len, max_batch_size=4)
+    with torch.inference_mode():
+        forward.capture(as_graphs=False)
+    runner._forward, runner._prepare = forward, forward.prepare
     runner._sampler.__class__ = DeviceSampler
 
 
