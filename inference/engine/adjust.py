@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from inference.engine.transfer import upload
 from scheduling.core.sequence import Sequence
 
 Ids = npt.NDArray[np.int64]
@@ -58,6 +60,8 @@ class TokenCounts:
 class Change:
     """What happens to the logits of some tokens: `add` to them, or weaken them by `factor` as CTRL does."""
 
+    stage: Literal[0, 1, 2]
+    """Those of a higher one come after all of a lower one; of one stage, in any order."""
     ids: Ids
     add: Floats | None = None
     factor: float = 1.0
@@ -73,11 +77,11 @@ def changes(sequence: Sequence, position: int, eos_token_ids: frozenset[int]) ->
     sampling = sequence.sampling
     if sampling.logit_bias:
         ids, amounts = zip(*sampling.logit_bias, strict=True)
-        yield Change(np.array(ids, np.int64), add=np.array(amounts, np.float32))
+        yield Change(0, np.array(ids, np.int64), add=np.array(amounts, np.float32))
     if position - sequence.num_prompt_tokens < sampling.min_tokens:
         ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
         if ends:
-            yield Change(np.array(sorted(ends), np.int64), add=np.full(len(ends), -np.inf, np.float32))
+            yield Change(0, np.array(sorted(ends), np.int64), add=np.full(len(ends), -np.inf, np.float32))
     if sampling.penalises:
         yield from _penalties(sequence)
 
@@ -88,11 +92,11 @@ def _penalties(sequence: Sequence) -> Iterator[Change]:
         counts = sequence.notes = TokenCounts(sequence, with_prompt=sampling.repetition_penalty != 1)
     counts.follow(sequence.tokens)
     if sampling.repetition_penalty != 1:
-        yield Change(counts.ids, factor=sampling.repetition_penalty)
+        yield Change(1, counts.ids, factor=sampling.repetition_penalty)
     if sampling.frequency_penalty or sampling.presence_penalty:
         amounts = counts.counts * np.float32(-sampling.frequency_penalty)
         amounts -= (counts.counts > 0) * np.float32(sampling.presence_penalty)
-        yield Change(counts.ids, add=amounts)
+        yield Change(2, counts.ids, add=amounts)
 
 
 def change_row(row: Floats, change: Change) -> None:
@@ -104,11 +108,31 @@ def change_row(row: Floats, change: Change) -> None:
     row[change.ids] = np.where(chosen > 0, chosen / np.float32(change.factor), chosen * np.float32(change.factor))
 
 
-def change_tensor(row: torch.Tensor, change: Change) -> None:
-    """The same for logits on an accelerator."""
-    ids = torch.from_numpy(change.ids).to(row.device)
-    if change.add is not None:
-        row.index_add_(0, ids, torch.from_numpy(change.add).to(row))
-        return
-    chosen = row[ids]
-    row[ids] = torch.where(chosen > 0, chosen / change.factor, chosen * change.factor)
+def change_rows(logits: torch.Tensor, of_rows: Seq[Seq[Change]]) -> torch.Tensor:
+    """The logits [N, vocab] on any device with each row's changes, in a copy where there are any; in one upload.
+
+    Raises IndexError for a token outside the vocabulary.
+    """
+    vocab = logits.shape[1]
+    stages: list[list[tuple[Ids, Floats]]] = [[], [], []]
+    for row, of_row in enumerate(of_rows):
+        for change in of_row:
+            if ((change.ids < 0) | (change.ids >= vocab)).any():
+                raise IndexError(f"A token is outside the vocabulary of {vocab}.")
+            factors = np.full(len(change.ids), change.factor, np.float32)
+            stages[change.stage].append((change.ids + row * vocab, factors if change.add is None else change.add))
+    if not any(stages):
+        return logits
+    logits = logits.clone()
+    arrays = [np.concatenate(part) for stage in stages for part in zip(*stage, strict=True)]
+    moved, flat = iter(upload(arrays, logits.device)), logits.view(-1)
+    for number, stage in enumerate(stages):
+        if not stage:
+            continue
+        places, amounts = next(moved), next(moved)
+        if number == 1:
+            chosen = flat[places]
+            flat[places] = torch.where(chosen > 0, chosen / amounts, chosen * amounts)
+        else:
+            flat.index_add_(0, places, amounts)
+    return logits

@@ -16,7 +16,7 @@ from inference.engine.batch import StepBatch
 from inference.engine.errors import ModelLoadError
 from inference.engine.kv_cache import BLOCK_SIZE, KVCache
 from inference.engine.native import BoundBatch, Heads
-from inference.engine.upload import upload
+from inference.engine.transfer import upload
 
 NAME = "penstock_paged"
 LONG_TOKENS = 64

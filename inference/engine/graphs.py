@@ -15,7 +15,7 @@ from inference.engine.attention import DecodeKernel, Rule
 from inference.engine.batch import StepBatch
 from inference.engine.kv_cache import BLOCK_SIZE, KVCache
 from inference.engine.modules import ModulesForward
-from inference.engine.upload import upload
+from inference.engine.transfer import upload
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from inference.engine.batch import StepBatch
 from inference.engine.errors import ModelLoadError
 from inference.engine.kv_cache import KVCache
 from inference.engine.native import WeightKind
-from inference.engine.upload import upload
+from inference.engine.transfer import upload
 from inference.engine.weights import replace_linears
 
 

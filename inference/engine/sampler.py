@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from inference.engine.adjust import Floats, change_row, change_tensor, changes
+from inference.engine import draw_device
+from inference.engine.adjust import Floats, change_row, change_rows, changes
 from inference.engine.draw import draw, is_greedy, uniforms
-from inference.engine.draw_device import draw_rows
 from scheduling.core.sequence import Sequence, TokenLogprob
 
 logger = logging.getLogger(__name__)
@@ -125,40 +125,17 @@ class Sampler:
         return Choice(token_id, measure(row, token_id, params.logprobs))
 
     def _on_device(self, logits: torch.Tensor, asks: Seq[Ask]) -> Chosen:
-        """All rows at once; those with changes to their logits cost a few small operations each."""
+        """All rows at once: their parameters go there with the step, and what is chosen comes back in one transfer."""
         rows = [(ask.sequence, len(ask.sequence.tokens) + j) for ask in asks for j in range(len(ask.draft) + 1)]
-        logits, raw = logits.float(), logits
-        for i, (sequence, position) in enumerate(rows):
-            for change in changes(sequence, position, self._eos_token_ids):
-                if logits is raw:
-                    logits = raw.clone()
-                change_tensor(logits[i], change)
-        best, argmax = logits.max(-1)
-        packed = torch.stack([argmax, torch.isfinite(best).long()])
-        return partial(self._take, packed, logits, raw, rows, asks)
+        raw = logits.float()
+        changed = change_rows(raw, [tuple(changes(*row, self._eos_token_ids)) for row in rows])
+        drawn = draw_device.choose(changed, raw, [s.sampling for s, _ in rows], [at for _, at in rows])
 
-    def _take(
-        self,
-        packed: torch.Tensor,
-        logits: torch.Tensor,
-        raw: torch.Tensor,
-        rows: list[tuple[Sequence, int]],
-        asks: Seq[Ask],
-    ) -> list[list[Choice]]:
-        """Wait for the likeliest tokens [2, N], beside which stands whether they are finite; draw what is drawn."""
-        tokens, finite = packed.tolist()  # the one wait for the device
-        drawn = [i for i, (sequence, _) in enumerate(rows) if finite[i] and not is_greedy(sequence.sampling)]
-        if drawn:
-            params, positions = [rows[i][0].sampling for i in drawn], [rows[i][1] for i in drawn]
-            for i, token in zip(drawn, draw_rows(logits[drawn], params, positions), strict=True):
-                tokens[i] = token
-        choices = []
-        for i, (sequence, _) in enumerate(rows):
-            top, logprob = sequence.sampling.logprobs, None
-            if top is not None and finite[i]:
-                logprob = measure(raw[i].float().cpu().numpy(), tokens[i], top)
-            choices.append(Choice(tokens[i], logprob) if finite[i] else Choice(error=NOT_FINITE))
-        return _accept(choices, asks)
+        def wait() -> list[list[Choice]]:
+            choices = [Choice(d.token_id, d.logprob) if d.is_finite else Choice(error=NOT_FINITE) for d in drawn()]
+            return _accept(choices, asks)
+
+        return wait
 
     def _one_by_one(self, logits: torch.Tensor, asks: Seq[Ask]) -> list[list[Choice]]:
         answers, start = [], 0
