@@ -2,16 +2,20 @@
 
 `python -m benchmarks.engine --device cuda [--rounds 3] [--json FILE]`. A decode step reads every weight once and the
 keys and values of its contexts; the limit is that over the bandwidth that a copy reaches on the same device in the same
-run. transformers' continuous batching runs the same requests on the same checkpoint.
+run. Steps follow each other as the engine runs them: each laid out and sent ahead while the one before it runs.
+transformers' continuous batching runs the same requests on the same checkpoint.
 """
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import torch
 import transformers
 
@@ -28,7 +32,7 @@ from inference.engine.runner import ModelRunner
 from inference.messages import DeploymentSpec
 from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import StepPlanner
-from scheduling.core.sequence import StepPart
+from scheduling.core.sequence import Sequence, StepPart
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -38,6 +42,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXT = 512
 MAX_MODEL_LEN = 1024
 STEPS = 20
+WARM_UP_STEPS = 3
 COPY_BYTES = 2 * 2**30
 REQUESTS = 256
 SLOTS = 64
@@ -48,7 +53,8 @@ def measure(rounds: int) -> dict[str, Any]:
     """Steps over batch sizes, then a workload beside transformers."""
     device = torch.device("cuda")
     rates = Rates(_flops_per_s(device), _bytes_per_s(device))
-    print(f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}")
+    machine = describe()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"  {rates.flops_per_s / 1e12:.0f} TFLOP/s in bfloat16, {rates.bytes_per_s / 1e9:.0f} GB/s")
     with tempfile.TemporaryDirectory() as folder:
         path = _make_checkpoint(Path(folder))
@@ -57,9 +63,21 @@ def measure(rounds: int) -> dict[str, Any]:
         print(f"  {runner.describe()}")
         work = Work.of(CONFIG)
         metered = MeteredRunner(runner, work, rates, weight_bytes=2)
-        steps = {batch: _measure_steps(metered, batch) for batch in BATCHES}
+        steps = {batch: measure_steps(metered, batch) for batch in BATCHES}
         served = _serve_beside_transformers(metered, path, rounds)
-    return {"device": torch.cuda.get_device_name(device), "rates": rates._asdict(), "steps": steps, "served": served}
+    return {**machine, "rates": rates._asdict(), "engine": runner.describe(), "steps": steps, "served": served}
+
+
+def describe() -> dict[str, str]:
+    """What the figures are of, and how they were made."""
+    found = {
+        "device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "torch": torch.__version__,
+        "command": " ".join(["python -m benchmarks.engine", *sys.argv[1:]]),
+    }  # fmt: skip
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        found["driver"] = pynvml.nvmlSystemGetDriverVersion()
+    return found
 
 
 def _make_checkpoint(folder: Path) -> Path:
@@ -71,25 +89,44 @@ def _make_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def _measure_steps(runner: MeteredRunner, batch: int) -> dict[str, float]:
-    """Milliseconds of a decode step, tokens chosen included, and its share of the limit."""
-    blocks, parts = CONTEXT // runner.block_size, []
+def measure_steps(runner: MeteredRunner, batch: int, context: int = CONTEXT, steps: int = STEPS) -> dict[str, float]:
+    """Milliseconds of a decode step, its tokens on the host included, and its share of the limit.
+
+    `foreseen` is how many began as they were foreseen: all, or something is wrong.
+    """
+    blocks, sequences = -(-(context + WARM_UP_STEPS + steps) // runner.block_size), []
     if batch * blocks > runner.num_blocks:
         return {}
     for i in range(batch):
-        sequence = make_sequence(i, Request([5 + i] * CONTEXT, 1))
-        sequence.num_computed = CONTEXT - 1
+        sequence = make_sequence(i, Request([5 + i] * context, WARM_UP_STEPS + steps))
+        sequence.num_computed = context - 1
         sequence.block_table = list(range(i * blocks, (i + 1) * blocks))
-        parts.append(StepPart(sequence, 1, samples=True))
-    for _ in range(3):
-        runner.step(parts)
+        sequences.append(sequence)
+    _decode(runner, sequences, WARM_UP_STEPS)
     runner.reset()
-    for _ in range(STEPS):
-        runner.step(parts)
-    step_s, least_s = statistics.median(runner.steps_s), runner.least_s / STEPS
+    steps_s, foreseen = _decode(runner, sequences, steps), runner.runner.num_foreseen
+    step_s, least_s = statistics.median(steps_s), runner.least_s / steps
     share = least_s / step_s
     print(f"  batch {batch:>3}: {step_s * 1000:.2f} ms, {batch / step_s:,.0f} tokens/s, {share:.0%} of the limit")
-    return {"step_ms": step_s * 1000, "least_ms": least_s * 1000, "of_limit": share}
+    return {"step_ms": step_s * 1000, "least_ms": least_s * 1000, "of_limit": share, "foreseen": foreseen}
+
+
+def _decode(runner: MeteredRunner, sequences: list[Sequence], steps: int) -> list[float]:
+    """Seconds of each step, as the engine's loop runs them; what it does with the tokens is not among them."""
+    times, parts = [], [StepPart(sequence, 1, samples=True) for sequence in sequences]
+    runner.runner.num_foreseen = 0
+    for _ in range(steps):
+        started = time.perf_counter()
+        wait = runner.start(parts)
+        if runner.runner.runs_ahead:
+            runner.runner.foresee(sequences)
+        results = wait()
+        times.append(time.perf_counter() - started)
+        for sequence, result in zip(sequences, results, strict=True):
+            assert result.token_id is not None
+            sequence.tokens.append(result.token_id)
+            sequence.num_computed += 1
+    return times
 
 
 def _serve_beside_transformers(runner: MeteredRunner, path: Path, rounds: int) -> dict[str, Any]:

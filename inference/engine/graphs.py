@@ -218,7 +218,7 @@ class _Recorder:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):  # torch.cuda.graph alone would not leave it where a capture cannot end
             compute()
-            with _no_waiting():
+            with no_waiting():
                 compute()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 compute()
@@ -227,7 +227,7 @@ class _Recorder:
 
 
 @contextmanager
-def _no_waiting() -> Iterator[None]:
+def no_waiting() -> Iterator[None]:
     """Raise RuntimeError where work waits for the device. In a capture that would leave torch's memory in disorder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that it does not see all that waits

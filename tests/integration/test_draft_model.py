@@ -21,7 +21,7 @@ from scheduling.keys import Keys
 from tests.checkpoints import VOCAB, make_checkpoint, make_tokenizer
 from tests.integration.engines import Engines, make_tiny_checkpoint
 from tests.integration.fleet import FleetClient
-from tests.integration.test_engine_parity import GREEDY, generate_alone, make_sequence
+from tests.integration.test_engine_parity import GREEDY, generate_alone, gpu, make_sequence
 from tests.integration.test_engine_steps import Case
 
 OPTIONS: list[dict[str, Any]] = [
@@ -31,13 +31,13 @@ OPTIONS: list[dict[str, Any]] = [
 SAMPLED = [SamplingParams(seed=i, ignore_eos=True, **one) for i, one in enumerate(OPTIONS)]
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp("target"))
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=gpu)])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("target"), request.param)
 
 
 def load(case: Case, folder: Path) -> DraftModel:
-    spec = DeploymentSpec(name="m", path="", speculation="model", draft_path=str(folder))
+    spec = DeploymentSpec(name="m", path="", dtype="float32", speculation="model", draft_path=str(folder))
     draft = load_draft(spec, case.runner)
     assert draft is not None
     return draft

@@ -13,17 +13,23 @@ import torch
 
 from inference.engine.attention import Rule
 from inference.engine.batch import build_batch, foresee_batch
+from inference.engine.graphs import no_waiting
 from inference.engine.kv_cache import BLOCK_SIZE, KVCache, KVShape
 from inference.engine.loading import load_config, load_model
 from inference.engine.runner import ModelRunner
 from inference.messages import DeploymentSpec
-from scheduling.core.sequence import Sequence, StepPart
+from scheduling.core.sequence import SamplingParams, Sequence, StepPart
 from tests.checkpoints import make_checkpoint
-from tests.integration.test_engine_parity import Traffic, generate_alone, make_prompts, make_sequence
+from tests.integration.test_engine_parity import Traffic, generate_alone, gpu, make_prompts, make_sequence
 
 LAID_OUT = ("positions", "slots", "query_starts", "context_lens", "block_tables", "sample_rows", "part_of")
 ON_GPU = torch.cuda.is_available()
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")]
+SAMPLED = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(seed=1, top_k=5, min_p=0.1, logprobs=3),
+    SamplingParams(seed=2, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.5, logit_bias=((7, 3.0),)),
+    SamplingParams(seed=3, min_tokens=9, presence_penalty=0.3),
+]
 CASES = [
     {"heads": 4, "kv_heads": 2, "dim": 16, "contexts": [1, 16, 17, 150], "window": 0, "softcap": 0.0},
     {"heads": 6, "kv_heads": 6, "dim": 20, "contexts": [33, 90], "window": 24, "softcap": 0.0},
@@ -150,6 +156,81 @@ def test_captured_decode_steps_give_the_tokens_of_generate(architecture: str, tm
     sequences = [make_sequence(str(i), prompt, n) for i, (prompt, n) in enumerate(make_prompts(1))]
     Traffic(runner, sequences, seed=5).run()
     assert [s.tokens for s in sequences] == [generate_alone(model, prompt, n) for prompt, n in make_prompts(1)]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_batches_of_many_sizes_give_the_tokens_of_generate(device: str, tmp_path: Path) -> None:
+    model = make_checkpoint("llama", tmp_path)
+    spec = DeploymentSpec(name="m", path=str(tmp_path), dtype="float32", max_batch_size=60)
+    runner = ModelRunner(spec, device, num_blocks=150)
+    if device == "cuda":
+        assert "of up to 64 sequences as CUDA graphs" in runner.describe()
+    prompts = [([5 + i, 7, 9 + i], 4 + i % 5) for i in range(50)]
+    sequences = [make_sequence(str(i), prompt, n) for i, (prompt, n) in enumerate(prompts)]
+    for i, sequence in enumerate(sequences):
+        sequence.block_table = [i]
+    going = list(sequences)
+    while going:
+        results = runner.step([StepPart(s, len(s.tokens) - s.num_computed, samples=True) for s in going])
+        for sequence, result in zip(going, results, strict=True):
+            assert result.token_id is not None
+            sequence.num_computed = len(sequence.tokens)
+            sequence.tokens.append(result.token_id)
+        going = [s for s in going if s.num_output_tokens < s.max_tokens][: len(going) - 3]
+    for sequence, (prompt, n) in zip(sequences, prompts, strict=True):
+        assert sequence.tokens == generate_alone(model, prompt, n)[: len(sequence.tokens)]
+
+
+@pytest.mark.parametrize("architecture", [pytest.param(name, marks=gpu) for name in ("llama", "gemma2")])
+def test_bfloat16_decodes_have_the_logits_of_the_model_itself(architecture: str, tmp_path: Path) -> None:
+    """In steps of one, that are replayed, as in one part of many tokens, that is not."""
+    make_checkpoint(architecture, tmp_path)
+    runner = ModelRunner(DeploymentSpec(name="m", path=str(tmp_path)), "cuda", num_blocks=40)
+    assert "bfloat16" in runner.describe()
+    assert "CUDA graphs over a Triton kernel" in runner.describe()
+    one = make_sequence("one", [5 + i % 90 for i in range(80)], 1)
+    one.block_table = [3, 1, 4, 10, 5]
+    with torch.inference_mode():
+        batch = build_batch([StepPart(one, 80, samples=False)], BLOCK_SIZE)
+        batch.sample_rows = np.arange(80)
+        expected = runner._forward(batch)
+        found = []
+        for i in range(80):
+            one.num_computed = i
+            batch = build_batch([StepPart(one, 1, samples=False)], BLOCK_SIZE)
+            batch.sample_rows = np.arange(1)
+            found.append(runner._forward(batch).clone())
+    assert float((torch.cat(found) - expected).abs().max() / expected.std()) < 0.25
+
+
+@pytest.mark.parametrize("params", [pytest.param(one, marks=gpu) for one in SAMPLED])
+def test_a_step_waits_for_the_device_at_its_end_alone(
+    params: SamplingParams, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_checkpoint("llama", tmp_path)
+    runner = ModelRunner(DeploymentSpec(name="m", path=str(tmp_path), max_batch_size=4), "cuda", num_blocks=40)
+    forward, batches = runner._forward, list[Any]()
+
+    def note(batch: Any) -> torch.Tensor:
+        batches.append(batch)
+        return forward(batch)
+
+    runner._forward = note
+    sequences = [make_sequence(str(i), [5 + i, 6, 7], 30, params) for i in range(3)]
+    for i, sequence in enumerate(sequences):
+        sequence.block_table = [2 * i, 2 * i + 1]
+    for step in range(6):
+        parts = [StepPart(s, len(s.tokens) - s.num_computed, samples=True) for s in sequences]
+        with no_waiting():
+            wait = runner.start(parts)
+            runner.foresee(sequences)
+        for sequence, result in zip(sequences, wait(), strict=True):
+            assert result.token_id is not None
+            sequence.num_computed = len(sequence.tokens)
+            sequence.tokens.append(result.token_id)
+        assert runner.num_foreseen == step, "all but the prompts"
+        assert len(batches) == step + 1, "what waits raises, and the step is computed again in halves"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], "so does sampling, one by one"
 
 
 @pytest.mark.parametrize("settings", [pytest.param({"quantization": "int8"}, marks=gpu)])

@@ -19,6 +19,7 @@ PATHS = {
     "torch": {"native": False, "fused": False},
 }
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 
 def make_sequence(name: str, prompt: list[int], max_tokens: int, sampling: SamplingParams = GREEDY) -> Sequence:

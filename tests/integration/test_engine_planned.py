@@ -13,7 +13,7 @@ from scheduling.core.prefix import PrefixCache
 from scheduling.core.sequence import Sequence
 from scheduling.core.swap import SwapSpace
 from tests.checkpoints import VOCAB, make_checkpoint
-from tests.integration.test_engine_parity import generate_alone, make_sequence
+from tests.integration.test_engine_parity import generate_alone, gpu, make_sequence
 
 NUM_BLOCKS = 13
 NUM_HOST_BLOCKS = 30
@@ -22,13 +22,12 @@ NUM_HOST_BLOCKS = 30
 class Case:
     """A runner and prompts, many of which begin alike, with what the model makes of each alone."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: str) -> None:
         model = make_checkpoint("llama", path)
         rng = random.Random(3)
         common = [rng.randrange(3, VOCAB) for _ in range(70)]
-        self.runner = ModelRunner(
-            DeploymentSpec(name="m", path=str(path)), "cpu", num_blocks=NUM_BLOCKS, num_host_blocks=NUM_HOST_BLOCKS
-        )
+        spec = DeploymentSpec(name="m", path=str(path), dtype="float32")
+        self.runner = ModelRunner(spec, device, num_blocks=NUM_BLOCKS, num_host_blocks=NUM_HOST_BLOCKS)
         self.prompts = []
         for shared in (70, 70, 40, 64, 0, 33, 70, 0, 16, 70):
             own = [rng.randrange(3, VOCAB) for _ in range(rng.choice([1, 7, 20]))]
@@ -36,9 +35,9 @@ class Case:
         self.expected = [generate_alone(model, prompt, num) for prompt, num in self.prompts]
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp("shared"))
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=gpu)])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("shared"), request.param)
 
 
 def serve(case: Case, *, reuse: bool, swaps: bool) -> tuple[StepPlanner, list[Sequence], int]:

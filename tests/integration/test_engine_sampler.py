@@ -15,12 +15,11 @@ from inference.engine import draw, draw_device
 from inference.engine.draw import uniforms
 from inference.engine.sampler import Ask, Choice, Chosen, Sampler
 from scheduling.core.sequence import SamplingParams, Sequence
-from tests.integration.test_engine_parity import make_sequence
+from tests.integration.test_engine_parity import gpu, make_sequence
 
 EOS = 2
 PROBS = torch.tensor([0.05, 0.4, 0.0, 0.3, 0.15, 0.1])
 GREEDY = SamplingParams(temperature=0.0)
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 
 class DeviceSampler(Sampler):

@@ -20,7 +20,7 @@ from tests.checkpoints import VOCAB, make_checkpoint
 from tests.integration.engines import Engines
 from tests.integration.fleet import FleetClient
 from tests.integration.poisoned_steps import FORWARD_POISON, NAN_POISON, TEXT_POISON
-from tests.integration.test_engine_parity import GREEDY, generate_alone, make_sequence
+from tests.integration.test_engine_parity import GREEDY, generate_alone, gpu, make_sequence
 
 COMMAND = [sys.executable, "-m", "tests.integration.poisoned_steps"]
 INNOCENT = [[5 + i, 6, 7] for i in range(6)]
@@ -102,10 +102,10 @@ class Oracle:
 class Case:
     """A runner and prompts with what the model makes of each alone."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: str = "cpu") -> None:
         model = make_checkpoint("llama", path)
         rng = random.Random(3)
-        self.runner = ModelRunner(DeploymentSpec(name="m", path=str(path)), "cpu", num_blocks=16)
+        self.runner = ModelRunner(DeploymentSpec(name="m", path=str(path), dtype="float32"), device, num_blocks=16)
         self.prompts = [
             ([rng.randrange(3, VOCAB) for _ in range(length)], rng.choice([20, 40]))
             for length in (1, 12, 30, 33, 60, 15, 16, 17)
@@ -131,9 +131,9 @@ class Case:
         return planner
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp("verified"))
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=gpu)])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("verified"), request.param)
 
 
 def test_greedy_requests_with_drafts_get_the_tokens_of_generate(case: Case) -> None:

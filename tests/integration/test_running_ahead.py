@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.cuda import measure_steps
+from benchmarks.roofline import MeteredRunner, Rates, Work
 from inference.engine.attention import Rule
+from inference.engine.batch import StepBatch
 from inference.engine.graphs import GraphedForward
 from inference.engine.loading import load_config, load_model
 from inference.engine.modules import ModulesForward
@@ -16,8 +19,8 @@ from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import StepPlanner
 from scheduling.core.prefix import PrefixCache
 from scheduling.core.sequence import SamplingParams, Sequence
-from tests.checkpoints import VOCAB, make_checkpoint
-from tests.integration.test_engine_parity import GREEDY, generate_alone, make_sequence
+from tests.checkpoints import SIZES, VOCAB, make_checkpoint
+from tests.integration.test_engine_parity import GREEDY, generate_alone, gpu, make_sequence
 from tests.integration.test_engine_sampler import DeviceSampler
 
 NUM_BLOCKS = 12
@@ -56,13 +59,13 @@ def as_on_cuda(runner: ModelRunner, path: Path) -> None:
 class Case:
     """A runner that computes when a step is begun, as a GPU does, and prompts with what the model makes of each."""
 
-    def __init__(self, path: Path, *, padded: bool) -> None:
+    def __init__(self, path: Path, kind: str) -> None:
         model = make_checkpoint("llama", path)
         rng = random.Random(5)
-        self.runner = ModelRunner(
-            DeploymentSpec(name="m", path=str(path)), "cpu", num_blocks=NUM_BLOCKS, runs_ahead=True
-        )
-        if padded:
+        spec = DeploymentSpec(name="m", path=str(path), dtype="float32", max_batch_size=4)
+        device = "cuda" if kind == "cuda" else "cpu"
+        self.runner = ModelRunner(spec, device, num_blocks=NUM_BLOCKS, runs_ahead=True)
+        if kind == "padded":
             as_on_cuda(self.runner, path)
         self.prompts = [
             ([rng.randrange(3, VOCAB) for _ in range(length)], rng.choice([20, 33, 50]))
@@ -103,9 +106,9 @@ class Case:
         return planner
 
 
-@pytest.fixture(scope="module", params=["compiled", "padded"])
+@pytest.fixture(scope="module", params=["compiled", "padded", pytest.param("cuda", marks=gpu)])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp("ahead"), padded=request.param == "padded")
+    return Case(tmp_path_factory.mktemp("ahead"), request.param)
 
 
 def test_foreseen_steps_give_the_tokens_of_generate(case: Case) -> None:
@@ -164,3 +167,27 @@ def test_an_error_of_a_step_that_was_begun_is_told_to_whoever_waits_for_it(case:
         runner._forward = forward
     assert results[2].error == "The forward pass failed (RuntimeError)."
     assert results[:2] + results[3:] == expected[:2] + expected[3:]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_the_benchmark_of_decode_steps_measures_steps_that_were_foreseen(device: str, tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path)
+    spec = DeploymentSpec(name="m", path=str(tmp_path), dtype="float32", max_batch_size=4)
+    runner = ModelRunner(spec, device, num_blocks=NUM_BLOCKS, runs_ahead=True)
+    if device == "cpu":
+        as_on_cuda(runner, tmp_path)
+    prepared = []
+    prepare = runner._prepare
+    assert prepare is not None
+
+    def note(batch: StepBatch) -> None:
+        prepared.append(batch)
+        prepare(batch)
+
+    runner._prepare = note
+    metered = MeteredRunner(runner, Work.of(SIZES), Rates(1e12, 1e12))
+    found = measure_steps(metered, 3, context=20, steps=5)
+    assert found["foreseen"] == 5, "the warm-up foresaw the first one"
+    assert len(prepared) == 8
+    assert found["step_ms"] > found["least_ms"] > 0
+    assert measure_steps(metered, 4, context=60) == {}, "there are no blocks for so many"
