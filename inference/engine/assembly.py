@@ -74,7 +74,7 @@ def assemble(
     model = loading.load_model(path, config, dtype, place)
     shape = loading.kv_shape(config, dtype)
     vocab_size = int(config.get_text_config().vocab_size)
-    reserved = graphs.reserve(place, spec.max_batch_size, vocab_size)
+    reserved = graphs.reserve(place, largest_batch(spec), vocab_size)
     cache, why = _make_cache(spec, shape, place, max_model_len, num_blocks, num_host_blocks)
     del reserved
     forward, how = _build_forward(spec, model, kernels, kind, cache, max_model_len, vocab_size, fused)
@@ -99,6 +99,11 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ModelLoadError(f"There is no device {name}; this host has {torch.cuda.device_count()}.")
     return device
+
+
+def largest_batch(spec: DeploymentSpec) -> int:
+    """For how many sequences decode steps are captured: where a strategy sets the batch size, as many as any may be."""
+    return spec.max_batch_size if spec.sizing == "fixed" else graphs.SIZES[-1]
 
 
 def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -207,7 +212,7 @@ def _cuda_forward(
     except Exception:
         logger.warning("Decode steps cannot use a Triton kernel here", exc_info=True)
         return ModulesForward(None, model, cache, cache.device, kind), f"{how} in plain torch"
-    graphed = GraphedForward(modules, model, cache, attend_decodes, max_model_len, spec.max_batch_size)
+    graphed = GraphedForward(modules, model, cache, attend_decodes, max_model_len, largest_batch(spec))
     graphed.capture()
     keep_exact(graphed, expected, tolerance)
     if not graphed.sizes:

@@ -56,9 +56,9 @@ def choose(
     def wait() -> list[Drawn]:
         found = table()
         drawn = [_read(row, each) for row, each in zip(found, params, strict=True)]
-        again = np.flatnonzero(found[:, UNSURE] * found[:, FINITE])
-        if len(again):
-            (rows,) = upload([again], logits.device)
+        again: list[int] = np.flatnonzero(found[:, UNSURE] * found[:, FINITE]).tolist()
+        if again:
+            (rows,) = upload([np.array(again, np.int64)], logits.device)
             some = [params[i] for i in again], [positions[i] for i in again]
             for i, row in zip(again, download(_choose(logits[rows], raw[rows], *some, logits.shape[1]))(), strict=True):
                 drawn[i] = _read(row, params[i])

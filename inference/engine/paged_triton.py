@@ -20,7 +20,10 @@ PROGRAMS = 512
 MAX_SPLITS = 16
 
 
-@triton.jit(do_not_specialize=["width", "window"])  # type: ignore[untyped-decorator]
+# Compiled once for all batches, whose tables and contexts lie anywhere.
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["width", "window"], do_not_specialize_on_alignment=["tables", "contexts"]
+)
 def _attend(  # type: ignore[no-untyped-def]
     query, keys, values, tables, contexts, out, sums, tops, totals, scale, softcap, window, width, kv_heads,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,

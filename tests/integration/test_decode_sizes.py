@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -68,6 +69,9 @@ def test_sizes_reach_as_far_as_batches_may() -> None:
     assert sizes_for(6) == (1, 2, 4, 8)
     assert sizes_for(32) == (1, 2, 4, 8, 16, 32)
     assert sizes_for(4096) == SIZES
+    spec = DeploymentSpec(name="m", path="", max_batch_size=6)
+    assert assembly.largest_batch(spec) == 6
+    assert assembly.largest_batch(msgspec.structs.replace(spec, sizing="gradient")) == SIZES[-1]
 
 
 @torch.inference_mode()
