@@ -134,6 +134,40 @@ def test_the_decode_kernel_gives_attention_by_its_definition() -> None:
 
 
 @pytest.mark.skipif(ON_GPU, reason="the kernel is compiled here")
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_decode_kernel_compiles_for_a_gpu_that_is_not_here(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from inference.engine import paged_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sums = "*bf16" if whole else "*fp32"
+    kernels: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
+        (
+            paged_triton._attend,
+            dict.fromkeys(("query", "keys", "values", "out"), "*bf16")
+            | {"tables": "*i32", "contexts": "*i64", "sums": sums, "tops": sums, "totals": sums}
+            | {"scale": "fp32", "softcap": "fp32", "window": "i32", "width": "i32", "kv_heads": "i32"},
+            {"GROUP": 4, "ROWS": 16, "DIM": 80, "PADDED": 128, "BLOCK": 16, "TOKENS": 64, "WHOLE": whole},
+        ),
+        (
+            paged_triton._merge,
+            {"out": "*bf16", "sums": "*fp32", "tops": "*fp32", "totals": "*fp32", "splits": "i32"},
+            {"DIM": 80, "PADDED": 128, "MOST": 16},
+        ),
+    ]
+    for kernel, arguments, constants in kernels:
+        signature = arguments | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        assert "ptx" in compile_kernel(source, target=GPUTarget("cuda", 90, 32)).asm
+
+
+@pytest.mark.skipif(ON_GPU, reason="the kernel is compiled here")
 def test_decode_steps_filled_up_to_a_size_give_the_tokens_of_generate(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     model = make_checkpoint("llama", tmp_path)
