@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 WINDOW_S = 15 * 60
 PER_ACCOUNT_AND_ADDRESS = 5
 PER_ACCOUNT = 100
-"""From all addresses together; high, so that strangers can hardly lock somebody out."""
+"""From all addresses together; high, so that it takes strangers at many addresses to lock somebody out."""
 PER_ADDRESS = 50
 """For all accounts together."""
 
@@ -44,20 +44,24 @@ class SignInLimit:
     def begin(self, account: str, address: str) -> float:
         """Count an attempt: 0 where it may go on, otherwise seconds until the next may be made.
 
-        It is counted before the password is looked at, so that attempts at the same time are bounded too. Without Redis
-        nothing is counted: an operator must get in when things fail.
+        It is counted before the password is looked at, so that attempts at the same time are bounded too. An attempt
+        that its address was refused is not counted for the account: one address cannot use up what all have together.
+        Without Redis nothing is counted: an operator must get in when things fail.
         """
-        counts = self._counts(account, address)
+        both, everywhere, there = self._counts(account, address)
         try:
-            with self._client.pipeline(transaction=True) as pipe:
-                for count in counts:
-                    pipe.set(count.key, 0, ex=WINDOW_S, nx=True)
-                    pipe.incr(count.key)
-                    pipe.ttl(count.key)
-                answers = pipe.execute()
+            return self._count(both, there) or self._count(everywhere)
         except (RedisError, OSError) as error:
             log.warning("Attempts to sign in are not counted: %s", error)
             return 0.0
+
+    def _count(self, *counts: _Count) -> float:
+        with self._client.pipeline(transaction=True) as pipe:
+            for count in counts:
+                pipe.set(count.key, 0, ex=WINDOW_S, nx=True)
+                pipe.incr(count.key)
+                pipe.ttl(count.key)
+            answers = pipe.execute()
         used, left_s = answers[1::3], answers[2::3]
         return float(max((s for count, n, s in zip(counts, used, left_s, strict=True) if n > count.limit), default=0))
 
