@@ -37,6 +37,11 @@ class OperatorToken(models.Model):
             raise ValidationError(f"This user has {MAX_ACTIVE} tokens in use; revoke one first.")
 
     @property
+    def audit_name(self) -> str:
+        """As the audit trail has it."""
+        return f"{self.user.get_username()}/{self.prefix}"
+
+    @property
     def shown(self) -> str:
         """The part that may be shown."""
         return f"pso-{self.prefix}-…"

@@ -17,6 +17,9 @@ origin: ContextVar[str] = ContextVar("origin", default="")
 Every change writes the trail, from the admin's forms to the switch of a policy; none of them could hand it down.
 """
 
+by_token: ContextVar[str] = ContextVar("by_token", default="")
+"""The beginning of the operator's token that the request came with; empty for a session."""
+
 
 def name_actor(actor: User | None) -> str:
     """The name that stays when the account is gone."""
@@ -35,7 +38,8 @@ def record_action(
 ) -> OperatorAction:
     """Add a row; `actor_name` is kept where no user acts.
 
-    Call it in the transaction of the change itself, so that there is never one without the other.
+    Call it in the transaction of the change itself, so that there is never one without the other. Before a change that
+    no transaction takes back, such as one in Redis, call it first, and have it committed: the row says what was asked.
     """
     return OperatorAction.objects.create(
         actor=actor,
@@ -46,4 +50,5 @@ def record_action(
         after=dict(after or {}),
         reason=reason,
         address=origin.get(),
+        token=by_token.get(),
     )

@@ -78,6 +78,11 @@ class Tenant(models.Model):
     def __str__(self) -> str:
         return self.display_name or self.name
 
+    @property
+    def audit_name(self) -> str:
+        """What the audit trail calls it: the display name changes, and several may share one."""
+        return self.name
+
 
 class Quota(models.Model):
     """What a tenant may use; an empty field means no limit."""
@@ -122,6 +127,11 @@ class Quota(models.Model):
     def __str__(self) -> str:
         return f"quota of {self.tenant}"
 
+    @property
+    def audit_name(self) -> str:
+        """Its tenant's."""
+        return self.tenant.name
+
 
 class ApiKey(models.Model):
     """A tenant's key. The key itself is shown once and never stored: only its SHA-256 digest and its beginning."""
@@ -154,6 +164,11 @@ class ApiKey(models.Model):
 
     def __str__(self) -> str:
         return f"{self.name} ({self.shown})"
+
+    @property
+    def audit_name(self) -> str:
+        """As the audit trail has it."""
+        return f"{self.tenant.name}/{self.prefix}"
 
     @property
     def shown(self) -> str:
@@ -219,6 +234,12 @@ class ServiceLevel(models.Model):
 
     def __str__(self) -> str:
         return f"{PriorityLevel(self.priority).label} of {self.tenant or 'everybody'}"
+
+    @property
+    def audit_name(self) -> str:
+        """As the audit trail has it; no tenant's name has a space."""
+        owner = self.tenant.name if self.tenant else "all tenants"
+        return f"{owner}/{PriorityLevel(self.priority).label}"
 
 
 class PolicyRevision(models.Model):
@@ -294,7 +315,10 @@ class AppendOnlyQuerySet(models.QuerySet[Any]):
 
 
 class OperatorAction(models.Model):
-    """The audit trail: one row per change that a person or a command made. Rows are only ever added."""
+    """The audit trail: one row per change that a person or a command made. Rows are only ever added.
+
+    The database holds that, by triggers (migration 0007): a migration that makes the table anew makes them anew, too.
+    """
 
     actor = models.ForeignKey(
         settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, blank=True, related_name="+"
@@ -307,6 +331,9 @@ class OperatorAction(models.Model):
     reason = models.TextField(blank=True)
     address = models.CharField(
         "from", max_length=64, blank=True, help_text="The browser's address; empty for commands and periodic tasks."
+    )
+    token = models.CharField(
+        max_length=16, blank=True, help_text="The beginning of the operator's token that was used; empty for a session."
     )
     created_at = models.DateTimeField("when", auto_now_add=True)
 
@@ -332,3 +359,8 @@ class OperatorAction(models.Model):
     def delete(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises TypeError: the trail is only ever added to."""
         raise TypeError("Rows of the audit trail are never deleted.")
+
+    @property
+    def shown_origin(self) -> str:
+        """From where: the address, and the token where one was used."""
+        return f"{self.address}, token {self.token}" if self.token else self.address

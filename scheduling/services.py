@@ -66,6 +66,7 @@ def create_tenant(
     weight: float = 1.0,
     drop_expired: bool = False,
     actor: User | None = None,
+    reason: str = "",
     **quota: Any,
 ) -> Tenant:
     """A tenant and its quota (`rpm`, `tpm`, `concurrency`, `max_priority`). Raises ValidationError."""
@@ -76,7 +77,7 @@ def create_tenant(
     limits.full_clean()
     limits.save()
     after = {"weight": weight, "drop_expired": drop_expired, **_quota_values(limits)}
-    record_action(actor=actor, action="tenant.create", target=name, after=after)
+    record_action(actor=actor, action="tenant.create", target=name, after=after, reason=reason)
     config_changed()
     return tenant
 
@@ -170,8 +171,7 @@ def issue_key(*, key: ApiKey, actor: User | None = None, reason: str = "") -> st
     key.full_clean()
     key.save()
     after = {"name": key.name, "max_priority": key.max_priority}
-    target = f"{key.tenant.name}/{key.prefix}"
-    record_action(actor=actor, action="key.create", target=target, after=after, reason=reason)
+    record_action(actor=actor, action="key.create", target=key.audit_name, after=after, reason=reason)
     config_changed()
     return new.plaintext
 
@@ -188,8 +188,10 @@ def rotate_key(*, key: ApiKey, actor: User | None = None, reason: str = "") -> s
 @transaction.atomic
 def revoke_key(*, key: ApiKey, actor: User | None = None, reason: str = "") -> None:
     """Refuse requests with this key from now on."""
-    if ApiKey.objects.filter(pk=key.pk, revoked_at=None).update(revoked_at=timezone.now()):
-        record_action(actor=actor, action="key.revoke", target=f"{key.tenant.name}/{key.prefix}", reason=reason)
+    now = timezone.now()
+    if ApiKey.objects.filter(pk=key.pk, revoked_at=None).update(revoked_at=now):
+        states: Any = {"before": {"revoked_at": None}, "after": {"revoked_at": now}}
+        record_action(actor=actor, action="key.revoke", target=key.audit_name, reason=reason, **states)
         config_changed()
 
 

@@ -118,7 +118,7 @@ def _apply(change: Change, actor: User, reason: str) -> None:
     if "max_priority" in values:
         values["max_priority"] = PRIORITIES[values["max_priority"]]
     if change.is_new:
-        tenant = create_tenant(name=change.name, actor=actor, **values)
+        tenant = create_tenant(name=change.name, actor=actor, reason=reason, **values)
     else:
         tenant = Tenant.objects.get(name=change.name)
         if values:

@@ -11,10 +11,11 @@ from ninja.errors import HttpError
 from ninja.security import APIKeyCookie, HttpBearer
 
 from controlplane.api.caller import Caller, find_caller
-from controlplane.tokens import KIND, find_user
+from controlplane.tokens import KIND, find_token
 from dashboard.access import CONTROL_REPLICA, SWITCH_POLICY, VIEW
 from inference.gateway.errors import Forbidden, InvalidKey, Unavailable
 from inference.gateway.gateway import Gateway
+from scheduling.audit import by_token
 
 
 def find_gateway(request: HttpRequest) -> Gateway:
@@ -47,10 +48,11 @@ class ViewerAuth(APIKeyCookie):
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token.startswith(f"{KIND}-"):
             return super().__call__(request)
-        user = find_user(token.strip())
-        if user is None:
+        found = find_token(token.strip())
+        if found is None:
             raise InvalidKey("The token is unknown, has expired or was revoked.")
-        return self._check(user)
+        by_token.set(found.prefix)
+        return self._check(found.user)
 
     def authenticate(self, request: HttpRequest, key: str | None) -> AbstractUser | None:
         """The user, None where nobody is signed in. Raises Forbidden without the permission."""

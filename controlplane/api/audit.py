@@ -21,6 +21,7 @@ class ActionRow(Schema):
     when: datetime
     who: str
     address: str = Field(description="The browser's address; empty for commands and periodic tasks.")
+    token: str = Field(description="The beginning of the operator's token that was used; empty for a session.")
     action: str
     target: str
     before: dict[str, Any]
@@ -65,6 +66,7 @@ def read_audit(request: HttpRequest, query: Annotated[AuditQuery, Query()]) -> A
             when=row.created_at,
             who=row.actor_name,
             address=row.address,
+            token=row.token,
             action=row.action,
             target=row.target,
             before=row.before,

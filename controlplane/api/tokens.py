@@ -1,12 +1,13 @@
 """Operators' tokens: a signed-in user makes and revokes their own."""
 
 from datetime import datetime, timedelta
+from typing import Annotated
 
 from django.contrib.auth.models import User
 from django.core.exceptions import ValidationError
 from django.http import HttpRequest
 from django.utils import timezone
-from ninja import Router, Schema, Status
+from ninja import Query, Router, Schema, Status
 from pydantic import Field
 
 from controlplane.api.access import SessionAuth
@@ -16,12 +17,17 @@ from controlplane.tokens import create_token, revoke_token
 from inference.gateway.errors import InvalidRequest, NotFound
 
 router = Router(tags=["tokens"], auth=SessionAuth())
+Reason = Annotated[
+    str, Query(min_length=1, max_length=500, pattern=STORABLE, description="Why; kept in the audit trail.")
+]
 
 
 class TokenBody(Schema, extra="forbid"):
     """A token to make."""
 
-    name: str = Field(min_length=1, max_length=120, pattern=STORABLE, description="What it is for.")
+    name: str = Field(
+        min_length=1, max_length=120, pattern=STORABLE, description="What it is for; the reason in the audit trail."
+    )
     days: float | None = Field(
         default=None, gt=0, le=3650, description="How long it can be used; absent: until revoked."
     )
@@ -64,12 +70,12 @@ def make_token(request: HttpRequest, body: TokenBody) -> Status[NewTokenView]:
 
 
 @router.delete("/tokens/{token_id}", response=TokenView, summary="Revoke a token")
-def end_token(request: HttpRequest, token_id: int) -> OperatorToken:
+def end_token(request: HttpRequest, token_id: int, reason: Reason) -> OperatorToken:
     """From then on calls with it are refused."""
     token = _user(request).tokens.filter(pk=token_id).first() if 0 < token_id < 2**63 else None
     if token is None:
         raise NotFound("You have no such token.", code="token_not_found")
-    revoke_token(token=token, actor=_user(request))
+    revoke_token(token=token, actor=_user(request), reason=reason)
     token.refresh_from_db()
     return token
 

@@ -58,11 +58,11 @@ def _read(filters: Filters) -> AuditFilter:
 
 
 def _lines(wanted: AuditFilter) -> Iterable[Iterable[Any]]:
-    yield ["when", "who", "from", "action", "target", "before", "after", "reason"]
+    yield ["when", "who", "from", "token", "action", "target", "before", "after", "reason"]
     for row in export_actions(wanted):
         when = row.created_at.astimezone(UTC).isoformat()
         before, after = json.dumps(row.before), json.dumps(row.after)
-        yield [when, row.actor_name, row.address, row.action, row.target, before, after, row.reason]
+        yield [when, row.actor_name, row.address, row.token, row.action, row.target, before, after, row.reason]
 
 
 def _shown_changes(row: OperatorAction) -> list[tuple[str, Any, Any]]:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import redis
+from django.db import connection
 from pytest_django.fixtures import Settings
+from pytest_django.plugin import DjangoDbBlocker
 
 from benchmarks.stack import Stack
 from controlplane.config import Config
@@ -13,6 +15,15 @@ from scheduling.keys import Keys
 from tests.integration.engines import Engines, make_tiny_checkpoint
 from tests.integration.fleet import FleetClient
 from tests.integration.gateway_support import Api
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(django_db_setup: None, django_db_blocker: DjangoDbBlocker) -> None:
+    """The audit trail keeps its rows. SQLite is emptied between tests by DELETE, so there that trigger has to go."""
+    with django_db_blocker.unblock():
+        if connection.vendor == "sqlite":
+            with connection.cursor() as cursor:
+                cursor.execute("DROP TRIGGER scheduling_operatoraction_undeleted")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from django.utils import timezone
 
 from controlplane.config import Config
 from controlplane.models import Batch, BatchLine, OperatorToken
-from controlplane.tokens import find_user
+from controlplane.tokens import find_token
 from scheduling.keys import Keys
 from scheduling.models import OperatorAction
 from tests.integration.test_dashboard_pages import get_json, signed_in
@@ -84,9 +84,9 @@ def test_a_token_made_on_its_page_is_shown_once_and_revoked_there() -> None:
     assert client.post("/tokens/make/", {"name": " ", "days": "30"}).json()["error"] == "Say what the token is for."
     assert client.post("/tokens/make/", {"name": "x", "days": "31"}).status_code == 400
     made = client.post("/tokens/make/", {"name": "night job", "days": "30"}).json()
-    user = find_user(made["token"])
-    assert user is not None
-    assert user.get_username() == "viewer"
+    token = find_token(made["token"])
+    assert token is not None
+    assert token.user.get_username() == "viewer"
     page = client.get("/tokens/").content.decode()
     assert "night job" in page
     assert made["token"] not in page
@@ -94,6 +94,6 @@ def test_a_token_made_on_its_page_is_shown_once_and_revoked_there() -> None:
     assert signed_in("operator").post(f"/tokens/{token.pk}/revoke/", {"reason": "x"}).status_code == 404
     assert client.post(f"/tokens/{token.pk}/revoke/", {}).status_code == 400
     assert client.post(f"/tokens/{token.pk}/revoke/", {"reason": "done with it"}).status_code == 200
-    assert find_user(made["token"]) is None
+    assert find_token(made["token"]) is None
     assert ">revoked<" in client.get("/tokens/").content.decode()
     assert made["token"] not in str(list(OperatorAction.objects.values()))

@@ -89,7 +89,7 @@ def test_an_import_shows_old_and_new_keeps_what_the_file_does_not_name_and_is_au
     why = "the new year's quotas"
     assert list(trail) == [
         ("tenant.update", "acme", why), ("tenant.suspend", "acme", why), ("servicelevel.update", "acme", why),
-        ("tenant.create", "new", ""),
+        ("tenant.create", "new", why),
     ]  # fmt: skip
 
 
