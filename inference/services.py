@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import redis
 from django.contrib.auth.models import User
-from django.db import transaction
+from django.db import DatabaseError, transaction
 from django.utils import timezone
 from redis.exceptions import RedisError
 
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 SendControl = Callable[..., Mapping[str, Any]]
 """`send(replicas, command, **arguments)` answers each replica's acknowledgement."""
 
+GATES = {"pause": "paused", "resume": "ready", "drain": "draining"}
+"""Commands that change whether a replica claims, and the state that they lead to."""
 LOST_AFTER_S = 10.0
 FIRST_CONCURRENCY = 4
 """Requests at once with an upstream server to begin with: what its latency is at best, few of them tell."""
@@ -125,15 +127,55 @@ def control_replicas(
     reason: str = "",
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Want replicas to obey a command, tell them, and write down who did so and what each answered.
+    """Want replicas to obey a command and write down who did so, then tell them and write down what each answered.
 
-    What one does not hear now it takes up from the plan; one that starts anew is told again.
+    What one does not hear now it takes up from the plan; one that starts anew is told again. Raises DatabaseError
+    where that cannot be kept; then none was told.
     """
-    remember_commands(names=replicas, command=command, arguments=arguments)
+    told = _read_told(command)
+    with transaction.atomic():
+        remember_commands(names=replicas, command=command, arguments=arguments)
+        for name in replicas:
+            before, after = told.get(name, {}), _wanted(command, arguments)
+            record_action(
+                actor=actor, action=f"replica.{command}", target=name, before=before, after=after, reason=reason
+            )
     acknowledgements = dict(send(replicas, command, **arguments))
-    after = {"arguments": arguments, "acknowledgements": acknowledgements}
-    record_action(actor=actor, action=f"replica.{command}", target=", ".join(replicas), after=after, reason=reason)
+    _record_answers(acknowledgements, actor, command)
     return acknowledgements
+
+
+def _record_answers(acknowledgements: Mapping[str, Any], actor: User | None, command: str) -> None:
+    """The command holds by now, so a database that does not take its answers must not make it look refused."""
+    try:
+        for name, answer in acknowledgements.items():
+            after = {"command": command, "acknowledgements": {name: answer}}
+            record_action(actor=actor, action="replica.answer", target=name, after=after)
+    except DatabaseError:
+        logger.exception("The answers to %s are not in the audit trail: %s", command, acknowledgements)
+
+
+def _wanted(command: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command makes of a replica, under the names of `_read_told`."""
+    if command in GATES:
+        return {"state": GATES[command]}
+    if command == "sizing":
+        return {"sizing": arguments["name"], "params": arguments["params"]}
+    return dict(arguments)
+
+
+def _read_told(command: str) -> dict[str, dict[str, Any]]:
+    """Replica -> what of it a command is about to change; nothing while Redis is away."""
+    try:
+        statuses = read_replicas(live_redis(), live_keys())
+    except (RedisError, OSError):
+        return {}
+    if command in GATES:
+        return {status.replica: {"state": status.state} for status in statuses}
+    if command == "sizing":
+        return {s.replica: {"sizing": s.sizing, "params": dict(s.sizing_params)} for s in statuses}
+    name = "mode" if command == "set_mode" else "max_batch_size"
+    return {status.replica: {name: getattr(status, name)} for status in statuses}
 
 
 def announce_policy(revision: PolicyRevision, send: SendControl) -> dict[str, Any]:

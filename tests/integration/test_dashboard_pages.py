@@ -144,10 +144,11 @@ def test_a_command_that_no_worker_confirms_is_said_and_kept_with_its_arguments(f
     form = {"reason": "tune", "sizing": "balanced", "balanced.gain": "0.7"}
     answer = signed_in("operator").post("/workers/gpu-0/sizing/", form)
     assert (answer.status_code, "did not confirm" in answer.json()["error"]) == (502, True)
-    action = OperatorAction.objects.get()
-    assert action.action == "replica.sizing"
-    assert action.after["arguments"]["name"] == "balanced"
-    assert action.after["arguments"]["params"]["gain"] == 0.7
+    asked, answered = OperatorAction.objects.order_by("id")
+    assert asked.action == "replica.sizing"
+    assert (asked.before, asked.after["sizing"]) == ({"sizing": "fixed", "params": {}}, "balanced")
+    assert asked.after["params"]["gain"] == 0.7
+    assert not answered.after["acknowledgements"]["gpu-0"]["ok"]
 
 
 # History

@@ -71,8 +71,11 @@ def test_only_replicas_of_the_model_are_told_of_its_policy(store: redis.Redis, k
 def test_an_order_to_replicas_is_written_down_with_its_answers(db: None) -> None:
     actor = User.objects.create_user("olga")
     send = Recorder()
-    control_replicas(replicas=["gpu-0"], command="set_batch_size", send=send, actor=actor, reason="test", size=8)
-    assert send.sent == [(["gpu-0"], "set_batch_size", {"size": 8})]
-    row = OperatorAction.objects.get()
-    assert (row.action, row.target, row.actor, row.reason) == ("replica.set_batch_size", "gpu-0", actor, "test")
-    assert row.after["acknowledgements"]["gpu-0"]["ok"]
+    given: dict[str, Any] = {"actor": actor, "reason": "test", "max_batch_size": 8}
+    control_replicas(replicas=["gpu-0"], command="set_batch_size", send=send, **given)
+    assert send.sent == [(["gpu-0"], "set_batch_size", {"max_batch_size": 8})]
+    asked, answered = OperatorAction.objects.order_by("id")
+    assert (asked.action, asked.target, asked.actor, asked.reason) == ("replica.set_batch_size", "gpu-0", actor, "test")
+    assert asked.after == {"max_batch_size": 8}
+    assert (answered.action, answered.actor) == ("replica.answer", actor)
+    assert answered.after["acknowledgements"]["gpu-0"]["ok"]
