@@ -8,31 +8,42 @@ from django.contrib import admin, messages
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
 from django.contrib.auth.models import Group, User
+from django.db import transaction
 from django.db.models import QuerySet
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
 from unfold.admin import ModelAdmin
 from unfold.decorators import action, display
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
 
+from controlplane.admin_site import record_password
 from controlplane.models import OperatorToken
 from controlplane.tokens import create_token, revoke_token
-from scheduling.admin_base import show_key, signed_in
+from scheduling.admin_base import AuditedAdmin, describe, record_deletion, show_key, signed_in
+from scheduling.admin_reason import AsksWhy, reason_field, reason_of
 from scheduling.audit import record_action
 
 admin.site.unregister(User)
 admin.site.unregister(Group)
+
+
+class PasswordForm(AdminPasswordChangeForm):
+    """The theme's, with the question why."""
+
+    reason = reason_field(required=True)
+
 
 FOR_SUPERUSERS = ("is_superuser", "user_permissions")
 """Fields of an account by which somebody could rise above the group administrator."""
 
 
 @admin.register(User)
-class UserAdmin(DjangoUserAdmin, ModelAdmin):
+class UserAdmin(AsksWhy, DjangoUserAdmin, ModelAdmin):
     """Who may sign in: viewers, operators and administrators by their group; superusers may do everything."""
 
     form = UserChangeForm
     add_form = UserCreationForm
-    change_password_form = AdminPasswordChangeForm
+    change_password_form = PasswordForm
+    change_user_password_template = "admin/auth/user/why_password.html"  # noqa: S105 - a template
     list_display = ["username", "email", "first_name", "last_name", "roles", "is_active", "is_superuser"]
     list_filter = ["groups", "is_active", "is_superuser"]
 
@@ -62,22 +73,45 @@ class UserAdmin(DjangoUserAdmin, ModelAdmin):
                 self.delete_model(request, user)
 
     def delete_model(self, request: HttpRequest, obj: User) -> None:
-        record_action(actor=signed_in(request), action="user.delete", target=obj.get_username())
+        record_deletion(request, obj, _account(obj))
         super().delete_model(request, obj)
 
+    def save_model(self, request: HttpRequest, obj: User, form: Any, change: bool) -> None:
+        form.former = _account(User.objects.get(pk=obj.pk)) if change else {}
+        super().save_model(request, obj, form, change)
+
     def save_related(self, request: HttpRequest, form: Any, formsets: Any, change: bool) -> None:
-        """Save, and write down what the account may now do."""
-        user, names = form.instance, ("is_active", "is_staff", "is_superuser")
-        before = {name: form.initial.get(name) for name in names} if change else {}
-        if change:
-            before["groups"] = sorted(user.groups.values_list("name", flat=True))
+        """Save, and write down what the account is now and may do."""
         super().save_related(request, form, formsets, change)
-        after = {name: getattr(user, name) for name in names}
-        after["groups"] = sorted(user.groups.values_list("name", flat=True))
-        kind = "update" if change else "create"
+        user = form.instance
         record_action(
-            actor=signed_in(request), action=f"user.{kind}", target=user.get_username(), before=before, after=after
+            actor=signed_in(request),
+            action=f"user.{'update' if change else 'create'}",
+            target=user.get_username(),
+            before=form.former,
+            after=_account(user),
+            reason=reason_of(request),
         )
+
+    @transaction.atomic
+    def user_change_password(self, request: HttpRequest, id: str, form_url: str = "") -> HttpResponse:
+        """Django's page, written into the audit trail: neither password is."""
+        former = self.get_object(request, id)
+        response: HttpResponse = super().user_change_password(request, id, form_url)
+        user = self.get_object(request, id)
+        if former is not None and user is not None and former.password != user.password:
+            record_password(signed_in(request), user, reason_of(request))
+        return response
+
+
+def _account(user: User) -> dict[str, Any]:
+    """An account as the audit trail keeps it."""
+    names = ("username", "first_name", "last_name", "email", "is_active", "is_staff", "is_superuser")
+    permissions = user.user_permissions.values_list("content_type__app_label", "codename")
+    return {name: getattr(user, name) for name in names} | {
+        "groups": sorted(user.groups.values_list("name", flat=True)),
+        "user_permissions": sorted(f"{app}.{codename}" for app, codename in permissions),
+    }
 
 
 def _may_touch(request: HttpRequest, user: User | None) -> bool:
@@ -85,8 +119,13 @@ def _may_touch(request: HttpRequest, user: User | None) -> bool:
 
 
 @admin.register(Group)
-class GroupAdmin(DjangoGroupAdmin, ModelAdmin):
+class GroupAdmin(DjangoGroupAdmin, AuditedAdmin):
     """What viewers and operators may do. Administrators may do everything; their group is filled by the system."""
+
+    def values_of(self, row: Group) -> dict[str, Any]:
+        """With its rights and whose they were."""
+        members = row.user_set.values_list("username", flat=True)
+        return describe({"name": row.name, "permissions": row.permissions.all()}) | {"users": sorted(members)}
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return signed_in(request).is_superuser
@@ -99,8 +138,8 @@ class GroupAdmin(DjangoGroupAdmin, ModelAdmin):
 
 
 @admin.register(OperatorToken)
-class OperatorTokenAdmin(ModelAdmin):
-    """Tokens by which scripts act as a user."""
+class OperatorTokenAdmin(AsksWhy, ModelAdmin):
+    """Tokens by which scripts act as a user. One makes one's own; a superuser makes those of others, too."""
 
     list_display = ["name", "user", "shown", "status", "created_at", "expires_at", "last_used_at"]
     list_select_related = ["user"]
@@ -124,20 +163,20 @@ class OperatorTokenAdmin(ModelAdmin):
         return False
 
     def formfield_for_foreignkey(self, db_field: Any, request: HttpRequest, **kwargs: Any) -> Any:
-        """Only superusers make tokens that act as one."""
+        """What a token does is its user's doing, so nobody but a superuser makes one of somebody else's."""
+        user = signed_in(request)
         users = User.objects.filter(is_active=True)
-        kwargs["queryset"] = users if signed_in(request).is_superuser else users.filter(is_superuser=False)
+        kwargs["queryset"] = users if user.is_superuser else users.filter(pk=user.pk)
         return super().formfield_for_foreignkey(db_field, request, **kwargs)
 
     def save_model(self, request: HttpRequest, obj: OperatorToken, form: Any, change: bool) -> None:
         """Make the token and show it, this once."""
-        token, plaintext = create_token(
-            user=obj.user, name=obj.name, expires_at=obj.expires_at, actor=signed_in(request)
-        )
+        given: dict[str, Any] = {"actor": signed_in(request), "reason": reason_of(request)}
+        token, plaintext = create_token(user=obj.user, name=obj.name, expires_at=obj.expires_at, **given)
         obj.pk = token.pk
         messages.success(request, show_key(plaintext, str(token)))
 
     @action(description="Revoke: refuse calls with them", permissions=["add"])
     def revoke(self, request: HttpRequest, queryset: QuerySet[OperatorToken]) -> None:
         for token in queryset.select_related("user"):
-            revoke_token(token=token, actor=signed_in(request), reason="revoked in the admin")
+            revoke_token(token=token, actor=signed_in(request), reason=reason_of(request))

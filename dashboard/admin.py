@@ -17,6 +17,7 @@ from dashboard.alerts.models import Alert, AlertChannel, AlertRule, Delivery
 from dashboard.alerts.services import send_again, try_channel
 from inference.models import ModelDeployment
 from scheduling.admin_base import AuditedAdmin, ReadOnlyAdmin, signed_in
+from scheduling.admin_reason import reason_of
 from scheduling.audit import record_action
 
 SEVERITIES = {"critical": "danger", "warning": "warning", "info": "info"}
@@ -158,7 +159,12 @@ class AlertChannelAdmin(AuditedAdmin):
             target=obj.name,
             before=before,
             after=after,
+            reason=reason_of(request),
         )
+
+    def values_of(self, row: AlertChannel) -> dict[str, Any]:
+        """Without what must stay secret."""
+        return {name: _shown(row, name) for name in ChannelForm.Meta.fields}
 
     @action(description="Send a test notice", permissions=["change"])
     def send_test(self, request: HttpRequest, queryset: QuerySet[AlertChannel]) -> None:
@@ -167,7 +173,7 @@ class AlertChannelAdmin(AuditedAdmin):
             self.message_user(request, f"{', '.join(off)} is off: enable it first.", messages.ERROR)
             return
         for channel in queryset:
-            try_channel(channel=channel, actor=signed_in(request))
+            try_channel(channel=channel, actor=signed_in(request), reason=reason_of(request))
         self.message_user(
             request, "A test notice is on its way. Whether it arrived stands in Alert deliveries.", messages.SUCCESS
         )
@@ -226,5 +232,5 @@ class DeliveryAdmin(ReadOnlyAdmin):
     @action(description="Try again what was given up", permissions=["again"])
     def again(self, request: HttpRequest, queryset: QuerySet[Delivery]) -> None:
         for delivery in queryset:
-            send_again(delivery)
+            send_again(delivery=delivery, actor=signed_in(request), reason=reason_of(request))
         self.message_user(request, "What was given up is tried again.", messages.SUCCESS)

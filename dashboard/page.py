@@ -14,7 +14,7 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_GET
 from redis.exceptions import RedisError
 
-from dashboard.access import CONTROL_REPLICA, SWITCH_POLICY, VIEW
+from dashboard.access import CONTROL_REPLICA, SWITCH_POLICY, USE_ADMIN, VIEW
 from dashboard.selectors.alerts import count_firing
 from dashboard.zone import reader_zone
 from inference.models import ModelDeployment
@@ -67,12 +67,19 @@ def render_page(request: HttpRequest, template: str, context: Mapping[str, Any],
         "model": chosen_model(request),
         "can_switch": can_switch,
         "can_control": can_control,
-        "role": "operator" if can_switch or can_control else "viewer",
+        "role": _role_of(request, can_operate=can_switch or can_control),
         "alerts": count_firing(),
         "zone": timezone.get_current_timezone_name(),
         "now": timezone.now(),
     }
     return render(request, template, {**frame, **context})
+
+
+def _role_of(request: HttpRequest, *, can_operate: bool) -> str:
+    """As the groups are named, whatever gave the rights."""
+    if request.user.has_perm(USE_ADMIN):
+        return "administrator"
+    return "operator" if can_operate else "viewer"
 
 
 def list_models() -> list[str]:

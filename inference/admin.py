@@ -17,6 +17,7 @@ from inference.models import BatchRecord, HistoryCheckpoint, ModelDeployment, Re
 from inference.services import save_deployment
 from inference.upstream_form import FIELDS, UpstreamForm
 from scheduling.admin_base import ReadOnlyAdmin, signed_in
+from scheduling.admin_reason import reason_of
 from scheduling.models import Tenant
 
 STATES = {
@@ -115,10 +116,11 @@ class ModelDeploymentAdmin(ReadOnlyAdmin):
         if change:
             row = ModelDeployment.objects.select_for_update().get(pk=obj.pk)
             changes = {name: value for name, value in changes.items() if getattr(row, name) != value}
-            save_deployment(deployment=row, changes=changes, actor=signed_in(request))
+            save_deployment(deployment=row, changes=changes, actor=signed_in(request), reason=reason_of(request))
             return
         changes["backend"] = obj.backend
-        save_deployment(deployment=obj, changes=changes, action="deployment.create", actor=signed_in(request))
+        given: dict[str, Any] = {"actor": signed_in(request), "reason": reason_of(request)}
+        save_deployment(deployment=obj, changes=changes, action="deployment.create", **given)
 
     @display(description="status", ordering="enabled", label={"offered": "success", "withdrawn": "default"})
     def status(self, row: ModelDeployment) -> str:
@@ -142,7 +144,8 @@ class ModelDeploymentAdmin(ReadOnlyAdmin):
 
     def _set_enabled(self, request: HttpRequest, queryset: QuerySet[ModelDeployment], enabled: bool) -> None:
         for row in queryset.exclude(enabled=enabled):
-            save_deployment(deployment=row, changes={"enabled": enabled}, actor=signed_in(request))
+            given: dict[str, Any] = {"actor": signed_in(request), "reason": reason_of(request)}
+            save_deployment(deployment=row, changes={"enabled": enabled}, **given)
         self.message_user(request, "Offered." if enabled else "Withdrawn.", messages.SUCCESS)
 
 

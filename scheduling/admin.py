@@ -14,14 +14,16 @@ from scheduling import services
 from scheduling.admin_base import (
     AuditedAdmin,
     ReadOnlyAdmin,
+    record_deletion,
     record_form,
     show_change,
     show_key,
     show_values,
     signed_in,
+    values_of,
 )
 from scheduling.admin_exchange import ExchangeAdmin
-from scheduling.audit import record_action
+from scheduling.admin_reason import reason_of
 from scheduling.models import ApiKey, OperatorAction, PolicyRevision, Quota, ServiceLevel, Tenant
 
 MAX_ROTATED = 5
@@ -114,6 +116,14 @@ class TenantAdmin(ExchangeAdmin):
         if "weight" in form.changed_data:
             services.weight_changed(obj)
 
+    def values_of(self, row: Tenant) -> dict[str, Any]:
+        """With what goes with it."""
+        values = super().values_of(row)
+        values["quota"] = values_of(row.quota) if hasattr(row, "quota") else {}
+        values["service_levels"] = [values_of(level) for level in row.service_levels.order_by("priority")]
+        values["keys"] = [key.shown for key in row.keys.filter(revoked_at=None)]
+        return values
+
     def save_formset(self, request: HttpRequest, form: Any, formset: Any, change: bool) -> None:
         """Save quota, targets and keys, each with its line in the audit trail."""
         is_new = {id(f.instance): f.instance.pk is None for f in formset.forms}
@@ -123,8 +133,8 @@ class TenantAdmin(ExchangeAdmin):
             else:
                 row.save()
         for row in formset.deleted_objects:
+            record_deletion(request, row, values_of(row))
             row.delete()
-            record_action(actor=signed_in(request), action=f"{row._meta.model_name}.delete", target=str(row))
         formset.save_m2m()
         for row_form in formset.forms:
             created = is_new[id(row_form.instance)]
@@ -138,13 +148,13 @@ class TenantAdmin(ExchangeAdmin):
     @action(description="Suspend: refuse their requests", permissions=["change"])
     def suspend(self, request: HttpRequest, queryset: QuerySet[Tenant]) -> None:
         for tenant in queryset:
-            services.suspend_tenant(tenant=tenant, actor=signed_in(request))
+            services.suspend_tenant(tenant=tenant, actor=signed_in(request), reason=reason_of(request))
         self.message_user(request, "Suspended. Their requests are refused from now on.", messages.SUCCESS)
 
     @action(description="Resume: let their requests in again", permissions=["change"])
     def resume(self, request: HttpRequest, queryset: QuerySet[Tenant]) -> None:
         for tenant in queryset:
-            services.resume_tenant(tenant=tenant, actor=signed_in(request))
+            services.resume_tenant(tenant=tenant, actor=signed_in(request), reason=reason_of(request))
         self.message_user(request, "Resumed. Their requests are let in again.", messages.SUCCESS)
 
 
@@ -189,13 +199,13 @@ class ApiKeyAdmin(AuditedAdmin):
             self.message_user(request, f"Choose one to {MAX_ROTATED} keys that are not revoked.", messages.ERROR)
             return
         for key in active:
-            plaintext = services.rotate_key(key=key, actor=signed_in(request))
+            plaintext = services.rotate_key(key=key, actor=signed_in(request), reason=reason_of(request))
             self.message_user(request, show_key(plaintext, f"{key.tenant.name}, {key.name}"), messages.SUCCESS)
 
     @action(description="Revoke: refuse requests with them", permissions=["change"])
     def revoke(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> None:
         for key in queryset.select_related("tenant"):
-            services.revoke_key(key=key, actor=signed_in(request))
+            services.revoke_key(key=key, actor=signed_in(request), reason=reason_of(request))
         self.message_user(request, "Revoked. Requests with these keys are refused from now on.", messages.SUCCESS)
 
 
@@ -245,10 +255,14 @@ class PolicyRevisionAdmin(ReadOnlyAdmin):
 class OperatorActionAdmin(ReadOnlyAdmin):
     """The audit trail."""
 
-    list_display = ["created_at", "actor_name", "action", "target", "changes", "reason"]
+    list_display = ["created_at", "actor_name", "origin", "action", "target", "changes", "reason"]
     list_filter = ["action"]
-    search_fields = ["actor_name", "action", "target", "reason"]
-    fields = ["created_at", "actor_name", "action", "target", "old", "new", "reason"]
+    search_fields = ["actor_name", "action", "target", "reason", "=address", "=token"]
+    fields = ["created_at", "actor_name", "address", "token", "action", "target", "old", "new", "reason"]
+
+    @display(description="from", ordering="address")
+    def origin(self, row: OperatorAction) -> str:
+        return row.shown_origin or "-"
 
     @display(description="change")
     def changes(self, row: OperatorAction) -> str:
@@ -264,7 +278,7 @@ class OperatorActionAdmin(ReadOnlyAdmin):
 
 
 def _issue(model_admin: ModelAdmin, request: HttpRequest, key: ApiKey) -> None:
-    plaintext = services.issue_key(key=key, actor=signed_in(request))
+    plaintext = services.issue_key(key=key, actor=signed_in(request), reason=reason_of(request))
     model_admin.message_user(request, show_key(plaintext, f"{key.tenant.name}, {key.name}"), messages.SUCCESS)
 
 

@@ -73,17 +73,25 @@ def change_rule(*, rule_id: int, changes: Mapping[str, Any], actor: User, reason
 
 
 @transaction.atomic
-def try_channel(*, channel: AlertChannel, actor: User) -> Delivery:
+def try_channel(*, channel: AlertChannel, actor: User, reason: str = "") -> Delivery:
     """Send a notice that says that nothing is wrong."""
-    record_action(actor=actor, action="alertchannel.test", target=channel.name)
+    record_action(actor=actor, action="alertchannel.test", target=channel.name, reason=reason)
     return write_test(channel, timezone.now(), actor.get_username())
 
 
-def send_again(delivery: Delivery) -> None:
+@transaction.atomic
+def send_again(*, delivery: Delivery, actor: User, reason: str = "") -> None:
     """Try a delivery that was given up once more, at once."""
-    Delivery.objects.filter(pk=delivery.pk, state=Delivery.State.GIVEN_UP).update(
-        state=Delivery.State.WAITING, next_try_at=timezone.now()
-    )
+    given_up = Delivery.objects.filter(pk=delivery.pk, state=Delivery.State.GIVEN_UP)
+    if given_up.update(state=Delivery.State.WAITING, next_try_at=timezone.now()):
+        record_action(
+            actor=actor,
+            action="delivery.retry",
+            target=str(delivery)[:200],
+            before={"state": Delivery.State.GIVEN_UP},
+            after={"state": Delivery.State.WAITING},
+            reason=reason,
+        )
 
 
 def prune_alerts(*, days: int, now: datetime | None = None) -> int:

@@ -19,7 +19,7 @@ from controlplane.api.native import api
 from controlplane.config import Config
 from controlplane.models import MAX_ACTIVE, OperatorToken
 from controlplane.tokens import create_token
-from dashboard.sign_in import PER_ACCOUNT_AND_ADDRESS, PER_ADDRESS, WINDOW_S, SignInLimit
+from dashboard.sign_in import PER_ACCOUNT, PER_ACCOUNT_AND_ADDRESS, PER_ADDRESS, WINDOW_S, SignInLimit
 from scheduling.keys import Keys
 from scheduling.models import OperatorAction
 
@@ -88,6 +88,18 @@ def test_one_address_cannot_try_many_accounts_and_its_neighbours_of_ipv6_are_it(
     assert all(0 < store.ttl(key) <= WINDOW_S for key in counters)
 
 
+def test_one_address_locks_nobody_out_elsewhere_and_many_do(store: redis.Redis, keys: Keys) -> None:
+    limit = SignInLimit(store, keys)
+    for _ in range(PER_ACCOUNT + 20):
+        limit.begin("operator", "10.0.0.1")
+    assert not limit.begin("operator", "10.0.0.2"), "what its address was refused counts for nobody"
+    num_let_through = PER_ACCOUNT_AND_ADDRESS + 1
+    for i in range(PER_ACCOUNT - num_let_through):
+        assert not limit.begin("operator", f"10.1.{i}.1")
+    assert 0 < limit.begin("operator", "10.2.0.1") <= WINDOW_S
+    assert not limit.begin("viewer", "10.2.0.1")
+
+
 def test_without_redis_an_operator_still_gets_in(keys: Keys) -> None:
     with redis.Redis.from_url("unix:///nowhere/redis.sock") as nobody:
         assert SignInLimit(nobody, keys).begin("operator", "10.1.2.3") == 0
@@ -108,6 +120,7 @@ def test_an_administrator_cannot_become_or_change_a_superuser(client: Client) ->
     client.force_login(user("administrator"))
     operator = user("operator")
     form = {"username": "operator", "date_joined_0": "2026-01-01", "date_joined_1": "00:00:00", "is_superuser": "on"}
+    form["reason"] = "on holiday"
     groups = {"groups": [Group.objects.get(name="viewer").pk], "is_active": "on"}
     assert client.post(f"/admin/auth/user/{operator.pk}/change/", form | groups).status_code == 302
     operator.refresh_from_db()
@@ -115,12 +128,16 @@ def test_an_administrator_cannot_become_or_change_a_superuser(client: Client) ->
     assert [group.name for group in operator.groups.all()] == ["viewer"]
     change = OperatorAction.objects.get(action="user.update")
     assert (change.before["groups"], change.after["groups"]) == (["operator"], ["viewer"])
+    assert (change.before["is_superuser"], change.reason) == (False, "on holiday")
     assert client.get(f"/admin/auth/user/{root.pk}/password/").status_code == 403
     assert client.post(f"/admin/auth/user/{root.pk}/delete/", {"post": "yes"}).status_code == 403
     assert client.post("/admin/auth/group/add/", {"name": "x"}).status_code == 403
-    token = client.post("/admin/controlplane/operatortoken/add/", {"user": root.pk, "name": "x"})
-    assert token.status_code == 200
-    assert not OperatorToken.objects.exists()
+    for somebody_else in (root, user("viewer")):
+        token = client.post("/admin/controlplane/operatortoken/add/", {"user": somebody_else.pk, "name": "x"})
+        assert token.status_code == 200
+        assert not OperatorToken.objects.exists()
+    token = client.post("/admin/controlplane/operatortoken/add/", {"user": user("administrator").pk, "name": "x"})
+    assert token.status_code == 302
 
 
 def test_a_token_has_the_rights_of_its_user_s_groups_and_needs_no_csrf_token() -> None:
@@ -161,11 +178,12 @@ def test_a_user_makes_sees_and_revokes_their_own_tokens() -> None:
     assert code_of(call(plaintext, "/api/v1/tokens", {"name": "another"})) == (403, "permission_denied")
     other = Client()
     other.force_login(user("viewer"))
-    assert other.delete(f"/api/v1/tokens/{seen['id']}").status_code == 404
-    assert not client.delete(f"/api/v1/tokens/{seen['id']}").json()["active"]
+    assert other.delete(f"/api/v1/tokens/{seen['id']}?reason=lost").status_code == 404
+    assert client.delete(f"/api/v1/tokens/{seen['id']}").status_code == 400
+    assert not client.delete(f"/api/v1/tokens/{seen['id']}?reason=lost").json()["active"]
     assert code_of(call(plaintext)) == (401, "invalid_api_key")
-    trail = [(row.action, row.actor_name) for row in OperatorAction.objects.order_by("id")]
-    assert trail == [("token.create", "operator"), ("token.revoke", "operator")]
+    trail = [(row.action, row.actor_name, row.reason) for row in OperatorAction.objects.order_by("id")]
+    assert trail == [("token.create", "operator", "deploy"), ("token.revoke", "operator", "lost")]
     assert plaintext not in str(list(OperatorAction.objects.values()))
 
 
@@ -198,15 +216,17 @@ def test_every_page_asks_who_one_is(client: Client) -> None:
             to_sign_in = response.status_code == 302 and response.headers["Location"].startswith("/login/")
             # 503: the test's process has no gateway, which the keys of tenants are asked of.
             no_gateway = response.status_code == 503 and address.startswith("v1/")
-            assert to_sign_in or no_gateway or response.status_code in (401, 403, 404, 405), f"{method} {address}"
+            nothing_there = response.status_code == 404 and address in ("api/", "api/1")
+            refused = nothing_there or response.status_code in (401, 403, 405)
+            assert to_sign_in or no_gateway or refused, f"{method} {address}: {response.status_code}"
 
 
 def test_a_viewer_changes_nothing_on_any_page(client: Client) -> None:
     client.force_login(user("viewer"))
-    theirs = ("api/", "v1/", "tokens/make/")
+    theirs = ("api/", "v1/", "tokens/")
     for address in sorted(a for a in set(addresses(get_resolver())) - OPEN if not a.startswith(theirs)):
         response = client.post(f"/{address}", {"reason": "because"})
-        assert response.status_code in (403, 404, 405), address
+        assert response.status_code in (403, 405), f"{address}: {response.status_code}"
 
 
 def test_every_operation_of_the_api_asks_who_one_is_and_lets_viewers_change_only_their_tokens(client: Client) -> None:

@@ -41,6 +41,7 @@ def version() -> int:
 
 def tenant_form(**values: Any) -> dict[str, Any]:
     form: dict[str, Any] = {
+        "reason": "as agreed",
         "display_name": "Acme",
         "weight": "2.0",
         "quota-TOTAL_FORMS": 1,
@@ -136,7 +137,7 @@ def test_a_tenant_is_made_with_its_quota(admin: Client) -> None:
 
 
 def act(admin: Client, path: str, action: str, *rows: Any, **fields: Any) -> list[str]:
-    form = {"action": action, "_selected_action": [row.pk for row in rows], **fields}
+    form = {"action": action, "_selected_action": [row.pk for row in rows], "reason": "as agreed", **fields}
     response = admin.post(f"/admin/{path}/", form)
     assert response.status_code == 302
     return [str(message) for message in get_messages(response.wsgi_request)]
@@ -214,7 +215,7 @@ def test_an_upstream_server_is_offered_and_changed(admin: Client, store: redis.R
     assert (row.backend, row.upstream_url, row.path) == ("openai", "http://127.0.0.1:11434/v1", "")
     assert store.hkeys(keys.deployments) == [b"llama"]
     page = f"/admin/inference/modeldeployment/{row.pk}/change/"
-    changed = upstream_form(upstream_url=row.upstream_url, upstream_key="VLLM_API_KEY")
+    changed = upstream_form(upstream_url=row.upstream_url, upstream_key="VLLM_API_KEY", reason="it asks now")
     assert admin.post(page, changed).status_code == 302
     created, updated = OperatorAction.objects.order_by("id")
     assert (created.action, created.after["upstream_model"]) == ("deployment.create", "llama3.2:3b")

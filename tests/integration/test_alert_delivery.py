@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import redis
+from django.contrib.auth.models import User
 from django.core.exceptions import ValidationError
 from django.core.mail import EmailMessage
 from pytest_django.fixtures import Settings
@@ -26,6 +27,7 @@ from dashboard.alerts.courier import GIVE_UP_AFTER, Courier, deliver_channel, du
 from dashboard.alerts.models import AlertChannel, AlertRule, Delivery, Notice
 from dashboard.alerts.services import send_again
 from scheduling.keys import Keys
+from scheduling.models import OperatorAction
 from tests.fleet_data import FleetWriter
 from tests.integration.alerting import PATIENCE_S, Receiver, SteppedClock, fire, watch
 from tests.integration.test_redis_tls import make_certificate
@@ -122,7 +124,10 @@ def test_a_notice_is_given_up_after_a_day_said_and_can_be_sent_again(
     deliver_channel(channel.pk, clock)
     assert Delivery.objects.get().state == "given up"
     assert due_channels(clock.now + GIVE_UP_AFTER) == []
-    send_again(Delivery.objects.get())
+    send_again(delivery=Delivery.objects.get(), actor=User.objects.create_user("ada"), reason="the receiver is back")
+    retried = OperatorAction.objects.get(action="delivery.retry")
+    assert (retried.before, retried.after) == ({"state": "given up"}, {"state": "waiting"})
+    assert (retried.actor_name, retried.reason) == ("ada", "the receiver is back")
     assert deliver_channel(channel.pk, clock) == 1
 
 

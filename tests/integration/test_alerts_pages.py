@@ -264,16 +264,21 @@ def test_a_channel_is_made_tried_and_its_secret_is_neither_shown_nor_lost_nor_in
     page = admin.get(edit).content.decode()
     assert URL in page
     assert "hush" not in page
-    assert errors(admin.post(edit, CHANNEL | {"url": f"{URL}/2", "secret": ""})) == ""
+    assert errors(admin.post(edit, CHANNEL | {"url": f"{URL}/2", "secret": "", "reason": "it moved"})) == ""
     channel.refresh_from_db()
     assert (channel.secret, channel.url) == ("hush", f"{URL}/2")
-    assert errors(admin.post(edit, CHANNEL | {"url": URL, "unsigned": "on"})) == ""
+    assert errors(admin.post(edit, CHANNEL | {"url": URL, "unsigned": "on", "reason": "an old one"})) == ""
     channel.refresh_from_db()
     assert channel.secret == ""
-    admin.post(path, {"action": "send_test", "_selected_action": [channel.pk]})
+    admin.post(path, {"action": "send_test", "_selected_action": [channel.pk], "reason": "does it arrive?"})
     assert Delivery.objects.get().notice.event == "test"
-    trail = list(OperatorAction.objects.order_by("id").values_list("action", flat=True))
-    assert trail == [f"alertchannel.{what}" for what in ("create", "update", "update", "test")]
+    unused = AlertChannel.objects.create(name="unused", url=URL, secret="hush")
+    assert admin.post(f"{path}{unused.pk}/delete/", {"post": "yes", "reason": "no more"}).status_code == 302
+    trail = list(OperatorAction.objects.order_by("id").values_list("action", "reason"))
+    assert trail == [
+        ("alertchannel.create", ""), ("alertchannel.update", "it moved"), ("alertchannel.update", "an old one"),
+        ("alertchannel.test", "does it arrive?"), ("alertchannel.delete", "no more"),
+    ]  # fmt: skip
     kept = str(list(OperatorAction.objects.values("before", "after")))
     assert "hush" not in kept
     assert "private" not in kept
@@ -313,8 +318,8 @@ def test_a_rule_is_made_explained_changed_and_deleted_in_the_admin(admin: Client
     assert "required" in errors(admin.post(f"{path}add/", wanted | {"threshold": ""}))
     assert errors(admin.post(f"{path}add/", wanted | {"window_s": "30"})) == ""
     made = AlertRule.objects.get(name="Dear steps")
-    assert errors(admin.post(f"{path}{made.pk}/change/", wanted | {"window_s": "40"})) == ""
-    assert admin.post(f"{path}{made.pk}/delete/", {"post": "yes"}).status_code == 302
+    assert errors(admin.post(f"{path}{made.pk}/change/", wanted | {"window_s": "40", "reason": "calmer"})) == ""
+    assert admin.post(f"{path}{made.pk}/delete/", {"post": "yes", "reason": "unused"}).status_code == 302
     trail = list(OperatorAction.objects.order_by("id").values_list("action", flat=True))
     assert trail == ["alertrule.create", "alertrule.update", "alertrule.delete"]
 
@@ -329,6 +334,7 @@ def test_every_admin_page_opens_and_a_given_up_delivery_is_tried_again(admin: Cl
         path = f"/admin/dashboard/{row._meta.model_name}/"
         assert admin.get(path).status_code == 200
         assert admin.get(f"{path}{row.pk}/change/").status_code == 200
-    admin.post("/admin/dashboard/delivery/", {"action": "again", "_selected_action": [delivery.pk]})
+    again = {"action": "again", "_selected_action": [delivery.pk], "reason": "it is back"}
+    admin.post("/admin/dashboard/delivery/", again)
     delivery.refresh_from_db()
     assert delivery.state == "waiting"

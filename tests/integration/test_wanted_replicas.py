@@ -292,7 +292,7 @@ def test_the_admin_asks_the_machines_before_it_wants_a_replica(
     assert read_plan(store, keys).replicas["gpu-3"].device == "cpu"
     assert b"not heard of" in client.get(path).content
     row = WantedReplica.objects.get()
-    assert client.post(f"{path}{row.pk}/delete/", {"post": "yes"}).status_code == 302
+    assert client.post(f"{path}{row.pk}/delete/", {"post": "yes", "reason": "unused"}).status_code == 302
     assert read_plan(store, keys).replicas == {}
     assert {"wantedreplica.create", "wantedreplica.delete"} <= set(
         OperatorAction.objects.values_list("action", flat=True)
