@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
+from django.contrib.auth.models import User
 from django.db import DatabaseError, connection, transaction
 from django.utils import timezone
 
 from dashboard.models import WhatIfRun
 from inference.recorded import HistoryError, read_window
 from inference.what_if import Candidate, run_what_if
+from scheduling.audit import record_action
 from scheduling.core.policies import PolicyError, build_policy
 from scheduling.models import ConfigVersion
 
@@ -35,9 +37,9 @@ class WhatIfError(ValueError):
 
 @transaction.atomic
 def ask_what_if(
-    *, model: str, start: datetime, end: datetime, candidates: Sequence[Mapping[str, Any]], actor_name: str
+    *, model: str, start: datetime, end: datetime, candidates: Sequence[Mapping[str, Any]], actor: User
 ) -> WhatIfRun:
-    """Write down a replay; the caller has it run. Raises WhatIfError or PolicyError."""
+    """Write down a replay, in the audit trail too; the caller has it run. Raises WhatIfError or PolicyError."""
     if not 1 <= len(candidates) <= MAX_CANDIDATES:
         raise WhatIfError(f"Choose one to {MAX_CANDIDATES} policies.")
     if not timedelta(0) < end - start <= MAX_WINDOW:
@@ -53,7 +55,11 @@ def ask_what_if(
     for candidate in candidates:
         policy = build_policy(candidate["policy"], candidate.get("params") or {})
         tried.append({"policy": policy.name, "params": dict(policy.params)})
-    return WhatIfRun.objects.create(model=model, start=start, end=end, candidates=tried, actor_name=actor_name)
+    after = {"start": start, "end": end, "candidates": tried}
+    record_action(actor=actor, action="what_if.ask", target=model, after=after)
+    return WhatIfRun.objects.create(
+        model=model, start=start, end=end, candidates=tried, actor_name=actor.get_username()
+    )
 
 
 def replay(run_id: int) -> None:

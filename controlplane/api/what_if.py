@@ -103,9 +103,7 @@ def ask(request: HttpRequest, body: WhatIfBody) -> tuple[int, WhatIfView]:
     _known(body.model)
     candidates = [{"policy": one.policy, "params": one.params} for one in body.candidates]
     try:
-        run = ask_what_if(
-            model=body.model, start=start, end=end, candidates=candidates, actor_name=_user(request).get_username()
-        )
+        run = ask_what_if(model=body.model, start=start, end=end, candidates=candidates, actor=_user(request))
     except WhatIfError as error:
         raise InvalidRequest(str(error)) from error
     try:

@@ -11,12 +11,15 @@ from scheduling.models import OperatorAction
 
 MAX_EXPORTED = 100_000
 KNOWN_ACTIONS = (
-    "policy.switch", "request.cancel", "batch.cancel", "token.create", "token.revoke", "replica.pause",
-    "replica.resume", "replica.drain", "replica.set_mode",
-    "replica.set_batch_size", "replica.sizing", "tenant.create", "tenant.update", "tenant.suspend", "tenant.resume",
+    "policy.switch", "what_if.ask", "request.cancel", "batch.cancel", "token.create", "token.revoke", "replica.pause",
+    "replica.resume", "replica.drain", "replica.set_mode", "replica.set_batch_size", "replica.sizing", "replica.answer",
+    "replica.add", "replica.remove", "replica.restart",
+    "tenant.create", "tenant.update", "tenant.delete", "tenant.suspend", "tenant.resume", "quota.update",
+    "servicelevel.create", "servicelevel.update", "servicelevel.delete",
     "key.create", "key.revoke", "deployment.create", "deployment.update",
+    "user.create", "user.update", "user.delete", "user.password", "group.update",
     "alert.acknowledge", "alertrule.create", "alertrule.update", "alertrule.delete", "alertchannel.create",
-    "alertchannel.update", "alertchannel.delete", "alertchannel.test",
+    "alertchannel.update", "alertchannel.delete", "alertchannel.test", "delivery.retry",
 )  # fmt: skip
 """What filters suggest; any other beginning may be given."""
 

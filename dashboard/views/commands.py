@@ -118,7 +118,7 @@ def what_if(request: HttpRequest, *, model: str) -> JsonResponse:
     if filters.problems:
         return refuse(400, next(iter(filters.problems.values())), fields=filters.problems)
     try:
-        run = ask_what_if(model=model, start=start, end=end, candidates=candidates, actor_name=_actor(request).username)
+        run = ask_what_if(model=model, start=start, end=end, candidates=candidates, actor=_actor(request))
         run_what_if.delay(run.pk)
     except (WhatIfError, PolicyError) as error:
         return refuse(400, str(error))

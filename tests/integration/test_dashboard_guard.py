@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import redis
+from django.contrib.auth.models import User
 from django.core.management import call_command
 from django.db import DatabaseError
 from django.test import Client
@@ -233,7 +234,8 @@ def test_a_guarded_switch_by_the_api_is_for_operators(fleet: FleetWriter) -> Non
 
 
 def ask(**changes: Any) -> WhatIfRun:
-    values: dict[str, Any] = {"model": "demo", "start": START, "end": START + HOUR, "actor_name": "olga"}
+    olga, _ = User.objects.get_or_create(username="olga")
+    values: dict[str, Any] = {"model": "demo", "start": START, "end": START + HOUR, "actor": olga}
     return ask_what_if(**(values | {"candidates": [{"policy": "fair"}]} | changes))
 
 
