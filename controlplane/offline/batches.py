@@ -12,7 +12,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from controlplane.models import Batch, BatchLine
-from controlplane.offline.files import ACTIVE, content_path, find_file, store_file
+from controlplane.offline.files import ACTIVE, content_path, find_file, store_parts
 from inference.gateway.errors import InvalidRequest, NotFound
 from scheduling.audit import record_action
 
@@ -22,6 +22,8 @@ MAX_LINES = 50_000
 MAX_ACTIVE = 20
 """Batches of one tenant that have not ended."""
 MAX_ERRORS = 20
+LINES_IN_MEMORY = 100
+"""Of an ending batch: with its answers it may be larger than the memory that there is."""
 FIELDS = {"custom_id", "method", "url", "body"}
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 """Characters that JSON can name and a database cannot hold: NUL, and halves of surrogate pairs."""
@@ -159,13 +161,13 @@ def end_batch(batch: Batch, status: Batch.Status) -> None:
             (BatchLine.State.COMPLETED, "output_file_id", "output"),
             (BatchLine.State.FAILED, "error_file_id", "errors"),
         ):
-            rows = [_output(line) for line in batch.lines.filter(state=state)]
-            changes["num_completed" if field == "output_file_id" else "num_failed"] = len(rows)
-            if rows:
-                content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-                file = store_file(
+            lines = batch.lines.filter(state=state)
+            num = changes["num_completed" if field == "output_file_id" else "num_failed"] = lines.count()
+            if num:
+                rows = (_output(line) for line in lines.iterator(chunk_size=LINES_IN_MEMORY))
+                file = store_parts(
                     tenant=batch.tenant, filename=f"{batch.id}_{name}.jsonl", purpose="batch_output",
-                    content=content, bounded=False,
+                    parts=(json.dumps(row).encode() + b"\n" for row in rows),
                 )  # fmt: skip
                 changes[field] = file.id
         batch.lines.all().delete()

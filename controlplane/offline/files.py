@@ -3,6 +3,7 @@
 import os
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from django.conf import settings
@@ -27,18 +28,20 @@ def content_path(file_id: str) -> Path:
     return folder / file_id
 
 
-def store_file(*, tenant: str, filename: str, purpose: str, content: bytes, bounded: bool = True) -> StoredFile:
-    """Write a file whole, then its row. Raises InvalidRequest beyond the bounds."""
-    if bounded:
-        _check_bounds(tenant, len(content))
-    file = StoredFile(
-        id=f"file-{uuid.uuid4().hex}", tenant=tenant, filename=filename[:255], purpose=purpose, num_bytes=len(content)
-    )
+def store_file(*, tenant: str, filename: str, purpose: str, content: bytes) -> StoredFile:
+    """Write a client's file whole, then its row. Raises InvalidRequest beyond the bounds."""
+    _check_bounds(tenant, len(content))
+    return store_parts(tenant=tenant, filename=filename, purpose=purpose, parts=[content])
+
+
+def store_parts(*, tenant: str, filename: str, purpose: str, parts: Iterable[bytes]) -> StoredFile:
+    """Write a file part by part, of which one at a time is in memory, then its row. It is there whole or not at all."""
+    file = StoredFile(id=f"file-{uuid.uuid4().hex}", tenant=tenant, filename=filename[:255], purpose=purpose)
     path = content_path(file.id)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-        out.write(content)
+        file.num_bytes = sum(out.write(part) for part in parts)
     draft.rename(path)
     file.save(force_insert=True)
     return file
