@@ -18,8 +18,11 @@ from controlplane.api.schemas import (
     QueueView,
     ReplicaView,
     RevisionView,
+    SizeChangeView,
     SizingKindView,
+    SlotView,
     SwitchBody,
+    TelemetryView,
 )
 from inference.control import send_control
 from inference.gateway.errors import NotFound, Unavailable
@@ -43,15 +46,15 @@ READERS = [KeyAuth(), ViewerAuth()]
 def list_queues(request: HttpRequest) -> list[QueueView]:
     """Depth, waits, backpressure and policy as this process read them within the last quarter of a second."""
     gateway = find_gateway(request)
-    caller = request.auth if isinstance(request.auth, Caller) else None  # type: ignore[attr-defined]
+    caller = _tenant_of(request)
     return [_queue_view(m.name, gateway, caller) for m in gateway.models.loaded()]
 
 
 @router.get("/replicas", response=list[ReplicaView], auth=READERS, summary="Every engine process")
 def list_replicas(request: HttpRequest) -> list[ReplicaView]:
-    """State, batch, KV use and speed."""
-    gateway = find_gateway(request)
-    return [_replica_view(r) for m in gateway.models.loaded() for r in gateway.status(m.name).replicas]
+    """State, batch with what runs in it, KV use, speed, batch size and why, device."""
+    gateway, caller = find_gateway(request), _tenant_of(request)
+    return [_replica_view(r, caller) for m in gateway.models.loaded() for r in gateway.status(m.name).replicas]
 
 
 @router.get("/policies", response=PoliciesView, auth=READERS, summary="Policies there are and in force")
@@ -114,6 +117,11 @@ def _announce(revision: PolicyRevision) -> dict[str, Any]:
     return announce_policy(revision, send_control)
 
 
+def _tenant_of(request: HttpRequest) -> Caller | None:
+    """Who calls with a tenant's key; None for a user."""
+    return request.auth if isinstance(request.auth, Caller) else None  # type: ignore[attr-defined]
+
+
 def _queue_view(model: str, gateway: Gateway, caller: Caller | None) -> QueueView:
     status = gateway.status(model)
     snapshot = status.snapshot
@@ -142,7 +150,9 @@ def _queue_view(model: str, gateway: Gateway, caller: Caller | None) -> QueueVie
     )
 
 
-def _replica_view(replica: ReplicaStatus) -> ReplicaView:
+def _replica_view(replica: ReplicaStatus, caller: Caller | None) -> ReplicaView:
+    slots = [slot for slot in replica.slots if caller is None or slot.tenant == caller.tenant.name]
+    telemetry = replica.telemetry if caller is None else None
     return ReplicaView(
         replica=replica.replica,
         model=replica.model,
@@ -158,6 +168,15 @@ def _replica_view(replica: ReplicaStatus) -> ReplicaView:
         policy=replica.policy,
         policy_revision=replica.policy_revision,
         heard_s_ago=max(0.0, time.time() - replica.time_s),
+        started_s=replica.started_s,
+        slots=[SlotView.from_orm(slot) for slot in slots],
+        telemetry=None if telemetry is None else TelemetryView.from_orm(telemetry),
+        sizing=replica.sizing,
+        sizing_params=replica.sizing_params,
+        size_changes=[SizeChangeView.from_orm(change) for change in replica.size_changes],
+        triggers=replica.triggers,
+        preemptions=replica.preemptions,
+        restarts=replica.restarts,
     )
 
 

@@ -42,13 +42,16 @@ class WorkQuery(Schema, extra="forbid"):
 
     tenant: str = Field(default="", max_length=63)
     status: Status = ""
+    after: str = Field(default="", max_length=64, description="The `id` of the last one that was read.")
     limit: int = Field(default=50, ge=1, le=MAX_LISTED)
 
 
 @router.get("/operator/batches", response=list[WorkView], summary="Offline work of all tenants")
 def list_batches(request: HttpRequest, query: Annotated[WorkQuery, Query()]) -> list[WorkView]:
     """For signed-in viewers. What goes on first, then what ended, latest first."""
-    works = list_work(tenant=without_nul(query.tenant), status=query.status, limit=query.limit)
+    works = list_work(
+        tenant=without_nul(query.tenant), status=query.status, after=without_nul(query.after), limit=query.limit
+    )
     return [_view(work) for work in works]
 
 

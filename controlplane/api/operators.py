@@ -2,12 +2,13 @@
 
 from ninja import Router
 
-from controlplane.api import alerts, audit, history, offline_work, request_log, revisions, tenants, what_if
+from controlplane.api import alerts, audit, history, offline_work, request_log, revisions, service, tenants, what_if
 
 router = Router()
 router.add_router("", revisions.router)
 router.add_router("", request_log.router)
 router.add_router("", history.router)
+router.add_router("", service.router)
 router.add_router("", tenants.router)
 router.add_router("", audit.router)
 router.add_router("", what_if.router)

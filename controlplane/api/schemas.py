@@ -73,6 +73,50 @@ class QueueView(Schema):
     policy_revision: int
 
 
+class SlotView(Schema):
+    """A request that runs."""
+
+    request_id: str
+    tenant: str
+    priority: int
+    prompt_tokens: int
+    output_tokens: int
+    max_tokens: int
+
+
+class TelemetryView(Schema):
+    """What the device says; null where it does not."""
+
+    source: str = Field(description="nvml: a GPU; host: the machine.")
+    device: str
+    uuid: str
+    mig: str
+    utilization_percent: float | None
+    memory_used_bytes: int | None
+    memory_total_bytes: int | None
+    process_memory_bytes: int | None = Field(description="Of it, this engine process's own.")
+    temperature_c: float | None
+    power_w: float | None
+    power_limit_w: float | None
+    sm_clock_mhz: float | None
+    memory_clock_mhz: float | None
+    throttle_reasons: list[str]
+    ecc_corrected: int | None
+    ecc_uncorrected: int | None
+    time_s: float = Field(description="Unix time of the reading.")
+    stale_s: float = Field(description="Age of a reading whose successor is overdue.")
+    lost: bool
+    detail: str
+
+
+class SizeChangeView(Schema):
+    """A batch size, from when on, and why."""
+
+    time_s: float
+    batch_size: int
+    reason: str
+
+
 class ReplicaView(Schema):
     """An engine process now."""
 
@@ -90,6 +134,15 @@ class ReplicaView(Schema):
     policy: str
     policy_revision: int
     heard_s_ago: float
+    started_s: float = Field(description="Unix time.")
+    slots: list[SlotView] = Field(description="What runs. A tenant's key sees its own requests, operators see all.")
+    telemetry: TelemetryView | None = Field(description="Null before the first reading, and for a tenant's key.")
+    sizing: str = Field(description="The strategy that sets `max_batch_size`.")
+    sizing_params: dict[str, float]
+    size_changes: list[SizeChangeView] = Field(description="The latest few, newest last.")
+    triggers: dict[str, int] = Field(description="Batches that were started, by what started them.")
+    preemptions: int = Field(description="Since it started.")
+    restarts: dict[str, int] = Field(description="Of its engine process, by reason: failed, hung, lost.")
 
 
 class ParameterView(Schema):

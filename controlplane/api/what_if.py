@@ -15,6 +15,7 @@ from controlplane.api.schemas import STORABLE
 from dashboard.guard import METRICS, Guard, GuardError, switch_under_guard
 from dashboard.models import GuardedSwitch, WhatIfRun
 from dashboard.page import list_models
+from dashboard.selectors.keyset import MAX_ROWS
 from dashboard.tasks import run_what_if
 from dashboard.what_if import MAX_CANDIDATES, WhatIfError, ask_what_if
 from inference.control import send_control
@@ -23,7 +24,14 @@ from inference.services import announce_policy
 from scheduling.models import PolicyRevision
 
 router = Router(tags=["operator"], auth=ViewerAuth())
-MAX_LISTED = 50
+
+
+class ListQuery(Schema, extra="forbid"):
+    """Which rows of a model's."""
+
+    model: str = Field(max_length=128)
+    before: int | None = Field(default=None, ge=1, le=2**31 - 1, description="Those before this one.")
+    limit: int = Field(default=50, ge=1, le=MAX_ROWS)
 
 
 class CandidateBody(Schema, extra="forbid"):
@@ -114,11 +122,13 @@ def ask(request: HttpRequest, body: WhatIfBody) -> tuple[int, WhatIfView]:
     return 202, _run(run)
 
 
-@router.get("/operator/what-if", response=list[WhatIfView], summary="The latest replays, without their results")
-def list_runs(request: HttpRequest, model: Annotated[str, Query(max_length=128)]) -> list[WhatIfView]:
-    """For signed-in viewers."""
-    rows = WhatIfRun.objects.filter(model=without_nul(model)).defer("result")[:MAX_LISTED]
-    return [_run(row) for row in rows]
+@router.get("/operator/what-if", response=list[WhatIfView], summary="Replays, latest first, without their results")
+def list_runs(request: HttpRequest, query: Annotated[ListQuery, Query()]) -> list[WhatIfView]:
+    """For signed-in viewers. Read on with the `id` of the last one as `before`."""
+    rows = WhatIfRun.objects.filter(model=without_nul(query.model)).defer("result")
+    if query.before is not None:
+        rows = rows.filter(id__lt=query.before)
+    return [_run(row) for row in rows.order_by("-id")[: query.limit]]
 
 
 @router.get("/operator/what-if/{int:run_id}", response=WhatIfView, summary="One replay with its result")
@@ -151,9 +161,12 @@ def switch_guarded(request: HttpRequest, body: GuardedBody) -> GuardView:
 
 
 @router.get("/operator/guards", response=list[GuardView], summary="Watches over revisions, latest first")
-def list_guards(request: HttpRequest, model: Annotated[str, Query(max_length=128)]) -> list[GuardView]:
-    """For signed-in viewers."""
-    return [_guard(row) for row in GuardedSwitch.objects.filter(model=without_nul(model))[:MAX_LISTED]]
+def list_guards(request: HttpRequest, query: Annotated[ListQuery, Query()]) -> list[GuardView]:
+    """For signed-in viewers. Read on with the `revision` of the last one as `before`."""
+    rows = GuardedSwitch.objects.filter(model=without_nul(query.model))
+    if query.before is not None:
+        rows = rows.filter(revision__lt=query.before)
+    return [_guard(row) for row in rows.order_by("-revision")[: query.limit]]
 
 
 def _announce(revision: PolicyRevision) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from django.db.models import Count
+from django.db.models import Count, Q
 
 from controlplane.models import Batch, BatchLine
 from controlplane.offline.files import ACTIVE
@@ -40,23 +40,41 @@ class Work:
         return self.batch.status in CANCELLABLE
 
 
-def list_work(*, tenant: str = "", status: str = "", limit: int = MAX_LISTED) -> list[Work]:
-    """What goes on first, then what ended, latest first; two queries."""
+def list_work(*, tenant: str = "", status: str = "", after: str = "", limit: int = MAX_LISTED) -> list[Work]:
+    """What goes on first, then what ended, latest first, from after the batch `after` on; three queries at most.
+
+    Nothing where there is no such batch.
+    """
+    last = _find_batch(after) if after else None
+    if after and last is None:
+        return []
     rows = Batch.objects.all()
     if tenant:
         rows = rows.filter(tenant=tenant)
     if status:
         rows = rows.filter(status=status)
     limit = min(limit, MAX_LISTED)
-    active = list(rows.filter(status__in=ACTIVE).order_by("-created_at", "-id")[:limit])
-    ended = list(rows.exclude(status__in=ACTIVE).order_by("-created_at", "-id")[: limit - len(active)])
-    return _with_counts([*active, *ended])
+    active, ended = rows.filter(status__in=ACTIVE), rows.exclude(status__in=ACTIVE)
+    if last is not None and last.status in ACTIVE:
+        active = active.filter(_older(last))
+    elif last is not None:
+        active, ended = active.none(), ended.filter(_older(last))
+    first = list(active.order_by("-created_at", "-id")[:limit])
+    return _with_counts([*first, *ended.order_by("-created_at", "-id")[: limit - len(first)]])
+
+
+def _older(batch: Batch) -> Q:
+    return Q(created_at__lt=batch.created_at) | Q(created_at=batch.created_at, id__lt=batch.id)
 
 
 def find_work(batch_id: str) -> Work | None:
     """One batch, of whatever tenant."""
-    batch = None if "\0" in batch_id else Batch.objects.filter(id=batch_id[:64]).first()
+    batch = _find_batch(batch_id)
     return None if batch is None else _with_counts([batch])[0]
+
+
+def _find_batch(batch_id: str) -> Batch | None:
+    return None if "\0" in batch_id else Batch.objects.filter(id=batch_id[:64]).first()
 
 
 def _with_counts(batches: Sequence[Batch]) -> list[Work]:

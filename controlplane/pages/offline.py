@@ -22,10 +22,12 @@ def offline(request: HttpRequest) -> HttpResponse:
     """What goes on first; a script draws it anew every few seconds."""
     filters = Filters(request.GET)
     tenant, status = filters.text("tenant", 63), filters.choice("status", STATUSES)
-    works = list_work(tenant=tenant, status=status)
+    after = filters.text("after", 64)
+    works = list_work(tenant=tenant, status=status, after=after)
     context = {
         "works": works,
-        "cut": len(works) == MAX_LISTED,
+        "newer": bool(after),
+        "next": works[-1].batch.id if len(works) == MAX_LISTED else "",
         "tenant": tenant,
         "status": status,
         "statuses": STATUSES,

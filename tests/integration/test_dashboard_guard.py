@@ -86,6 +86,7 @@ def test_a_bad_policy_under_load_is_turned_back_by_itself_and_nothing_is_lost(fl
     assert "rolled back" in signed_in().get("/policies/").content.decode()
     (told,) = get_json(signed_in(), "operator/guards", model="demo")
     assert told["verdict"] == watched.verdict
+    assert get_json(signed_in(), "operator/guards", model="demo", before=told["revision"]) == []
 
 
 def test_a_good_policy_is_kept_and_what_is_superseded_is_left_alone(fleet: FleetWriter) -> None:
@@ -256,6 +257,9 @@ def test_recorded_traffic_is_replayed_and_stands_beside_what_happened(fleet: Fle
     light = [one["tenants"]["light"]["ttft_s"]["mean"] for one in told["result"]["candidates"]]
     assert light[1] < light[0] / 2
     assert get_json(signed_in(), "operator/what-if", model="demo")[0]["result"] is None
+    assert get_json(signed_in(), "operator/what-if", model="demo", before=run.pk) == []
+    asked = OperatorAction.objects.get(action="what_if.ask")
+    assert (asked.actor_name, asked.target, asked.after["candidates"][0]["policy"]) == ("olga", "demo", "fifo")
 
 
 def test_a_replay_that_cannot_be_says_why(fleet: FleetWriter, monkeypatch: pytest.MonkeyPatch) -> None:

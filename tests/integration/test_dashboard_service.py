@@ -3,12 +3,14 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from django.utils import timezone
 
 from dashboard.models import Resolution
 from dashboard.refusals import add_refusals, read_refusals
 from dashboard.selectors.service import ServiceWatch
 from inference.models import RequestRecord
 from scheduling.models import ServiceLevel, Tenant
+from tests.integration.test_dashboard_pages import get_json, signed_in
 
 pytestmark = pytest.mark.django_db
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
@@ -35,6 +37,16 @@ def test_percentiles_stand_beside_the_target_that_counts_for_the_tenant() -> Non
     assert (rows["acme/3"]["num"], rows["acme/3"]["met"], rows["acme/3"]["objective"]) == (10, 0.3, 0.99)
     assert rows["other/3"]["tpot"] == {"p50_s": 0.05, "p99_s": 0.2, "target_s": 0.1}
     assert rows["other/3"]["met"] == 0.9
+
+
+@pytest.mark.usefixtures("installation")
+def test_the_table_of_the_live_page_is_in_the_api() -> None:
+    ServiceLevel.objects.create(priority=3, ttft_ms=1000, objective_percent=90)
+    record(1, ended_s=(NOW - timezone.now()).total_seconds() + 5)
+    (told,) = get_json(signed_in(), "operator/service", model="demo")
+    assert (told["tenant"], told["priority"], told["num"], told["met"]) == ("acme", 3, 1, 1.0)
+    assert (told["ttft"]["p99_s"], told["ttft"]["target_s"], told["tpot"]["target_s"]) == (0.2, 1.0, None)
+    assert get_json(signed_in(), "operator/service", model="other") == []
 
 
 def test_a_look_takes_up_what_was_written_since_and_forgets_what_is_older_than_a_minute() -> None:

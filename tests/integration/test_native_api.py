@@ -5,11 +5,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
+import msgspec
 import pytest
+import redis
 
-from benchmarks.stack import MODEL, ROOT, Stack, ended, running_stack
+from benchmarks.stack import MODEL, PREFIX, ROOT, Stack, ended, running_stack
+from inference.messages import Slot
+from scheduling.keys import Keys
+from tests.fleet_data import FleetWriter
 from tests.integration.gateway_support import Api, code_of
 from tests.patience import wait_until
 
@@ -144,6 +150,33 @@ def test_queues_replicas_and_policies_are_read(api: Api, stack: Stack) -> None:
     assert code_of(api.call("GET", "/api/v1/policies/none")) == "policy_not_found"
     sizings = {kind["name"]: kind for kind in api.call("GET", "/api/v1/sizings").json()}
     assert sizings["fixed"]["parameters"]["initial"]["type"] == "number"
+
+
+def test_a_viewer_sees_all_of_a_replica_and_a_tenant_its_own_requests(
+    api: Api, stack: Stack, live: redis.Redis
+) -> None:
+    writer = FleetWriter(live, Keys(prefix=PREFIX), MODEL)
+    runs = [Slot(f"req-{tenant}", tenant, 3, 10, 5, 64) for tenant in ("alpha", "few")]
+    status = msgspec.structs.replace(
+        writer.status("gpu-seen", slots=runs), sizing="balanced", sizing_params={"gain": 0.5}, restarts={"hung": 1}
+    )
+
+    def find(answer: httpx.Response) -> Any:
+        return next((one for one in answer.json() if one["replica"] == "gpu-seen"), None)
+
+    with signed_in(stack, "viewer") as viewer:
+        try:
+            writer.publish(status)
+            seen = wait_until(lambda: find(viewer.get("/api/v1/replicas")))
+            own = find(api.call("GET", "/api/v1/replicas"))
+        finally:
+            live.delete(writer.keys.replica("gpu-seen"))
+            live.zrem(writer.keys.replicas, "gpu-seen")
+    assert [slot["tenant"] for slot in seen["slots"]] == ["alpha", "few"]
+    assert (seen["telemetry"]["utilization_percent"], seen["telemetry"]["power_w"]) == (87.5, None)
+    assert (seen["sizing"], seen["sizing_params"], seen["restarts"]) == ("balanced", {"gain": 0.5}, {"hung": 1})
+    assert [slot["tenant"] for slot in own["slots"]] == ["alpha"]
+    assert (own["batch_size"], own["telemetry"]) == (2, None)
 
 
 def test_an_operator_switches_the_policy_and_a_viewer_may_not(api: Api, stack: Stack) -> None:

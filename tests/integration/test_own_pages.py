@@ -55,6 +55,20 @@ def test_offline_work_shows_how_far_it_is_what_goes_on_first() -> None:
     assert signed_in().get("/api/v1/operator/batches/none").status_code == 404
 
 
+def test_offline_work_is_read_on_from_the_last_batch() -> None:
+    for name, status in (("a", "in_progress"), ("b", "completed"), ("c", "in_progress"), ("d", "completed")):
+        make_batch(name, Batch.Status(status))
+    found: list[str] = []
+    while works := get_json(signed_in(), "operator/batches", limit=1, after=found[-1] if found else ""):
+        found.append(works[0]["id"])
+    assert found == ["batch_c", "batch_a", "batch_d", "batch_b"]
+    assert get_json(signed_in(), "operator/batches", after="batch_none") == []
+    page = signed_in().get("/offline/", {"after": "batch_a"}).content.decode()
+    assert re.findall(r'title="batch_(\w+)"', page) == ["d", "b"]
+    assert "← Newest" in page
+    assert "There are no older batches" in signed_in().get("/offline/", {"after": "batch_b"}).content.decode()
+
+
 def test_an_operator_cancels_a_tenant_s_batch_with_a_reason_and_a_viewer_does_not() -> None:
     for number in range(2):
         make_batch(str(number), Batch.Status.IN_PROGRESS)
