@@ -19,9 +19,12 @@ from tests.integration.test_api_schema import try_all_calls
 
 HERE = Path(__file__).parent
 DATABASE_TESTS = (
+    "test_access.py",
     "test_admin.py",
     "test_alert_delivery.py",
     "test_alerts.py",
+    "test_alerts_pages.py",
+    "test_audit_trail.py",
     "test_commands.py",
     "test_dashboard_guard.py",
     "test_dashboard_pages.py",
@@ -29,9 +32,12 @@ DATABASE_TESTS = (
     "test_dashboard_rollups.py",
     "test_directory.py",
     "test_historian.py",
+    "test_offline_ends.py",
+    "test_own_pages.py",
     "test_policy_switch.py",
     "test_replicas.py",
     "test_services.py",
+    "test_tenant_exchange.py",
     "test_wanted_replicas.py",
 )
 PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/usr/local/pgsql/bin", "/opt/homebrew/opt/postgresql*/bin")
