@@ -154,7 +154,8 @@ def _former(form: "BaseModelForm[Any]", name: str) -> Any:
     value, field = form.initial.get(name), form.fields.get(name)
     if not isinstance(field, ModelChoiceField) or value is None or isinstance(value, list):
         return value
-    return field.queryset.model._default_manager.filter(pk=value).first()
+    pointed_to = form.instance._meta.get_field(name).related_model
+    return pointed_to._default_manager.filter(pk=value).first()
 
 
 def _short(value: Any) -> str:

@@ -58,7 +58,8 @@ def operator() -> User:
 
 
 def latest(action: str) -> OperatorAction:
-    return OperatorAction.objects.filter(action=action).latest("id")
+    row: OperatorAction = OperatorAction.objects.filter(action=action).latest("id")
+    return row
 
 
 def run_sql(statement: str) -> None:
