@@ -12,6 +12,8 @@ MAX_HEADER_BYTES = 100 * 2**20
 """Bound of the safetensors format itself."""
 MAX_TENSORS = 200_000
 """Far above any model; a header that lists more is not read further."""
+MAX_SIZE = 2**31 - 1
+"""Of whatever a configuration counts."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STORED_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
@@ -25,7 +27,9 @@ _ALIASES = {
     "kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "max_model_len": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
     "vocab_size": ("vocab_size",),
+    "head_dim": ("head_dim",),
 }
+_REQUIRED = ("hidden", "num_layers", "heads", "vocab_size")
 
 
 class CheckpointError(Exception):
@@ -66,20 +70,28 @@ def inspect_checkpoint(path: Path, *, needs_tokenizer: bool = True) -> Checkpoin
             f"{path} has no tokenizer.json. Save the tokenizer in its fast form: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
-    sizes = {name: _number(path, config, name) for name in _ALIASES if name not in ("kv_heads", "max_model_len")}
-    kv_heads = _find(config, "kv_heads") or sizes["heads"]
+    sizes = {name: _number(path, config, name) for name in _REQUIRED}
     _check_sizes(path, sizes, num_tensors, num_parameters)
     return CheckpointInfo(
         architecture=architecture,
-        kv_heads=int(kv_heads),
-        head_dim=int(config.get("head_dim") or sizes["hidden"] // sizes["heads"]),
-        max_model_len=int(_find(config, "max_model_len") or 2048),
+        kv_heads=_number(path, config, "kv_heads", sizes["heads"]),
+        head_dim=_number(path, config, "head_dim", max(1, sizes["hidden"] // sizes["heads"])),
+        max_model_len=_number(path, config, "max_model_len", 2048),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or dtypes),
         num_parameters=num_parameters,
         eos_token_ids=read_eos_token_ids(path),
         has_chat_template=read_chat_template(path) is not None,
         **sizes,
     )
+
+
+def read_text_config(path: Path) -> dict[str, Any]:
+    """The part of a checkpoint's config.json that describes its decoder. Raises CheckpointError."""
+    config = _read_json(path / "config.json", f"{path} has no config.json. Give a Hugging Face checkpoint directory.")
+    text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise CheckpointError(f"config.json of {path} has a text_config that is no JSON object. Download it again.")
+    return text
 
 
 def check_draft(draft: Path, target: Path) -> None:
@@ -101,23 +113,37 @@ def check_draft(draft: Path, target: Path) -> None:
 
 
 def _read_vocabulary(path: Path) -> tuple[Any, dict[int, str]]:
-    tokenizer = _optional_json(path / "tokenizer.json")
-    added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or []}
-    return (tokenizer.get("model") or {}).get("vocab"), added
+    model = read_optional_json(path / "tokenizer.json").get("model")
+    return model.get("vocab") if isinstance(model, dict) else None, _read_added_tokens(path)
+
+
+def _read_added_tokens(path: Path) -> dict[int, str]:
+    """Tokens that tokenizer.json adds to its model's, by their ids."""
+    file = path / "tokenizer.json"
+    added = read_optional_json(file).get("added_tokens") or []
+    try:
+        tokens = {token["id"]: token["content"] for token in added}
+    except (KeyError, TypeError):
+        tokens = {None: ""}
+    if not all(type(number) is int and isinstance(text, str) for number, text in tokens.items()):
+        raise CheckpointError(f"{file} has added_tokens without id and content. Download it again.")
+    return tokens
 
 
 def read_eos_token_ids(path: Path) -> frozenset[int]:
     """Ids that end an answer: those of generation_config.json (or config.json), and the tokenizer's own end token."""
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        ids = _optional_json(path / name).get("eos_token_id")
+        ids = read_optional_json(path / name).get("eos_token_id")
         if ids is not None:
-            found.update(ids if isinstance(ids, list) else [ids])
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(number) is int for number in ids):
+                raise CheckpointError(f"{path / name} has an eos_token_id that is no number or list of them. Mend it.")
+            found.update(number for number in ids if number >= 0)
             break
-    eos = token_text(_optional_json(path / "tokenizer_config.json").get("eos_token"))
+    eos = token_text(read_optional_json(path / "tokenizer_config.json").get("eos_token"))
     if eos is not None:
-        added = _optional_json(path / "tokenizer.json").get("added_tokens") or []
-        found.update(token["id"] for token in added if token.get("content") == eos)
+        found.update(number for number, text in _read_added_tokens(path).items() if text == eos)
     return frozenset(found)
 
 
@@ -125,11 +151,11 @@ def read_chat_template(path: Path) -> str | None:
     """The default chat template, from its own file or from tokenizer_config.json."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text()
-    template = _optional_json(path / "tokenizer_config.json").get("chat_template")
+        return _read_text(file)
+    template = read_optional_json(path / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template}
-        template = named.get("default")
+        named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[-1] if named else None
     return template if isinstance(template, str) else None
 
 
@@ -141,8 +167,8 @@ def token_text(value: Any) -> str | None:
 
 
 def _check_architecture(path: Path, config: dict[str, Any]) -> str:
-    names = config.get("architectures") or []
-    architecture = str(names[0]) if names else "no architecture"
+    names = config.get("architectures")
+    architecture = str(names[0]) if isinstance(names, list) and names else "no architecture"
     if config.get("auto_map"):
         raise CheckpointError(
             f"{path} brings its own model code (auto_map in config.json), which is never run. If transformers knows "
@@ -214,17 +240,19 @@ def _read_header(file: Path) -> dict[str, dict[str, Any]]:
     """Tensor names with dtype, shape and offsets (safetensors format: 8 bytes of length, JSON, data)."""
     broken = CheckpointError(f"{file} is cut off or is no safetensors file. Download it again.")
     size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise broken
-        try:
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            end = _check_layout(header)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise broken from error
+    try:
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            text = stream.read(length) if 2 <= length <= min(MAX_HEADER_BYTES, size - 8) else b""
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}). Let this user read it.") from error
+    try:
+        header: dict[str, dict[str, Any]] = json.loads(text)
+        header.pop("__metadata__", None)
+        end = _check_layout(header)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise broken from error
     if 8 + length + end != size:
         raise broken
     return header
@@ -245,14 +273,18 @@ def _check_layout(header: dict[str, dict[str, Any]]) -> int:
     return end
 
 
-def _find(config: dict[str, Any], name: str) -> Any:
-    return next((config[key] for key in _ALIASES[name] if config.get(key)), None)
-
-
-def _number(path: Path, config: dict[str, Any], name: str) -> int:
-    value = _find(config, name)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json of {path} does not say {_ALIASES[name][0]}. Give a complete checkpoint.")
+def _number(path: Path, config: dict[str, Any], name: str, default: int | None = None) -> int:
+    """What the configuration says under one of the names that architectures have for it, else `default`."""
+    key = next((key for key in _ALIASES[name] if config.get(key) is not None), _ALIASES[name][0])
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise CheckpointError(f"config.json of {path} does not say {key}. Give a complete checkpoint.")
+    if type(value) is not int or not 1 <= value <= MAX_SIZE:
+        raise CheckpointError(
+            f"config.json of {path} has a {key} that is no whole number from 1 to {MAX_SIZE}. Download it again."
+        )
     return value
 
 
@@ -260,13 +292,23 @@ def _read_json(file: Path, missing: str) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(missing)
     try:
-        content = json.loads(file.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+        content = json.loads(_read_text(file))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is no JSON object. Download it again.")
     return content
 
 
-def _optional_json(file: Path) -> dict[str, Any]:
+def read_optional_json(file: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file. Raises CheckpointError where it is none."""
     return _read_json(file, "") if file.is_file() else {}
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}). Download it again, or let this user read it."
+        ) from error

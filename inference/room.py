@@ -1,13 +1,12 @@
 """Whether a machine has memory for one more replica: what one needs, and what those that run have not taken yet."""
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inference.checkpoint import DTYPE_BYTES, CheckpointError, inspect_checkpoint
+from inference.checkpoint import DTYPE_BYTES, CheckpointError, inspect_checkpoint, read_text_config
 from inference.messages import DeploymentSpec, ReplicaStatus
 from inference.plan import Device, Machine, Plan
 from scheduling.core.sizing.memory_model import BatchShape, MemoryModel, ModelConfigError, ModelShape
@@ -102,16 +101,15 @@ def _rounded(weights: int, spec: DeploymentSpec, dtype: str) -> int:
 
 
 def _context_length(config: Mapping[str, Any]) -> int:
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or 2048)
+    length = config.get("max_position_embeddings") or config.get("n_positions")
+    return length if type(length) is int and length > 0 else 2048
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
+        return read_text_config(path)
+    except CheckpointError:
         return {}
-    text = config.get("text_config", config) if isinstance(config, Mapping) else {}
-    return dict(text) if isinstance(text, Mapping) else {}
 
 
 def check_room(machine: Machine, device: Device, *, need: Need, promised: Mapping[str, int]) -> None:

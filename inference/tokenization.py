@@ -11,7 +11,13 @@ import jinja2.ext
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from inference.checkpoint import CheckpointError, read_chat_template, read_eos_token_ids, token_text
+from inference.checkpoint import (
+    CheckpointError,
+    read_chat_template,
+    read_eos_token_ids,
+    read_optional_json,
+    token_text,
+)
 from scheduling.core.sequence import SamplingParams
 
 REPLACEMENT = "\ufffd"
@@ -60,8 +66,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file} cannot be read: {error}. Download it again.") from error
-        config_file = path / "tokenizer_config.json"
-        config: dict[str, Any] = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        config = read_optional_json(path / "tokenizer_config.json")
         special = {name: text for name in SPECIAL_NAMES if (text := token_text(config.get(name))) is not None}
         _configure(backend, list(special.values()))
         try:

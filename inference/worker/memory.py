@@ -1,10 +1,9 @@
 """How many sequences the device has memory for: the memory model of the checkpoint, fed with what is measured."""
 
-import json
 import logging
 from pathlib import Path
 
-from inference.checkpoint import inspect_checkpoint
+from inference.checkpoint import inspect_checkpoint, read_text_config
 from inference.messages import Telemetry
 from scheduling.core.planner import StepPlanner
 from scheduling.core.sizing.memory_model import BatchShape, MemoryModel, ModelConfigError, ModelShape
@@ -17,10 +16,9 @@ USUAL_TOKENS = 512
 
 def build_memory_model(path: Path, *, dtype: str, block_size: int) -> MemoryModel | None:
     """The model of a checkpoint's memory; None where its configuration does not say enough."""
-    config = json.loads((path / "config.json").read_text())
     num_parameters = inspect_checkpoint(path, needs_tokenizer=False).num_parameters or 0
     try:
-        shape = ModelShape.from_config(config.get("text_config", config), num_parameters=num_parameters, dtype=dtype)
+        shape = ModelShape.from_config(read_text_config(path), num_parameters=num_parameters, dtype=dtype)
     except ModelConfigError as error:
         logger.warning("Batch sizes are bounded by KV blocks alone: %s", error)
         return None

@@ -1,6 +1,7 @@
 """A checkpoint directory is described without torch, or refused with a sentence."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from inference.checkpoint import CheckpointError, inspect_checkpoint
+from inference.checkpoint import CheckpointError, check_draft, inspect_checkpoint, read_text_config
+from inference.messages import DeploymentSpec
+from inference.plan import Device
+from inference.room import estimate_need
 from tests.checkpoints import VOCAB, make_checkpoint, make_tokenizer
 
 
@@ -65,6 +69,89 @@ def test_what_cannot_be_served_is_refused(folder: Path, changes: dict[str, objec
     change_config(folder, **changes)
     with pytest.raises(CheckpointError, match=sentence):
         inspect_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": "x"}, {"num_key_value_heads": [2]}, {"head_dim": "x"}, {"head_dim": -16},
+        {"max_position_embeddings": "x"}, {"max_position_embeddings": 1e300}, {"max_position_embeddings": 10**30},
+        {"num_hidden_layers": True}, {"num_hidden_layers": 3.0}, {"vocab_size": {}}, {"hidden_size": "64"},
+        {"num_attention_heads": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sizes_that_are_no_whole_numbers_are_refused(folder: Path, changes: dict[str, object]) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=f"has a {next(iter(changes))} that is no whole number"):
+        inspect_checkpoint(folder)
+
+
+@pytest.mark.parametrize("names", [5, "LlamaForCausalLM", {"a": "b"}, [[1]], [None], True])
+def test_architectures_that_are_no_list_of_names_are_refused(folder: Path, names: object) -> None:
+    change_config(folder, architectures=names)
+    with pytest.raises(CheckpointError, match="which does not generate text"):
+        inspect_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("generation_config.json", {"eos_token_id": [[1]]}, "eos_token_id that is no number"),
+        ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id that is no number"),
+        ("generation_config.json", {"eos_token_id": True}, "eos_token_id that is no number"),
+        ("generation_config.json", [1], "no JSON object"),
+        ("tokenizer.json", {"added_tokens": [1]}, "added_tokens without id and content"),
+        ("tokenizer.json", {"added_tokens": 7}, "added_tokens without id and content"),
+        ("tokenizer.json", {"added_tokens": [{"id": [], "content": "</s>"}]}, "added_tokens without id and content"),
+        ("tokenizer.json", {"added_tokens": [{"id": "2", "content": "</s>"}]}, "added_tokens without id and content"),
+        ("tokenizer_config.json", "no object", "no JSON object"),
+    ],
+)
+def test_files_beside_the_configuration_are_held_to_their_format(
+    folder: Path, name: str, content: object, sentence: str
+) -> None:
+    (folder / name).write_text(json.dumps(content))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=sentence):
+        inspect_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json"]
+)
+@pytest.mark.parametrize("content", [b"[" * 200_000, b'{"a":' * 200_000, b"\xff\xfe", b""], ids=range(4))
+def test_json_that_is_none_or_too_deep_is_refused(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="not valid JSON|cannot be read"):
+        inspect_checkpoint(folder)
+
+
+def test_an_end_token_below_zero_means_that_there_is_none(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": -1}))
+    (folder / "tokenizer_config.json").unlink()
+    assert inspect_checkpoint(folder).eos_token_ids == frozenset()
+
+
+@pytest.mark.parametrize("content", [{"model": [1]}, {"model": None}, {"model": {"vocab": 3}}, {}])
+def test_a_draft_model_is_compared_whatever_its_tokenizer_says(
+    folder: Path, tmp_path: Path, content: dict[str, object]
+) -> None:
+    shutil.copytree(folder, tmp_path / "draft")
+    (tmp_path / "draft" / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="name different tokens"):
+        check_draft(tmp_path / "draft", folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"text_config": 5}', '{"text_config": [1]}'])
+def test_room_is_estimated_from_the_weights_where_the_configuration_says_nothing(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError):
+        read_text_config(folder)
+    device = Device(name="cpu", label="CPU", memory_total_bytes=2**34, memory_free_bytes=2**33)
+    need = estimate_need(DeploymentSpec(name="m", path=str(folder)), num_parameters=1000, device=device)
+    assert need.weights == 4000
 
 
 def rewrite_header(weights: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -115,6 +115,23 @@ def test_add_model_explains_a_broken_checkpoint(
     assert not ModelDeployment.objects.exists()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": "x"}, {"num_key_value_heads": [2]}, {"head_dim": "x"}, {"vocab_size": True},
+        {"max_position_embeddings": "x"}, {"max_position_embeddings": 10**40}, {"eos_token_id": [[1]]},
+        {"architectures": 5}, {"architectures": ["LlamaForCausalLM" * 1000]},
+    ],
+    ids=lambda changes: str(changes)[:60],
+)  # fmt: skip
+def test_add_model_explains_a_hostile_configuration(checkpoint: Path, changes: dict[str, object]) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CommandError, match=r"\."):
+        call_command("add_model", "tiny", str(checkpoint))
+    assert not ModelDeployment.objects.exists()
+
+
 def test_add_model_explains_bad_options(checkpoint: Path, installation: Config) -> None:
     with pytest.raises(CommandError, match="A batch holds at least 1"):
         call_command("add_model", "tiny", str(checkpoint), batch_size=0)
