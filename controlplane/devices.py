@@ -7,6 +7,7 @@ import psutil
 import pynvml
 
 from controlplane.config import Config
+from inference.host_memory import read_host_memory
 from inference.plan import Device
 
 
@@ -27,7 +28,7 @@ def _is_visible(number: int, uuid: str, visible: str) -> bool:
 
 
 def _read_cpu() -> Device:
-    memory = psutil.virtual_memory()
+    memory = read_host_memory()
     label = f"CPU, {psutil.cpu_count() or 1} cores"
     return Device(name="cpu", label=label, memory_total_bytes=memory.total, memory_free_bytes=memory.available)
 

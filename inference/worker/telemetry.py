@@ -10,6 +10,7 @@ from typing import Protocol
 import msgspec
 import psutil
 
+from inference.host_memory import read_host_memory
 from inference.messages import Telemetry
 from inference.worker.nvml import GpuLostError, NvmlSource, NvmlUnavailableError
 
@@ -35,7 +36,10 @@ class Source(Protocol):
 
 
 class HostSource:
-    """The engine process and its host. `utilization_percent` is this process's, of all cores; memory is the host's."""
+    """The engine process and its host. `utilization_percent` is this process's, of all cores; memory is the host's.
+
+    In a container that is allowed less memory, it is the container's.
+    """
 
     def __init__(self, device: str = "cpu", detail: str = "") -> None:
         self._device = device
@@ -46,7 +50,7 @@ class HostSource:
 
     def read(self) -> Telemetry:
         """One reading; utilization since the one before."""
-        memory = psutil.virtual_memory()
+        memory = read_host_memory()
         return Telemetry(
             source="host",
             device=self._device,
