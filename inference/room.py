@@ -144,7 +144,7 @@ def promised_bytes(
 ) -> dict[str, int]:
     """By replica on this device: what it will take, and has not taken yet. `needs` are by model.
 
-    A CPU's memory is taken when it is first written; and one that was added a moment ago has not loaded its weights.
+    One that was added a moment ago has not loaded its weights, and a CPU's activations come and go with its steps.
     """
     promised: dict[str, int] = {}
     for name, model in _placed_on(machine, device, plan):

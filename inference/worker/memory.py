@@ -37,8 +37,6 @@ class DeviceMemory:
         """Of the readings that tell of this device's memory."""
         self._beside_bytes = beside_bytes
         self._planner = planner
-        self._touched_blocks = 0
-        """Most blocks that ever had content: host memory is taken when it is first written, not when it is reserved."""
 
     def limit(self, telemetry: Telemetry | None) -> int | None:
         """The most sequences that fit, at least 1; None where that is unknown."""
@@ -50,26 +48,28 @@ class DeviceMemory:
         if total is None or used is None or own is None:
             return None
         own = max(0, own - self._beside_bytes)
-        self._calibrate(own, reserved=telemetry.source == "nvml")
+        self._calibrate(own)
         ours = max(0, total - used) + own
         most = self._model.largest_batch(
             ours, tokens_per_sequence=self._mean_tokens(), step_tokens=self._planner.step_tokens
         )
         return max(1, most)
 
-    def _calibrate(self, own_bytes: int, *, reserved: bool) -> None:
-        """Learn from the memory that this process holds beside the blocks of the KV cache that nobody uses."""
+    def _calibrate(self, own_bytes: int) -> None:
+        """Learn from the memory that this process holds beside the blocks of the KV cache that the batch does not use.
+
+        All blocks are resident, on a CPU too: the cache is written when it is made.
+        """
         assert self._model is not None
-        allocator, num_running = self._planner.allocator, self._planner.num_running
-        self._touched_blocks = max(self._touched_blocks, allocator.used + allocator.num_cached)
+        num_running = self._planner.num_running
         if not num_running:
             return
         batch = BatchShape(
             batch_size=num_running, tokens_per_sequence=self._mean_tokens(), step_tokens=self._planner.step_tokens
         )
         in_batch = num_running * self._model.blocks_for(batch.tokens_per_sequence)
-        resident = allocator.num_blocks if reserved else self._touched_blocks
-        self._model.observe(batch, max(0, own_bytes - (resident - in_batch) * self._model.block_bytes))
+        beside = self._planner.allocator.num_blocks - in_batch
+        self._model.observe(batch, max(0, own_bytes - beside * self._model.block_bytes))
 
     def _mean_tokens(self) -> int:
         running = self._planner.sequences[: self._planner.num_running]

@@ -7,7 +7,7 @@ from inference.worker.memory import DeviceMemory
 from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import StepPlanner
 from scheduling.core.sequence import SamplingParams, Sequence
-from scheduling.core.sizing.memory_model import MemoryModel, ModelShape
+from scheduling.core.sizing.memory_model import BatchShape, MemoryModel, ModelShape
 
 MIB = 2**20
 SHAPE = ModelShape(
@@ -64,6 +64,24 @@ def test_what_steps_really_took_is_learned() -> None:
         limit_of(hungry, process_memory_bytes=9_000 * MIB, memory_used_bytes=9_000 * MIB)
     ours = {"memory_used_bytes": 6_000 * MIB, "process_memory_bytes": 6_000 * MIB}
     assert limit_of(hungry, **ours) < limit_of(modest, **ours)
+
+
+def test_a_cache_that_nobody_uses_is_no_overhead_on_a_host_either() -> None:
+    planner = make_planner(5_000)
+    planner.add(make_sequence("a", 500))
+    planner.plan(0.0)
+    model = MemoryModel(SHAPE)
+    memory = DeviceMemory(model, planner)
+    batch = BatchShape(batch_size=1, tokens_per_sequence=500)
+    needed = model.estimate(batch).total
+    cache = (5_000 - model.blocks_for(500)) * model.block_bytes  # the rest of it: 7.5 GiB
+    for _ in range(50):
+        memory.limit(
+            msgspec.structs.replace(
+                GPU, source="host", process_memory_bytes=needed + cache, memory_used_bytes=needed + cache
+            )
+        )
+    assert abs(model.estimate(batch).total - needed) < 50 * MIB
 
 
 def test_where_nothing_is_known_nothing_is_bounded() -> None:
