@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from inference.checkpoint import CheckpointInfo, inspect_checkpoint
-from inference.engine import graphs, llama, loading, weights
+from inference.engine import graphs, llama, loading, memory, weights
 from inference.engine.batch import StepBatch
-from inference.engine.errors import ModelLoadError, OutOfDeviceMemory
+from inference.engine.errors import ModelLoadError
 from inference.engine.graphs import GraphedForward
 from inference.engine.kv_cache import BLOCK_SIZE, CacheSize, DraftNeeds, KVCache, KVShape, size_cache, size_host_cache
 from inference.engine.llama import LlamaForward
@@ -65,17 +65,25 @@ def assemble(
         torch.cuda.set_device(place)  # where Triton launches and torch captures, whatever device tensors name
     info = inspect_checkpoint(path, needs_tokenizer=False)
     config = loading.load_config(path)
-    max_model_len = loading.longest_sequence(config, spec.max_model_len)
+    with memory.explaining(f"The configuration of {path} cannot be served"):
+        max_model_len = loading.longest_sequence(config, spec.max_model_len)
     kernels = load_kernels() if native and place.type == "cpu" and spec.dtype != "float16" else None
     if kernels is not None:
         kernels.set_threads(torch.get_num_threads())
     kind = _choose_kind(spec, info, kernels)
     dtype = torch.float32 if kernels is not None else _choose_dtype(spec.dtype, place)
+    with memory.explaining(f"The configuration of {path} cannot be served"):
+        shape = loading.kv_shape(config, dtype)
+    draft = _draft_needs(spec, dtype)
+    memory.check_room(
+        place,
+        weight_bytes=info.num_parameters * dtype.itemsize + (draft.weight_bytes if draft else 0),
+        kv_bytes=spec.kv_memory_bytes if num_blocks is None else num_blocks * shape.block_bytes,
+    )
     model = loading.load_model(path, config, dtype, place)
-    shape = loading.kv_shape(config, dtype)
     vocab_size = int(config.get_text_config().vocab_size)
     reserved = graphs.reserve(place, largest_batch(spec), vocab_size)
-    cache, why = _make_cache(spec, shape, place, max_model_len, num_blocks, num_host_blocks)
+    cache, why = _make_cache(spec, shape, place, max_model_len, num_blocks, num_host_blocks, draft)
     del reserved
     forward, how = _build_forward(spec, model, kernels, kind, cache, max_model_len, vocab_size, fused)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
@@ -125,6 +133,7 @@ def _make_cache(
     max_model_len: int,
     num_blocks: int | None,
     num_host_blocks: int | None,
+    draft: DraftNeeds | None,
 ) -> tuple[KVCache, str]:
     why = "as asked for"
     if num_blocks is None:
@@ -134,16 +143,18 @@ def _make_cache(
             max_batch_size=spec.max_batch_size,
             max_model_len=max_model_len,
             requested_bytes=spec.kv_memory_bytes,
-            draft=_draft_needs(spec, shape.dtype),
+            draft=draft,
         )
         num_blocks, why = size.num_blocks, size.reason
+    mib = num_blocks * shape.block_bytes / 2**20
+    with memory.explaining(f"There is no place for a KV cache of {mib:.0f} MiB"):
+        cache = KVCache(shape, num_blocks, device)
     host = size_host_cache(shape, num_blocks)
     if num_host_blocks is not None:
         host = CacheSize(num_host_blocks, "as asked for")
-    cache = KVCache(shape, num_blocks, device, host.num_blocks)
-    mib = num_blocks * shape.block_bytes / 2**20
+    cache.set_host_blocks(host.num_blocks)
     said = f"KV cache of {num_blocks} blocks of {BLOCK_SIZE} tokens, {mib:.0f} MiB: {why}"
-    return cache, f"{said}; {host.num_blocks} blocks of host memory for swapping: {host.reason}"
+    return cache, f"{said}; {cache.num_host_blocks} blocks of host memory for swapping: {host.reason}"
 
 
 def _draft_needs(spec: DeploymentSpec, dtype: torch.dtype) -> DraftNeeds | None:
@@ -182,10 +193,9 @@ def _build_forward(
                 how += " with compiled attention and linear layers" if kernels is not None else ""
         tolerance = loading.PROBE_TOLERANCE[torch.bfloat16 if kind == "amx" else cache.shape.dtype]
         found = loading.verify(forward, expected, tolerance)
-    except torch.OutOfMemoryError as error:
-        raise OutOfDeviceMemory from error
     except Exception as error:
-        raise ModelLoadError(f"{type(model).__name__} cannot be served by this engine: {error}") from error
+        why = memory.describe(error) if memory.is_out_of_memory(error) else str(error)
+        raise ModelLoadError(f"{type(model).__name__} cannot be served by this engine: {why}") from error
     if kind != "float32":
         off = float((found - exact).square().mean().sqrt() / exact.std().clamp_min(1e-6))
         how += f", {weights.SAID[kind]} (logits off by {off:.1%} of their spread)"

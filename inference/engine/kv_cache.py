@@ -1,12 +1,16 @@
 """The paged KV cache: its tensors, their copies in host memory, and how large both are made."""
 
+import logging
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from inference.engine.errors import ModelLoadError
+from inference.engine.memory import free_bytes
+from inference.host_memory import read_host_memory
+
+logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 16
 """Tokens a KV block holds."""
@@ -41,7 +45,8 @@ class KVCache:
 
     Keys lie with the tokens of a block side by side, so that one vector instruction scores a block. `num_host_blocks`
     more have their place in host memory (pinned beside CUDA), all layers of a block together, for `swap_out`. One block
-    behind the last is spare: steps that are filled up to a size write there.
+    behind the last is spare: steps that are filled up to a size write there. All of it but the host blocks of a CPU is
+    resident at once, since it is filled with zeros.
     """
 
     def __init__(self, shape: KVShape, num_blocks: int, device: torch.device, num_host_blocks: int = 0) -> None:
@@ -50,14 +55,23 @@ class KVCache:
         per_value = (num_blocks + 1, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
         self.shape = shape
         self.num_blocks = num_blocks
-        self.num_host_blocks = num_host_blocks
         self.device = device
         self._blocks = torch.zeros((shape.num_layers, 2, num_blocks + 1, per_block), dtype=shape.dtype, device=device)
         self.keys = [layer[0].view(per_key) for layer in self._blocks]
         self.values = [layer[1].view(per_value) for layer in self._blocks]
-        self._host = torch.empty(
-            (num_host_blocks, shape.num_layers, 2, per_block), dtype=shape.dtype, pin_memory=device.type == "cuda"
-        )
+        self.set_host_blocks(num_host_blocks)
+
+    def set_host_blocks(self, num_blocks: int) -> None:
+        """Make this the number of host blocks; it becomes 0 where the system does not give them."""
+        size = (num_blocks, self.shape.num_layers, 2, self._blocks.shape[-1])
+        try:
+            self._host = torch.empty(
+                size, dtype=self.shape.dtype, pin_memory=self.device.type == "cuda" and num_blocks > 0
+            )
+        except RuntimeError as error:  # of several classes; the system may let nobody pin so much
+            logger.warning("There is no host memory for %d blocks, and nothing is swapped: %s", num_blocks, error)
+            self._host = torch.empty((0, *size[1:]), dtype=self.shape.dtype)
+        self.num_host_blocks = len(self._host)
 
     def swap_out(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy (device block, host block) pairs out. Raises IndexError for a block that is not there.
@@ -115,10 +129,11 @@ def size_cache(
     if requested_bytes:
         chosen = CacheSize(requested_bytes // block_bytes, f"kv_memory_bytes is {requested_bytes}")
     else:
-        free, fraction, place = _free_bytes(device)
-        free -= draft.weight_bytes if draft else 0
+        on_gpu = device.type == "cuda"
+        fraction, place = (DEVICE_FRACTION, "device") if on_gpu else (HOST_FRACTION, "host")
+        free = free_bytes(device) - (draft.weight_bytes if draft else 0)
         fits, wanted = max(0, int(free * fraction)) // block_bytes, one * max_batch_size
-        if device.type == "cpu" and wanted <= fits:
+        if not on_gpu and wanted <= fits:
             chosen = CacheSize(wanted, f"enough for {max_batch_size} sequences of {max_model_len} tokens")
         else:
             chosen = CacheSize(fits, f"{fraction:.0%} of {free / 2**30:.1f} GiB free {place} memory")
@@ -133,15 +148,9 @@ def size_cache(
 
 def size_host_cache(shape: KVShape, num_blocks: int) -> CacheSize:
     """Blocks of host memory for swapping, from what is free now; no more than the cache has itself."""
-    free = psutil.virtual_memory().available
+    free = read_host_memory().available
     room = min(int(free * SWAP_FRACTION), MAX_SWAP_BYTES) // shape.block_bytes
     if num_blocks <= room:
         return CacheSize(num_blocks, "as many as the cache has")
     reason = f"{SWAP_FRACTION:.0%} of {free / 2**30:.1f} GiB free host memory, at most {MAX_SWAP_BYTES / 2**30:.0f} GiB"
     return CacheSize(room, reason)
-
-
-def _free_bytes(device: torch.device) -> tuple[int, float, str]:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0], DEVICE_FRACTION, "device"
-    return psutil.virtual_memory().available, HOST_FRACTION, "host"

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from inference.engine.batch import StepBatch, build_batch
 from inference.engine.errors import ModelLoadError
 from inference.engine.kv_cache import BLOCK_SIZE, KVShape
+from inference.engine.memory import explaining
 from scheduling.core.sequence import SamplingParams, Sequence, StepPart
 
 logger = logging.getLogger(__name__)
@@ -26,24 +27,25 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05
 
 def load_config(path: Path) -> Any:
     """Read the checkpoint's configuration; never runs code of the checkpoint's own."""
-    try:
+    with explaining(f"The configuration of {path} cannot be read"):
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"The configuration of {path} cannot be read: {_first_line(error)}") from error
 
 
 def load_model(path: Path, config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load safetensors weights into transformers' modules, in evaluation mode; the log tells how far it is."""
+    """Load safetensors weights into transformers' modules, in evaluation mode; the log tells how far it is.
+
+    Raises ModelLoadError.
+    """
     transformers.logging.disable_progress_bar()
     loaded: Any
     former = transformers.logging.set_tqdm_hook(partial(_tell_progress, path.name))
+    cannot = f"The checkpoint {path} cannot be loaded"
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelLoadError(f"The checkpoint {path} cannot be loaded: {_first_line(error)}") from error
+        with explaining(cannot):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
     finally:
         transformers.logging.set_tqdm_hook(former)
     model, found = loaded
@@ -51,7 +53,8 @@ def load_model(path: Path, config: Any, dtype: torch.dtype, device: torch.device
         raise ModelLoadError(
             f"The checkpoint {path} lacks {len(missing)} weights, {missing[0]} first. Download it again."
         )
-    return model.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
+    with explaining(cannot):
+        return model.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
 
 
 def _tell_progress(name: str, bar: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -138,7 +141,3 @@ def verify(forward: Callable[[StepBatch], torch.Tensor], expected: torch.Tensor,
 
 def _probe_tokens(vocab_size: int, num_tokens: int) -> list[int]:
     return [(i * 7919 + 11) % vocab_size for i in range(num_tokens)]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

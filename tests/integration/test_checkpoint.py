@@ -124,7 +124,7 @@ def test_files_beside_the_configuration_are_held_to_their_format(
 def test_json_that_is_none_or_too_deep_is_refused(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(CheckpointError, match="not valid JSON|cannot be read"):
+    with pytest.raises(CheckpointError, match=r"not valid JSON|cannot be read"):
         inspect_checkpoint(folder)
 
 

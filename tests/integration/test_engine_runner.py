@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from inference import host_memory
+from inference.checkpoint import CheckpointError
 from inference.engine import loading, native
 from inference.engine.errors import ModelLoadError, OutOfDeviceMemory
+from inference.engine.memory import explaining
 from inference.engine.native import load_kernels
 from inference.engine.runner import ModelRunner
 from inference.messages import DeploymentSpec
@@ -261,6 +266,93 @@ def test_a_checkpoint_that_lacks_weights_is_refused_and_loading_is_told(
     with pytest.raises(ModelLoadError, match=r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj\.weight first"):
         ModelRunner(DeploymentSpec(name="m", path=str(tmp_path)), "cpu", num_blocks=8)
     assert any(" % of " in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"intermediate_size": "abc"}, {"intermediate_size": 10**9}, {"rms_norm_eps": "x"}, {"rope_parameters": "abc"},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": "x"}},
+        {"rope_parameters": {"rope_type": "llama3"}}, {"num_hidden_layers": True}, {"num_attention_heads": 7},
+        {"num_key_value_heads": 3}, {"head_dim": 2**31 - 1}, {"layer_types": ["full_attention"]}, {"layer_types": "x"},
+        {"layer_types": ["x", "y", "z"]}, {"hidden_act": "no such thing"}, {"dtype": [1]},
+        {"model_type": "no such thing"}, {"model_type": ["llama"]}, {"text_config": [1]}, {"pad_token_id": 10**9},
+        {"max_position_embeddings": 2**31 - 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_hostile_configuration_is_refused_with_a_sentence(
+    folder: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises((CheckpointError, ModelLoadError)) as refusal:
+        ModelRunner(DeploymentSpec(name="m", path=str(tmp_path / "m")), "cpu")
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("room", "fields", "sentence"),
+    [
+        (2**18, {}, r"The weights take 0\.\d+ GiB, and 0\.00 GiB of memory are free on cpu\. End what else"),
+        (2**30, {"kv_memory_bytes": 2**31}, r"and the KV cache 2\.00 GiB, and 1\.00 GiB of memory are free"),
+    ],
+)
+def test_more_than_the_memory_that_is_free_is_not_begun_with(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room: int, fields: dict[str, Any], sentence: str
+) -> None:
+    (tmp_path / "memory.max").write_text(str(room))
+    (tmp_path / "memory.current").write_text("0")
+    monkeypatch.setattr(host_memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(host_memory, "MEMBERSHIP", tmp_path / "membership")
+    (tmp_path / "membership").write_text("0::/")
+    with pytest.raises(ModelLoadError, match=sentence):
+        ModelRunner(DeploymentSpec(name="m", path=str(folder), **fields), "cpu")
+
+
+class NoMemory(TorchDispatchMode):
+    """A device that has no memory for a tensor of so many bytes, or for one operation."""
+
+    def __init__(self, *, most_bytes: int = 2**60, operation: Any = None) -> None:
+        super().__init__()
+        self._most_bytes, self._operation = most_bytes, operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is self._operation:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.nbytes > self._most_bytes:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory")
+        return result
+
+
+@pytest.mark.parametrize(
+    ("short", "sentence"),
+    [
+        (NoMemory(most_bytes=2**20), "There is no place for a KV cache of 12 MiB: Memory is short"),
+        (NoMemory(operation=torch.ops.aten.embedding.default), "cannot be served by this engine: Memory is short"),
+    ],
+)
+def test_memory_that_is_short_while_loading_is_said_in_a_sentence(folder: Path, short: NoMemory, sentence: str) -> None:
+    with short, pytest.raises(ModelLoadError, match=sentence):
+        ModelRunner(DeploymentSpec(name="m", path=str(folder), max_batch_size=64), "cpu", native=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), r"^It failed: Memory is short\. End what else takes memory"),
+        (RuntimeError("CUDA error: out of memory"), "Memory is short"),
+        (MemoryError(), "Memory is short"),
+        (SafetensorError("header too large"), "^It failed: header too large$"),
+        (KeyError("a\n  b"), r"^It failed: 'a\\n b'$"),
+        (RecursionError(), "^It failed: RecursionError$"),
+    ],
+)
+def test_whatever_libraries_raise_becomes_a_sentence(error: Exception, sentence: str) -> None:
+    with pytest.raises(ModelLoadError, match=sentence), explaining("It failed"):
+        raise error
 
 
 def test_weights_that_do_not_belong_to_the_configuration_are_refused(folder: Path, tmp_path: Path) -> None:
