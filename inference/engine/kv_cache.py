@@ -81,18 +81,28 @@ class KVCache:
         """
         self._check(pairs, self.num_blocks, self.num_host_blocks)
         for block, place in pairs:
-            self._host[place].copy_(self._blocks[:, :, block], non_blocking=True)
+            _copy(self._host[place], self._blocks[:, :, block])
 
     def swap_in(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy (host block, device block) pairs back, in the same way."""
         self._check(pairs, self.num_host_blocks, self.num_blocks)
         for place, block in pairs:
-            self._blocks[:, :, block].copy_(self._host[place], non_blocking=True)
+            _copy(self._blocks[:, :, block], self._host[place])
 
     def _check(self, pairs: Seq[tuple[int, int]], num_from: int, num_to: int) -> None:
         for source, target in pairs:
             if not (0 <= source < num_from and 0 <= target < num_to):
                 raise IndexError(f"Block {source} of {num_from} cannot be copied to block {target} of {num_to}.")
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy one block of all layers: in device memory CUDA first gathers it; short of that, each part goes alone."""
+    try:
+        target.copy_(source, non_blocking=True)
+    except torch.OutOfMemoryError:
+        for layer in range(len(target)):
+            for half in range(2):
+                target[layer, half].copy_(source[layer, half], non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,11 @@
 """Blocks that are swapped out come back as they were, and both caches are sized from memory that is there."""
 
+from typing import Any
+
 import psutil
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference.engine import kv_cache
 from inference.engine.kv_cache import KVCache, KVShape, size_host_cache
@@ -45,6 +48,36 @@ def test_a_host_block_can_be_taken_again_at_once(cache: KVCache) -> None:
     cache.swap_in([(1, 5)])
     for block, origin in {4: 0, 5: 2}.items():
         assert all(torch.equal(x, y) for x, y in zip(content(cache, block), before[origin], strict=True))
+
+
+class Cramped(TorchDispatchMode):
+    """A device without memory for the copy that CUDA makes of what does not lie in one piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_refused = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and not all(tensor.is_contiguous() for tensor in args[:2]):
+            self.num_refused += 1
+            raise torch.OutOfMemoryError
+        return func(*args, **(kwargs or {}))
+
+
+def test_blocks_move_without_memory_on_the_device(cache: KVCache) -> None:
+    before = content(cache, 5)
+    with Cramped() as cramped:
+        cache.swap_out([(5, 3)])
+        cache.swap_in([(3, 0)])
+    assert cramped.num_refused == 2
+    assert all(torch.equal(x, y) for x, y in zip(content(cache, 0), before, strict=True))
+
+
+def test_a_system_that_gives_no_memory_for_host_blocks_has_none(cache: KVCache) -> None:
+    cache.set_host_blocks(1 << 50)
+    assert cache.num_host_blocks == 0
+    with pytest.raises(IndexError, match="cannot be copied"):
+        cache.swap_out([(0, 0)])
 
 
 @pytest.mark.parametrize(("device", "host"), [(6, 0), (-1, 0), (0, 4), (0, -1)])
