@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,25 @@ from scheduling.core.sequence import SamplingParams, Sequence, StepPart
 logger = logging.getLogger(__name__)
 
 PROGRESS_S = 2.0
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Largest difference of logits allowed, as a fraction of their spread."""
+
+
+class Tolerance(NamedTuple):
+    """How far logits may be off, as fractions of their spread."""
+
+    token: float
+    """All logits of one token: the root of their mean square."""
+    logit: float
+    """A single one."""
+
+
+PROBE_TOLERANCE = {
+    torch.float32: Tolerance(1e-3, 1e-3),
+    torch.bfloat16: Tolerance(0.2, 1.0),
+    torch.float16: Tolerance(0.05, 0.25),
+}
+"""Half precision rounds after every layer: random Llamas of 16 to 48 layers in bfloat16 are off by 0.02 to 0.16 for a
+token, and by 0.1 to 0.7 for the worst of 384,000 logits; a position that is wrong by one alone makes that 0.27 and 1.0,
+and what is really wrong (a mask, a layer's cache) far more. Float16 rounds an eighth as coarsely."""
 
 
 def load_config(path: Path) -> Any:
@@ -114,7 +131,7 @@ def reference_logits(model: PreTrainedModel, vocab_size: int, num_tokens: int, d
 
 
 @torch.inference_mode()
-def verify(forward: Callable[[StepBatch], torch.Tensor], expected: torch.Tensor, tolerance: float) -> torch.Tensor:
+def verify(forward: Callable[[StepBatch], torch.Tensor], expected: torch.Tensor, tolerance: Tolerance) -> torch.Tensor:
     """Run the probe in three chunks over the paged cache and compare; the logits. Uses the cache's first blocks.
 
     Raises ModelLoadError where the logits differ: the architecture then does something (recurrent state, an attention
@@ -133,9 +150,12 @@ def verify(forward: Callable[[StepBatch], torch.Tensor], expected: torch.Tensor,
         found.append(forward(batch))
         sequence.num_computed += count
     logits = torch.cat(found)
-    off = float((logits - expected).abs().max() / expected.std().clamp_min(1e-6))
-    if not off <= tolerance:
-        raise ModelLoadError(f"Its logits over the paged KV cache differ from its own by {off:.2g} of their spread.")
+    off = (logits - expected) / expected.std().clamp_min(1e-6)
+    token, logit = float(off.square().mean(1).sqrt().max()), float(off.abs().max())
+    if not (token <= tolerance.token and logit <= tolerance.logit):
+        raise ModelLoadError(
+            f"Its logits over paged KV differ from its own by {token:.2g} of their spread ({logit:.2g} at most)."
+        )
     return logits
 
 
