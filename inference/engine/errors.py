@@ -16,6 +16,10 @@ class OutOfDeviceMemory(EngineError):  # noqa: N818
     """The device ran out of memory in a forward pass. Nothing was sampled; plan a smaller step and try again."""
 
 
+class DeviceStarved(EngineError):  # noqa: N818
+    """The device has no memory left, not for the smallest step of any request. Something else takes it."""
+
+
 class DeviceLost(EngineError):  # noqa: N818
     """The device failed and takes no more work from this process. Restart the process."""
 

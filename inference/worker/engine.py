@@ -61,7 +61,7 @@ class Engine:
         costs = StepCosts(
             block_bytes=runner.block_bytes, block_size=runner.block_size, swap_bytes_per_s=runner.swap_bytes_per_s
         )
-        planner = self._planner = _build_planner(spec, runner, costs, draft)
+        planner = _build_planner(spec, runner, costs, draft)
         meters = Meters(Second(started_s=time.time()))
         gate = Gate(time.monotonic)
         beside_bytes = draft.memory_bytes if draft else 0
@@ -99,11 +99,11 @@ class Engine:
         )
 
     def run(self) -> None:
-        """Serve. However the loop ends, its last steps are sent and its requests released, where Redis answers."""
-        self._member.serve(self.loop.run, self._running)
+        """Serve. However the loop ends, its last steps are sent and its requests released, where Redis answers.
 
-    def _running(self) -> list[str]:
-        return [sequence.id for sequence in self._planner.sequences[: self._planner.num_running]]
+        Raises DeviceStarved.
+        """
+        self._member.serve(self.loop.run, self.loop.suspects)
 
     def _read_claimed(self, claimed: ClaimedRequest, owner: str) -> ActiveRequest:
         active = open_request(

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from inference.engine.errors import OutOfDeviceMemory
+from inference.engine.errors import DeviceStarved, OutOfDeviceMemory
 from inference.worker.active import ActiveRequest, RequestRefusedError, check_request
 from inference.worker.commands import Controls
 from inference.worker.costs import StepCosts
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 URGENT_OFFER_S = 0.02
 """How often it is counted what an urgent request could have."""
+MOST_STARVED = 3
+"""How often in a row memory may lack for the smallest step of a request alone, before it is not they that ask much."""
 
 
 class Runner(Protocol):
@@ -114,11 +116,15 @@ class EngineLoop(ServingLoop):
         self._stopped: set[str] = set()
         """Of these, those that have not begun or were preempted."""
         self._num_preempted = (0, 0)
+        self._starved: list[str] = []
+        """Requests that ran alone and found no memory, since a step was computed last."""
+        self._postponed: set[str] = set()
+        """Requests that once did so, and let others go first."""
         self._urgent: UrgentRoom | None = None
         self._urgent_due_s = 0.0
 
     def run(self) -> None:
-        """Step until told to end. What is held then belongs to the caller to release."""
+        """Step until told to end. What is held then belongs to the caller to release. Raises DeviceStarved."""
         timeout_s = 0.0
         outputs: list[StepOutput] = []
         while not self._gate.is_over:
@@ -140,6 +146,11 @@ class EngineLoop(ServingLoop):
                 self._meters.count_busy(time.perf_counter() - started)
             self._board.update(self._reporter, self._active.values())
             timeout_s = 0.0 if is_busy else self._idle_s()
+
+    def suspects(self) -> list[str]:
+        """Requests that may be to blame where `run` fails: those that run, and those that found no memory alone."""
+        running = self._planner.sequences[: self._planner.num_running]
+        return list({*self._starved, *(sequence.id for sequence in running)})
 
     def _admit(self, active: ActiveRequest) -> None:
         """Give a request to the planner, unless what its journal has is all."""
@@ -208,17 +219,14 @@ class EngineLoop(ServingLoop):
         return step
 
     def _finish(self, parts: list[StepPart], step: Step) -> list[StepOutput]:
-        """Wait for a step. Where memory lacks, the planner plans less; a request that runs alone then fails.
-
-        What became of requests that ended meanwhile counts no more.
-        """
+        """Wait for a step. What became of requests that ended meanwhile counts no more."""
         prompt_tokens = sum(p.num_tokens for p in parts if p.sequence.num_computed < p.sequence.num_prompt_tokens)
         started = time.perf_counter()
         try:
             results = step.wait()
+            self._starved.clear()
         except OutOfDeviceMemory as error:
-            if self._planner.shrink():
-                logger.warning("The device is out of memory; the batch is made smaller.")
+            if not self._fails(parts, error):
                 return []
             results = [PartResult(error=str(error))] * len(parts)
         seconds, drafter = step.started_s + time.perf_counter() - started, self._planner.drafter
@@ -237,6 +245,27 @@ class EngineLoop(ServingLoop):
             features=step.features,
         )
         return outputs
+
+    def _fails(self, parts: list[StepPart], error: OutOfDeviceMemory) -> bool:
+        """Plan less where memory lacks. Whether the request that already ran alone, in the smallest step, fails.
+
+        At first it waits behind all others, who show whether it is to blame. Raises DeviceStarved where nobody gets on.
+        """
+        if self._planner.shrink():
+            logger.warning("The device is out of memory; the batch is made smaller.")
+            return False
+        sequence = parts[0].sequence
+        if not self._holds(sequence):
+            return False
+        self._starved.append(sequence.id)
+        if len(self._starved) >= MOST_STARVED and len(set(self._starved)) > 1:
+            raise DeviceStarved from error
+        if sequence.id in self._postponed:
+            return True
+        logger.warning("The device has no memory for request %s alone; others go first.", sequence.id)
+        self._postponed.add(sequence.id)
+        self._planner.postpone(sequence)
+        return False
 
     def _collect(self, outputs: list[StepOutput]) -> None:
         """Turn tokens into text, and see who has ended; whose text cannot be made ends alone."""
@@ -276,6 +305,7 @@ class EngineLoop(ServingLoop):
         super()._forget(active)
         self._planner.remove(active.sequence)
         self._stopped.discard(active.request.id)
+        self._postponed.discard(active.request.id)
 
     def _offer_room(self) -> None:
         """Tell the intake what it may claim."""

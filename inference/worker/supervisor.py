@@ -110,8 +110,9 @@ class EngineSupervisor(threading.Thread):
             status = process.wait(0)
             reason = "hung" if hung else "lost" if status == LOST_STATUS else "failed"
             self._restarts[reason] = self._restarts.get(reason, 0) + 1
-            what = hung or f"The engine process {process.pid} ended with status {status}."
-            self._rest(spec, pause_s, f"{what} It is started again in {pause_s:g} s.")
+            self._rest(
+                spec, pause_s, f"{hung or self._describe_end(process, status)} It is started again in {pause_s:g} s."
+            )
 
     def _command(self, deployment: DeploymentSpec) -> Sequence[str]:
         return self._options.upstream_command if deployment.is_upstream else self._options.command
@@ -268,6 +269,12 @@ class EngineSupervisor(threading.Thread):
         sentence = f"The engine process {process.pid} {what} for {self._bound_s(process):g} s and is killed."
         logger.error("%s Its requests go on when their lease has run out.", sentence)
         return sentence
+
+    @staticmethod
+    def _describe_end(process: EngineProcess, status: int | None) -> str:
+        notice = process.notice
+        why = f": {notice.detail}" if notice is not None and notice.state == "failed" else "."
+        return f"The engine process {process.pid} ended with status {status}{why}"
 
     def _remind(self, process: EngineProcess) -> None:
         """Tell a new engine what its predecessor was told; remember where it runs."""

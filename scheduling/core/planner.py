@@ -209,6 +209,11 @@ class StepPlanner:
             self._preempt(running[-1], keeps=False)  # a copy to the host would need memory on the device
         return shrunk
 
+    def postpone(self, sequence: Sequence) -> None:
+        """Let a running sequence wait behind all others, be computed again, and give way to them from now on."""
+        self._roster.postpone(sequence)
+        self.num_preemptions += 1
+
     def room(self) -> Room:
         """What may be claimed now, to run in the next step or the one after it."""
         return NO_ROOM if self._is_closed else find_room(self._roster, self.max_batch_size)

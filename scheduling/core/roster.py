@@ -8,6 +8,9 @@ from scheduling.core.prefix import PrefixCache
 from scheduling.core.sequence import Sequence
 from scheduling.core.swap import SwapSpace
 
+LEAST = 2**31
+"""Below every priority."""
+
 
 @dataclass(slots=True, eq=False)
 class Entry:
@@ -130,6 +133,15 @@ class Roster:
         self.allocator.free(sequence.block_table)
         sequence.num_computed = sequence.num_published = 0
         sequence.lookup = None  # what a draft model has computed stood in the blocks, too
+
+    def postpone(self, sequence: Sequence) -> None:
+        """Let a running sequence wait behind all others, and be the first to give up its blocks."""
+        entry = self._entries[sequence.id]
+        self.stop(entry, keeps=False)
+        self._num_added += 1
+        entry.order = self._num_added
+        entry.right = (LEAST, sequence.arrival_s, self._num_added)
+        self.waiting.sort(key=by_order)
 
     def check_integrity(self) -> None:
         """Assert that blocks, lists and index agree."""

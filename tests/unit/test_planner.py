@@ -124,7 +124,7 @@ def test_blocks_are_conserved_under_any_order_of_calls(data: st.DataObject) -> N
     planner = make_planner(data.draw(modes), batch=4, step_tokens=12, blocks=16)
     watcher = Watcher(planner)
     for number in range(data.draw(st.integers(1, 60))):
-        match data.draw(st.sampled_from(["add", "step", "eos", "remove", "shrink", "mode", "size"])):
+        match data.draw(st.sampled_from(["add", "step", "eos", "remove", "shrink", "postpone", "mode", "size"])):
             case "add":
                 prompt, output, priority, arrival_s = data.draw(shapes)
                 planner.add(make_sequence(str(number), prompt, output, priority, arrival_s))
@@ -136,6 +136,9 @@ def test_blocks_are_conserved_under_any_order_of_calls(data: st.DataObject) -> N
                 planner.remove(data.draw(st.sampled_from(planner.sequences)))
             case "shrink":
                 planner.shrink()
+            case "postpone":
+                if planner.num_running:
+                    planner.postpone(data.draw(st.sampled_from(planner.sequences[: planner.num_running])))
             case "mode":
                 planner.set_mode(data.draw(modes))
             case "size":
@@ -261,6 +264,20 @@ def test_out_of_memory_preempts_and_halves_the_budget_until_nothing_is_left_to_s
     assert planner.shrink()
     assert [p.num_tokens for p in planner.plan(0.0)] == [16]
     assert not planner.shrink()
+
+
+def test_a_sequence_that_is_postponed_waits_behind_all_others_and_begins_anew() -> None:
+    planner = make_planner(step_tokens=64, batch=3)
+    for name in ("a", "b", "c"):
+        planner.add(make_sequence(name, prompt=30))
+    planner.apply(parts := planner.plan(0.0), results_of(parts))
+    planner.postpone(planner.sequences[0])
+    assert ids(planner.plan(0.0)) == ["b", "c", "a"]
+    assert [s.id for s in planner.sequences] == ["b", "c", "a"]
+    planner.shrink()
+    assert [s.id for s in planner.sequences] == ["b", "c", "a"]
+    assert planner.num_running == 2
+    planner.check_integrity()
 
 
 def test_the_budget_grows_back_after_a_shortage_of_memory_and_then_others_join() -> None:
