@@ -45,9 +45,10 @@ class DeviceMemory:
         if telemetry.source != self._source:
             return None
         total, used, own = telemetry.memory_total_bytes, telemetry.memory_used_bytes, telemetry.process_memory_bytes
-        if total is None or used is None or own is None:
+        if total is None or used is None:
             return None
-        own = max(0, own - self._beside_bytes)
+        # In a container NVML knows its processes by other numbers; what all of them hold then counts as ours.
+        own = max(0, (used if own is None else own) - self._beside_bytes)
         self._calibrate(own)
         ours = max(0, total - used) + own
         most = self._model.largest_batch(

@@ -84,12 +84,26 @@ def test_a_cache_that_nobody_uses_is_no_overhead_on_a_host_either() -> None:
     assert abs(model.estimate(batch).total - needed) < 50 * MIB
 
 
+def test_where_the_driver_does_not_know_this_process_all_that_is_used_counts_as_its_own() -> None:
+    planner = make_planner(1_000)
+    planner.add(make_sequence("a", 500))
+    planner.plan(0.0)
+    unknown = msgspec.structs.replace(GPU, process_memory_bytes=None)
+    alone, shared = (DeviceMemory(MemoryModel(SHAPE), planner) for _ in range(2))
+    for _ in range(50):
+        least = shared.limit(msgspec.structs.replace(unknown, memory_used_bytes=13_000 * MIB))
+        most = alone.limit(msgspec.structs.replace(unknown, memory_used_bytes=3_600 * MIB))
+    assert least is not None
+    assert most is not None
+    assert 1 <= least < most
+
+
 def test_where_nothing_is_known_nothing_is_bounded() -> None:
     planner = make_planner(1000)
     assert DeviceMemory(None, planner).limit(GPU) is None
     memory = DeviceMemory(MemoryModel(SHAPE), planner)
     assert memory.limit(None) is None
-    assert memory.limit(msgspec.structs.replace(GPU, process_memory_bytes=None)) is None
+    assert memory.limit(msgspec.structs.replace(GPU, memory_used_bytes=None)) is None
     assert memory.limit(msgspec.structs.replace(GPU, stale_s=9.0)) is None
 
 
