@@ -45,7 +45,9 @@ class Config(BaseSettings):
     host: str = Field("127.0.0.1", description="Address the web process binds.")
     port: int = Field(8000, ge=1, le=65535, description="Port the web process binds.")
     web_processes: int = Field(1, ge=1, le=64, description="Web processes that `make up` starts.")
-    gpu_workers: int = Field(1, ge=0, le=64, description="GPU workers that `make up` starts.")
+    gpu_workers: int = Field(
+        1, ge=0, le=64, description="GPU workers that `make up` starts; several go to the visible GPUs in turn."
+    )
     model: str = Field(
         "",
         description="Model that gpu workers serve, or several with commas between, a worker for each; "

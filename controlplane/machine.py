@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.25
 TALK_S = 0.5
 DEVICES_S = 5.0
+DRIVER_PATIENCE_S = 5.0
+"""How long the first workers wait for the driver to say which GPUs there are."""
 HOLD_S = 10.0
 """A supervisor that is silent for so long loses its machine's name to another."""
 FAREWELL_S = 4.5
@@ -106,6 +108,8 @@ class MachineKeeper:
 
     async def run(self) -> None:
         """Reconcile until stopped."""
+        if self._config.num_gpu_processes > 1:
+            await self._spread()
         look = asyncio.create_task(self._follow_devices())
         due_s = 0.0
         try:
@@ -124,6 +128,14 @@ class MachineKeeper:
                 await asyncio.sleep(TICK_S)
         finally:
             look.cancel()
+
+    async def _spread(self) -> None:
+        """Give the workers of the settings a GPU each, as far as there are any; a silent driver is not awaited."""
+        reading = asyncio.to_thread(self._read_devices, self._config)
+        try:
+            self._own = own_replicas(self._config, await asyncio.wait_for(reading, DRIVER_PATIENCE_S))
+        except Exception:  # the driver's doing; each worker then takes the device of the settings
+            logger.exception("The devices of this machine cannot be read")
 
     def stop(self) -> None:
         """End `run` soon. A cancellation alone does not: it can be lost in Redis's client."""

@@ -2,9 +2,11 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from controlplane.config import Config
+from inference.plan import Device
 from inference.reconcile import Wanted
 
 
@@ -56,11 +58,22 @@ def _celery(*options: str) -> list[str]:
 CELERY_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:You're running the worker with superuser privileges"}
 
 
-def own_replicas(config: Config) -> list[Wanted]:
-    """The gpu workers that the settings ask for."""
+def own_replicas(config: Config, devices: Iterable[Device] = ()) -> list[Wanted]:
+    """The gpu workers that the settings ask for; several go to the GPUs among `devices` in turn.
+
+    Where the settings name a device, all of them go there.
+    """
+    gpus = [device.name for device in devices if device.name != "cpu"]
+    is_free = config.num_gpu_processes > 1 and len(gpus) > 1 and config.device in ("auto", "cuda")
+    places = gpus if is_free else [config.device]
     names = [config.replica, *(f"{config.replica.removesuffix('-0')}-{n}" for n in range(1, config.num_gpu_processes))]
     return [
-        Wanted(name=name, model=config.models[number % len(config.models)], device=config.device, own=True)
+        Wanted(
+            name=name,
+            model=config.models[number % len(config.models)],
+            device=places[number % len(places)],
+            own=True,
+        )
         for number, name in enumerate(names[: config.num_gpu_processes])
     ]
 
@@ -69,11 +82,12 @@ def gpu_process(config: Config, replica: Wanted) -> ProcessSpec:
     """A Celery worker that owns an engine process. It drains before it stops."""
     options = ("-n", f"gpu.{replica.name}@%h", "-Q", "gpu", "--concurrency=2", f"--loglevel={config.log_level}")
     environment = {"PENSTOCK_REPLICA": replica.name, "PENSTOCK_MODEL": replica.model, **CELERY_ENVIRONMENT}
+    as_set = replica.own and replica.device == config.device
     return ProcessSpec(
         name=replica.name,
         command=_celery(*options),
         stop_s=config.drain_s + 2.5,
-        environment=environment if replica.own else environment | _placement(replica.device),
+        environment=environment if as_set else environment | _placement(replica.device),
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("nvml_library.c")
 UUID = "GPU-6ba7b810-9dad-11d1-80b4-00c04fd430c8"
+SECOND_UUID = "GPU-8ba7b810-9dad-11d1-80b4-00c04fd430c8"
 MIG_UUID = "MIG-7ba7b810-9dad-11d1-80b4-00c04fd430c8"
 WHOLE: dict[str, object] = {
     "name": "Stand-in A1",

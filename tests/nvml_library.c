@@ -7,8 +7,8 @@
 
 enum { SUCCESS = 0, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7, GPU_IS_LOST = 15 };
 
-typedef struct device { int is_mig; } device;
-static device whole = {0}, slice = {1};
+typedef struct device { int is_mig, is_second; } device;
+static device whole = {0, 0}, slice = {1, 0}, second = {0, 1};
 
 typedef struct { unsigned long long total, free, used; } memory_info;
 typedef struct { unsigned gpu, memory; } utilization;
@@ -64,10 +64,13 @@ int nvmlInitWithFlags(unsigned flags) { (void)flags; return (int)number("init_er
 int nvmlShutdown(void) { return SUCCESS; }
 const char *nvmlErrorString(int error) { return error == GPU_IS_LOST ? "GPU is lost" : "some error"; }
 
+/* A second GPU, with all that the first one has but its UUID, is there where the file has a `second_uuid`. */
+int nvmlDeviceGetCount_v2(unsigned *out) { ENTER(); *out = look_up("second_uuid") ? 2 : 1; return SUCCESS; }
+
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, device **out) {
     ENTER();
-    if (index) return NOT_FOUND;
-    *out = &whole;
+    if (index > 1 || (index && !look_up("second_uuid"))) return NOT_FOUND;
+    *out = index ? &second : &whole;
     return SUCCESS;
 }
 
@@ -88,7 +91,7 @@ int nvmlDeviceGetGpuInstanceId(device *of, unsigned *out) { return of->is_mig ? 
 int nvmlDeviceGetComputeInstanceId(device *of, unsigned *out) { return of->is_mig ? give("compute", out) : NOT_SUPPORTED; }
 int nvmlDeviceGetName(device *of, char *out, unsigned size) { (void)of; return give_text("name", out, size); }
 int nvmlDeviceGetUUID(device *of, char *out, unsigned size) {
-    return give_text(of->is_mig ? "mig_uuid" : "uuid", out, size);
+    return give_text(of->is_mig ? "mig_uuid" : of->is_second ? "second_uuid" : "uuid", out, size);
 }
 
 int nvmlDeviceGetUtilizationRates(device *of, utilization *out) {

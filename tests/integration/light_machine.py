@@ -1,10 +1,14 @@
-"""A machine's supervisor whose gpu workers load no model: `python -m tests.integration.light_machine`."""
+"""A machine's supervisor whose gpu workers load no model: `python -m tests.integration.light_machine`.
+
+Where it is told of a stand-in for NVML, its torch is taken for one that knows CUDA.
+"""
 
 import asyncio
 import os
 import signal
 import sys
 import threading
+from importlib import metadata
 
 from controlplane.child import die_with_parent
 from controlplane.config import Config, load_config
@@ -33,6 +37,8 @@ def work(model: str, parent: int) -> None:
 
 async def main() -> None:
     """Supervise until told to stop."""
+    if "NVML_STAND_IN" in os.environ:
+        vars(metadata)["version"] = lambda name: "2.9.0+cu130"
     supervisor = Supervisor(sys.stdout)
     await supervisor.open()
     try:

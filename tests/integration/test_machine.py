@@ -13,9 +13,12 @@ import psutil
 import pytest
 import redis
 
-from inference.plan import Machine, Plan, PlannedReplica, RunningReplica, encode_plan
+from controlplane.config import load_config
+from controlplane.processes import gpu_process, own_replicas
+from inference.plan import Device, Machine, Plan, PlannedReplica, RunningReplica, encode_plan
 from inference.reconcile import pause_s
 from scheduling.keys import Keys
+from tests.nvml import SECOND_UUID, UUID, WHOLE, StandIn, build_library
 from tests.patience import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -39,8 +42,10 @@ class LightMachine:
         }
 
     @contextmanager
-    def running(self, **settings: str) -> Iterator[subprocess.Popen[str]]:
+    def running(self, others: dict[str, str] | None = None, **settings: str) -> Iterator[subprocess.Popen[str]]:
+        """`others`: environment variables that are no settings."""
         environment = self._environment | {f"PENSTOCK_{name}": value for name, value in settings.items()}
+        environment |= others or {}
         command = [sys.executable, "-m", "tests.integration.light_machine"]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         try:
@@ -123,6 +128,33 @@ def test_workers_become_what_the_plan_wants_whatever_happens_to_them_or_to_it(ma
         assert (report.revision, [device.name for device in report.devices]) == (revision, ["cpu"])
     assert not psutil.pid_exists(last)
     assert machine.report() is None
+
+
+def test_several_workers_of_the_settings_are_spread_over_the_gpus_that_are_visible(
+    machine: LightMachine, tmp_path: Path
+) -> None:
+    stand_in = StandIn(tmp_path / "nvml")
+    stand_in.say(**WHOLE, second_uuid=SECOND_UUID)
+    gpus = {"NVML_STAND_IN": str(stand_in.path), "LD_LIBRARY_PATH": str(build_library(tmp_path).parent)}
+    with machine.running(gpus, GPU_WORKERS="3", DEVICE="auto"):
+        for name, device in (("gpu-0", UUID), ("gpu-1", SECOND_UUID), ("gpu-2", UUID)):
+            machine.until(name, lambda r, device=device: r.state == "running" and r.device == device)  # type: ignore[misc]
+    with machine.running(gpus | {"CUDA_VISIBLE_DEVICES": SECOND_UUID}, GPU_WORKERS="2", DEVICE="auto"):
+        machine.until("gpu-1", lambda r: r.state == "running" and r.device == "auto")
+    with machine.running(gpus, GPU_WORKERS="1", DEVICE="auto"):
+        machine.until("gpu-0", lambda r: r.state == "running" and r.device == "auto")
+
+
+def test_a_worker_that_has_a_gpu_of_its_own_sees_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_GPU_WORKERS", "2")
+    config = load_config()
+    devices = [Device(name=name, label="", memory_total_bytes=1, memory_free_bytes=1) for name in (UUID, SECOND_UUID)]
+    first, second = (gpu_process(config, own).environment for own in own_replicas(config, devices))
+    assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == (UUID, SECOND_UUID)
+    assert {place["PENSTOCK_DEVICE"] for place in (first, second)} == {"cuda"}
+    assert all("PENSTOCK_DEVICE" not in gpu_process(config, own).environment for own in own_replicas(config))
+    monkeypatch.setenv("PENSTOCK_DEVICE", "cuda:1")
+    assert [own.device for own in own_replicas(load_config(), devices)] == ["cuda:1", "cuda:1"]
 
 
 def test_one_that_does_not_stay_up_is_tried_ever_less_often_and_says_so(machine: LightMachine) -> None:
