@@ -65,23 +65,25 @@ def assemble(
         torch.cuda.set_device(place)  # where Triton launches and torch captures, whatever device tensors name
     info = inspect_checkpoint(path, needs_tokenizer=False)
     config = loading.load_config(path)
-    with memory.explaining(f"The configuration of {path} cannot be served"):
-        max_model_len = loading.longest_sequence(config, spec.max_model_len)
     kernels = load_kernels() if native and place.type == "cpu" and spec.dtype != "float16" else None
     if kernels is not None:
         kernels.set_threads(torch.get_num_threads())
     kind = _choose_kind(spec, info, kernels)
     dtype = torch.float32 if kernels is not None else _choose_dtype(spec.dtype, place)
     with memory.explaining(f"The configuration of {path} cannot be served"):
+        max_model_len = loading.longest_sequence(config, spec.max_model_len)
         shape = loading.kv_shape(config, dtype)
+        vocab_size = int(config.get_text_config().vocab_size)
     draft = _draft_needs(spec, dtype)
+    weight_bytes = info.num_parameters * dtype.itemsize
     memory.check_room(
         place,
-        weight_bytes=info.num_parameters * dtype.itemsize + (draft.weight_bytes if draft else 0),
+        weight_bytes=weight_bytes + (draft.weight_bytes if draft else 0),
         kv_bytes=spec.kv_memory_bytes if num_blocks is None else num_blocks * shape.block_bytes,
     )
+    if place.type == "cuda" and DTYPES.get(info.dtype) != dtype:  # converted on the host, else read from the file
+        memory.check_room(torch.device("cpu"), weight_bytes=weight_bytes, kv_bytes=0)
     model = loading.load_model(path, config, dtype, place)
-    vocab_size = int(config.get_text_config().vocab_size)
     reserved = graphs.reserve(place, largest_batch(spec), vocab_size)
     cache, why = _make_cache(spec, shape, place, max_model_len, num_blocks, num_host_blocks, draft)
     del reserved
@@ -162,7 +164,9 @@ def _draft_needs(spec: DeploymentSpec, dtype: torch.dtype) -> DraftNeeds | None:
         return None
     path = Path(spec.draft_path)
     num_parameters = inspect_checkpoint(path, needs_tokenizer=False).num_parameters
-    return DraftNeeds(loading.kv_shape(loading.load_config(path), dtype).block_bytes, num_parameters * dtype.itemsize)
+    config = loading.load_config(path)
+    with memory.explaining(f"The configuration of {path} cannot be served"):
+        return DraftNeeds(loading.kv_shape(config, dtype).block_bytes, num_parameters * dtype.itemsize)
 
 
 def _build_forward(

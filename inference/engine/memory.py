@@ -23,21 +23,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_room(device: torch.device, *, weight_bytes: int, kv_bytes: int) -> None:
-    """Raise ModelLoadError where what is asked for is more than what is free. `kv_bytes` is 0 where it takes the rest.
-
-    Weights on their way to a GPU pass through host memory.
-    """
-    needs = [(device, weight_bytes + kv_bytes)]
-    if device.type == "cuda":
-        needs.append((torch.device("cpu"), weight_bytes))
-    for place, needed in needs:
-        free = free_bytes(place)
-        if needed > free:
-            cache = f" and the KV cache {kv_bytes / GIB:.2f} GiB" if needed > weight_bytes else ""
-            raise ModelLoadError(
-                f"The weights take {weight_bytes / GIB:.2f} GiB{cache}, and {free / GIB:.2f} GiB of memory are free on "
-                f"{place}. {MEND}"
-            )
+    """Raise ModelLoadError where more is asked for than is free. `kv_bytes` is 0 for a cache that takes the rest."""
+    free = free_bytes(device)
+    if weight_bytes + kv_bytes > free:
+        cache = f" and the KV cache {kv_bytes / GIB:.2f} GiB" if kv_bytes else ""
+        raise ModelLoadError(
+            f"The weights take {weight_bytes / GIB:.2f} GiB{cache}, and {free / GIB:.2f} GiB of memory are free on "
+            f"{device}. {MEND}"
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

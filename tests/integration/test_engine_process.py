@@ -48,6 +48,20 @@ def test_requests_of_a_batch_are_answered_recorded_and_settled(
     assert status.telemetry.source == "host"
 
 
+def test_a_cache_for_which_there_is_no_memory_is_said_and_not_tried_over_and_over(
+    engines: Engines, fleet: FleetClient
+) -> None:
+    engine = engines.start(kv_memory_bytes=2**52)
+    status = fleet.until_state("gpu-0", "failed")
+    assert "and the KV cache 4194304.00 GiB" in status.detail
+    assert "lower kv_memory_bytes" in status.detail
+    assert not engine.ended.is_set()
+    engine.tell("stop", {"drain_s": 0})
+    assert engine.wait(PATIENCE_S) == 1
+    assert engine.notice is not None
+    assert (engine.notice.state, engine.notice.detail) == ("failed", status.detail)
+
+
 def test_a_batch_survives_kill_9_with_each_token_once_and_the_same_text(
     engines: Engines, fleet: FleetClient, store: redis.Redis
 ) -> None:

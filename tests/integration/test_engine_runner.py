@@ -315,7 +315,7 @@ class NoMemory(TorchDispatchMode):
     """A device that has no memory for a tensor of so many bytes, or for one operation."""
 
     def __init__(self, *, most_bytes: int = 2**60, operation: Any = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._most_bytes, self._operation = most_bytes, operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -17,14 +17,14 @@ from inference.engine.runner import ModelRunner
 from inference.messages import DeploymentSpec
 from tests.checkpoints import ARCHITECTURES, make_checkpoint
 
-DEEP = {
+DEEP: dict[str, Any] = {
     "vocab_size": 16_000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16,
     "num_attention_heads": 6, "num_key_value_heads": 2, "initializer_range": 0.0462,
 }  # fmt: skip
-attend_group, attend_padded, lay_out = attention._attend_group, attention._attend_padded, modules.PagedContext
+attend_group, attend_padded, lay_out = attention._attend_group, attention._attend_padded, attention.PagedContext
 
 
-def load(path: Path, dtype: str) -> ModelRunner:
+def load(path: Path, dtype: Any) -> ModelRunner:
     return ModelRunner(DeploymentSpec(name="m", path=str(path), dtype=dtype), "cpu", num_blocks=8, native=False)
 
 

@@ -54,7 +54,7 @@ class Cramped(TorchDispatchMode):
     """A device without memory for the copy that CUDA makes of what does not lie in one piece."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_refused = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
