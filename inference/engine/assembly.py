@@ -234,7 +234,7 @@ def _cuda_forward(
     return graphed, f"{how}, decode steps of up to {graphed.sizes[-1]} sequences as CUDA graphs over a Triton kernel"
 
 
-def keep_exact(graphed: GraphedForward, expected: torch.Tensor, tolerance: float) -> None:
+def keep_exact(graphed: GraphedForward, expected: torch.Tensor, tolerance: loading.Tolerance) -> None:
     """Hold every captured size against the model's own logits, and drop those that differ or fail."""
     for size in graphed.sizes:
         try:

@@ -114,7 +114,7 @@ def test_a_size_with_other_logits_than_the_model_s_is_not_used(model: Model) -> 
         forward._logits[0] += 1
 
     forward._runs[4] = wrong
-    assembly.keep_exact(forward, model.expected, 1e-3)
+    assembly.keep_exact(forward, model.expected, loading.PROBE_TOLERANCE[torch.float32])
     assert forward.sizes == [1, 2, 8]
 
 
