@@ -1,9 +1,10 @@
-"""Whether the gpu worker of this container reports: `python -m controlplane.probe`, exit status 0 or 1.
+"""Whether this container's gpu or ops worker is at work: `python -m controlplane.probe [ops]`, exit status 0 or 1.
 
 It asks Redis alone, and says yes where that is away: to start a worker again would mend nothing.
 """
 
 import sys
+from collections.abc import Callable, Mapping
 
 import redis
 
@@ -14,16 +15,28 @@ from scheduling.store import connect
 PATIENCE_S = 3.0
 
 
-def probe(config: Config) -> str:
-    """Why the worker counts as dead; empty where it lives. One that waits for a lost GPU lives: it says so itself."""
+def probe(config: Config, kind: str = "gpu") -> str:
+    """Why the worker counts as dead; empty where it lives."""
     client = connect(config.redis, socket_timeout=PATIENCE_S, socket_connect_timeout=PATIENCE_S)
     try:
-        reports = client.exists(Keys(config.key_prefix).replica(config.replica))
-        deployed = client.exists(Keys(config.key_prefix).deployments)
+        return PROBES[kind](client, Keys(config.key_prefix), config)
     except (redis.RedisError, OSError):
         return ""
+
+
+def _probe_gpu(client: redis.Redis, keys: Keys, config: Config) -> str:
+    """One that waits for a lost GPU lives: it says so itself. Before a model is offered there is nothing to say."""
+    reports, deployed = client.exists(keys.replica(config.replica)), client.exists(keys.deployments)
     return f"{config.replica} does not report." if deployed and not reports else ""
 
 
+def _probe_ops(client: redis.Redis, keys: Keys, config: Config) -> str:
+    """Its sign of life is a periodic task's: beat sends, the broker delivers, and a thread is free for it."""
+    return "" if client.exists(keys.ops) else "The ops worker has run no periodic task for a while."
+
+
+PROBES: Mapping[str, Callable[[redis.Redis, Keys, Config], str]] = {"gpu": _probe_gpu, "ops": _probe_ops}
+
+
 if __name__ == "__main__":
-    sys.exit(probe(load_config()) or 0)
+    sys.exit(probe(load_config(), *sys.argv[1:2]) or 0)

@@ -210,6 +210,7 @@ CELERY_BEAT_SCHEDULE = {
     "prune-history": _every(3600, "inference.tasks.prune_history"),
     "roll-up-history": _every(5, "dashboard.tasks.roll_up_history"),
     "watch-switches": _every(1, "dashboard.tasks.watch_switches"),
+    "tell-of-life": _every(5, "dashboard.tasks.tell_of_life"),
     "judge-alerts": _every(5, "dashboard.tasks.judge_alerts"),
     "deliver-notices": _every(2, "dashboard.tasks.deliver_notices"),
     "forget-old-rollups": _every(3600, "dashboard.tasks.forget_old_rollups"),

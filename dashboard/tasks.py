@@ -22,12 +22,15 @@ from dashboard.what_if import end_lost_runs
 from inference.alone import alone
 from inference.control import send_control
 from inference.services import announce_policy
+from scheduling.connection import live_keys, live_redis
 
 logger = logging.getLogger(__name__)
 
 ROLL_UP_BUDGET_S = 4.0
 """A run that has caught up ends at once; one that has not leaves the rest to the next."""
 REPLAY_TIMEOUT_S = 900.0
+LIFE_S = 60
+"""So long after its last periodic task a worker counts as hung."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -66,6 +69,15 @@ def watch_switches() -> None:
         check_guards(announce=partial(announce_policy, send=send_control))
     except (RedisError, DatabaseError, OSError) as error:
         logger.warning("Guarded switches could not be looked at: %s", error)
+
+
+@shared_task(ignore_result=True)
+def tell_of_life() -> None:
+    """Leave a sign for probes that this worker does what beat sends; it asks no database, which may be away."""
+    try:
+        live_redis().set(live_keys().ops, "1", ex=LIFE_S)
+    except (RedisError, OSError) as error:
+        logger.warning("No sign of life could be left: %s", error)
 
 
 @shared_task(ignore_result=True)

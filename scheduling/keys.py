@@ -69,6 +69,11 @@ class Keys:
         return f"{self.prefix}:alerts"
 
     @property
+    def ops(self) -> str:
+        """String with a time to live: the ops worker has lately run a periodic task."""
+        return f"{self.prefix}:ops"
+
+    @property
     def deployments(self) -> str:
         """Hash: model -> DeploymentSpec (JSON)."""
         return f"{self.prefix}:deployments"

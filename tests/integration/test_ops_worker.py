@@ -19,6 +19,8 @@ from redis.backoff import ConstantBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError
 from redis.retry import Retry
 
+from controlplane.config import Config
+from controlplane.probe import probe
 from inference.messages import RequestEvent
 from scheduling.keys import Keys
 from tests.conftest import _server_binary
@@ -129,4 +131,5 @@ def test_history_is_written_and_control_answers_also_after_redis_restarted(serve
     eventually(lambda: written(database) == ["r1", "r2"], log)
     eventually(lambda: answers(server) == [{"ops@here": {"ok": "pong"}}], log)
     eventually(lambda: counted_alerts(server), log)
+    eventually(lambda: probe(Config.model_construct(redis_url=server.url, key_prefix=KEYS.prefix), "ops") == "", log)
     assert "Message Error" not in log.read_text()  # what beat says of every task, with two tracebacks
