@@ -16,6 +16,8 @@ from inference.gateway.gateway import Gateway
 from scheduling.store import Command
 
 PATIENCE_S = 2.0
+TOLD = frozenset({"models"})
+"""Checks that are told and decide nothing: without a model there is still the dashboard, where one is offered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,9 @@ async def answer_healthz(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def answer_readyz(scope: Scope, receive: Receive, send: Send) -> None:
-    """200 where every check passes, otherwise 503; the body names them all."""
+    """200 where every check passes that the dashboard needs too, otherwise 503; the body names them all."""
     checks = await run_checks(scope["state"]["gateway"], scope["state"]["directory"])
-    ready = all(check.ok for check in checks.values())
+    ready = all(check.ok for name, check in checks.items() if name not in TOLD)
     body = msgspec.json.encode({"status": "ready" if ready else "not ready", "checks": checks})
     await Exchange(scope, receive, send, uuid.uuid4().hex).respond(200 if ready else 503, body)
 
@@ -53,7 +55,7 @@ async def run_checks(gateway: Gateway, directory: DirectoryWatch) -> dict[str, C
     if num_models:
         models = Check(True, f"{num_models} of {len(deployments)} loaded")
     else:
-        models = Check(False, "No model can be served. Register one with `manage.py add_model`.")
+        models = Check(False, _say_unserved(list(deployments)))
     unserved = [reason for model in gateway.models.loaded() if (reason := gateway.desk.why_unserved(model.name))]
     accepting = Check(not gateway.closing, "shutting down" if gateway.closing else "")
     return {
@@ -64,6 +66,12 @@ async def run_checks(gateway: Gateway, directory: DirectoryWatch) -> dict[str, C
         "replicas": Check(True, " ".join(unserved)),
         "accepting": accepting,
     }
+
+
+def _say_unserved(offered: list[str]) -> str:
+    if not offered:
+        return "No model is offered. Register one with `manage.py add_model`."
+    return f"None of {', '.join(offered)} can be read here: web processes need the models' directories too."
 
 
 async def _reach(answer: Awaitable[Any], name: str) -> Check:

@@ -43,6 +43,14 @@ def test_signing_in_leads_to_the_live_page_without_an_error_in_the_console(
     assert page.request.get("/").headers["content-security-policy"].startswith("default-src 'self';")
 
 
+def test_a_web_process_that_can_read_no_model_is_ready_for_the_dashboard_and_says_so(visit: Visit) -> None:
+    answer = visit().request.get("/readyz")
+    assert answer.status == 200
+    models = answer.json()["checks"]["models"]
+    assert not models["ok"]
+    assert "need the models' directories" in models["detail"] or "No model is offered" in models["detail"]
+
+
 def test_a_new_request_is_on_the_page_without_a_reload(visit: Visit, fleet: FleetWriter) -> None:
     page = visit()
     before = depth(page)

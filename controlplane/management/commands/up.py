@@ -1,6 +1,7 @@
 """Run everything under one supervisor, from an empty folder to a system that answers."""
 
 import asyncio
+import json
 import socket
 import subprocess
 import sys
@@ -177,8 +178,9 @@ def _chats(model: str) -> bool:
 
 
 def _web_is_ready(config: Config) -> bool:
+    """Whether it answers requests for a model; the dashboard may be there before."""
     try:
         with urllib.request.urlopen(f"{address(config)}/readyz", timeout=5) as answer:  # noqa: S310
-            return bool(answer.status == 200)
+            return bool(json.load(answer)["checks"]["models"]["ok"])
     except OSError:  # refused, or 503: not yet
         return False
