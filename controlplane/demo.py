@@ -1,5 +1,6 @@
 """The demo's tenants, keys, operator and model: made once, with random secrets that are kept in `var/demo.env`."""
 
+import fcntl
 import hashlib
 import os
 import secrets
@@ -170,7 +171,13 @@ def train_model(config: Config) -> None:
     """Train the demo model, unless it is there or other models take its place. Raises CalledProcessError."""
     folder = model_folder(config)
     paths = set(ModelDeployment.objects.values_list("path", flat=True))
-    if (str(folder) in paths or not (paths or config.upstream)) and not is_trained(folder):
+    if ((paths or config.upstream) and str(folder) not in paths) or is_trained(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "training.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the folder may be shared: containers of workers that start at once
+        if is_trained(folder):
+            return
         # Its own process, so that the supervisor never loads torch.
         # Threads that wait must not spin: on a machine that is busy they would take the time of those that work.
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}

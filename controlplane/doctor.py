@@ -70,7 +70,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield from redis_findings
     if all(finding.level != "fail" for finding in database):
         yield from check_accounts()
-        yield from check_checkpoints()
+        yield from check_checkpoints(config)
     if redis_findings[0].level != "fail":
         with connect(config.redis, socket_timeout=PATIENCE_S) as client:
             yield from check_clocks(config, client)
@@ -292,14 +292,15 @@ def check_accounts() -> Iterator[Finding]:
         yield _warn("accounts", "There is no active superuser.", "Run `.venv/bin/python manage.py createsuperuser`.")
 
 
-def check_checkpoints() -> Iterator[Finding]:
-    """Models that are offered can be loaded, where their folders are on this machine."""
+def check_checkpoints(config: Config) -> Iterator[Finding]:
+    """Models that are offered can be loaded. A machine that PENSTOCK_MODEL keeps to others may lack one."""
     inspect: Callable[[Path], object] = inspect_checkpoint
     for deployment in ModelDeployment.objects.filter(enabled=True, backend=ModelDeployment.Backend.BUILTIN):
         path = Path(deployment.path)
         if not path.is_dir():
-            mend = "Every gpu machine needs it under that path; others do not."
-            yield _warn(deployment.name, f"{path} is not on this machine.", mend)
+            mend = "Web, ops and the gpu machines that serve it read it under that very path: copy or mount it."
+            level = _fail if config.models == [""] or deployment.name in config.models else _warn
+            yield level(deployment.name, f"{path} is not on this machine.", mend)
             continue
         try:
             inspect(path)

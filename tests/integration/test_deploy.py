@@ -27,6 +27,8 @@ from tests.fleet_data import FleetWriter
 
 DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+MODELS_POD = DEPLOY / "kubernetes" / "models" / "pod.yaml"
+DEMO_FOLDER = "/var/lib/penstock/models"
 SETTINGS = {field.alias or f"PENSTOCK_{name.upper()}" for name, field in Config.model_fields.items()}
 DRAIN_RESERVE_S = 10
 
@@ -120,7 +122,9 @@ def test_the_dashboard_is_what_its_script_writes() -> None:
     assert runpy.run_path(str(DEPLOY / "grafana" / "make_dashboard.py"))["make_dashboard"]() == dashboard()
 
 
-@pytest.mark.parametrize("path", [p for p in MANIFESTS if p.name != "kustomization.yaml"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [MODELS_POD, *(p for p in MANIFESTS if p.name != "kustomization.yaml")], ids=lambda path: path.name
+)
 def test_a_manifest_is_what_kubernetes_takes(path: Path) -> None:
     for document in read_yaml(path):
         kubernetes_validate.validate(document, "1.31", strict=True)
@@ -142,19 +146,36 @@ def test_pods_have_probes_drain_and_no_secret_of_their_own() -> None:
             workload["spec"]["selector"]["matchLabels"].items()
             <= workload["spec"]["template"]["metadata"]["labels"].items()
         )
-        assert ("livenessProbe" in container) == (name != "ops")
+        assert {"startupProbe", "livenessProbe"} <= container.keys()
+        assert container["image"] == ("penstock:cuda" if name == "gpu" else "penstock:latest")
         environment = {item["name"]: item.get("value") for item in container.get("env", [])}
         assert set(environment) <= SETTINGS
         assert not {"DATABASE_URL", "REDIS_URL", "PENSTOCK_SECRET_KEY"} & set(environment)
         drain_s = float(environment.get("PENSTOCK_DRAIN_S") or 5)
         assert pod["terminationGracePeriodSeconds"] >= drain_s + DRAIN_RESERVE_S
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (name == "gpu")
-        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+        mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
         assert ("/files" in mounts) == (name != "gpu")
+        assert mounts["/models"] == {"name": "models", "mountPath": "/models", "readOnly": True}
+        demo = {"name": "models", "mountPath": DEMO_FOLDER, "subPath": "demo"}
+        assert mounts[DEMO_FOLDER] == demo | ({} if name == "gpu" else {"readOnly": True})
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert volumes["models"]["persistentVolumeClaim"] == {"claimName": "penstock-models"}
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     (config,) = manifests("ConfigMap")
     Config(**{_field(name): _value(value) for name, value in config["data"].items()})
     assert not list(manifests("Secret"))
+
+
+def test_a_pod_can_fill_the_claim_of_models() -> None:
+    (pod,) = read_yaml(MODELS_POD)
+    (container,) = pod["spec"]["containers"]
+    assert container["volumeMounts"] == [{"name": "models", "mountPath": "/models"}]
+    assert pod["spec"]["volumes"] == [
+        {"name": "models", "persistentVolumeClaim": {"claimName": "penstock-models"}},
+    ]
+    claims = {claim["metadata"]["name"]: claim["spec"]["accessModes"] for claim in manifests("PersistentVolumeClaim")}
+    assert claims == {"penstock-models": ["ReadWriteMany"], "penstock-files": ["ReadWriteMany"]}
 
 
 def _field(variable: str) -> str:
@@ -180,7 +201,16 @@ def test_the_compose_file_is_valid_and_its_services_drain() -> None:
         assert float(services[name]["stop_grace_period"].removesuffix("s")) >= drain_s + 2.5
     wanted = set(re.findall(r"\$\{(\w+):\?", path.read_text()))
     assert wanted <= set(re.findall(r"^(\w+)=$", (DEPLOY / "env.example").read_text(), re.MULTILINE))
-    assert services["web"]["volumes"] == services["ops"]["volumes"] == ["files:/files"]
+    for name in ("web", "ops", "cpu", "gpu"):
+        own = name in ("web", "ops")
+        mounts = {target: (source, mode) for source, target, mode in map(_mount, services[name]["volumes"])}
+        assert mounts["/models"] == ("${PENSTOCK_MODELS:-models}", "ro")
+        assert mounts[DEMO_FOLDER] == ("demo", "ro" if own else "")
+        assert ("/files" in mounts) == own
+        assert "healthcheck" in services[name]
+    assert services["gpu"]["image"] != services["cpu"]["image"]
+    assert services["gpu"]["build"]["args"] == {"TORCH_INDEX": "${TORCH_INDEX:-https://pypi.org/simple}"}
+    assert services["gpu"]["build"]["dockerfile"] == services["web"]["build"]["dockerfile"]
     assert "PENSTOCK_PROXIES" in services["web"]["environment"]
     refusal = services["grafana"]["entrypoint"][-1].replace("$$", "$").replace("exec /run.sh", "true")
     for password, code in (("", 1), ("x", 0)):
@@ -190,6 +220,13 @@ def test_the_compose_file_is_valid_and_its_services_drain() -> None:
     assert {"--appendonly", "noeviction"} <= set(redis_command)
 
 
+def _mount(text: str) -> tuple[str, str, str]:
+    """Source, target and mode of a volume in its short form; a source may hold a colon in its default."""
+    found = re.fullmatch(r"(.+?):(/[^:]*)(?::(ro))?", text)
+    assert found
+    return found[1], found[2], found[3] or ""
+
+
 def test_the_dockerfile_copies_what_there_is_and_all_that_the_processes_import() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     copied = [word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE) for word in line.split()]
@@ -197,6 +234,8 @@ def test_the_dockerfile_copies_what_there_is_and_all_that_the_processes_import()
     assert [name for name in copied if not (ROOT / name).exists()] == []
     assert {"controlplane", "dashboard", "inference", "scheduling", "static", "templates", "manage.py"} <= set(copied)
     assert re.search(r"^USER 10001$", text, re.MULTILINE)
+    assert re.search(rf"mkdir -p .*{DEMO_FOLDER} .*/models ", text)
+    assert re.search(r'^RUN pip install .*"\$TORCH_INDEX"', text, re.MULTILINE)
 
 
 def test_a_worker_that_reports_is_alive_and_a_silent_one_is_not(store: redis.Redis, redis_url: str, keys: Keys) -> None:
@@ -209,6 +248,7 @@ def test_a_worker_that_reports_is_alive_and_a_silent_one_is_not(store: redis.Red
     assert probe(config) == ""
     away = Config.model_construct(redis_url="unix:///nowhere", key_prefix=keys.prefix, replica="gpu-0")
     assert probe(away) == ""
+    assert probe(config, "ops") == "The ops worker has run no periodic task for a while."
     environment = {"REDIS_URL": redis_url, "PENSTOCK_KEY_PREFIX": keys.prefix, "PENSTOCK_REPLICA": "gpu-7"}
     done = subprocess.run([sys.executable, "-m", "controlplane.probe"], cwd=ROOT, env=environment, capture_output=True)
     assert (done.returncode, done.stderr) == (1, b"gpu-7 does not report.\n")

@@ -98,10 +98,11 @@ def test_a_checkpoint_that_is_torn_or_elsewhere_is_named(tmp_path: Path) -> None
     folder = make_tiny_checkpoint(tmp_path / "tiny")
     ModelDeployment.objects.create(name="tiny", path=str(folder))
     ModelDeployment.objects.create(name="away", path="/nowhere/model")
-    assert levels(doctor.check_checkpoints()) == {"tiny": "ok", "away": "warn"}
+    assert levels(doctor.check_checkpoints(make_config())) == {"tiny": "ok", "away": "fail"}
+    assert levels(doctor.check_checkpoints(make_config(model="tiny"))) == {"tiny": "ok", "away": "warn"}
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert levels(doctor.check_checkpoints())["tiny"] == "fail"
+    assert levels(doctor.check_checkpoints(make_config()))["tiny"] == "fail"
 
 
 def test_the_database_accounts_disk_and_versions_are_looked_at(tmp_path: Path) -> None:
