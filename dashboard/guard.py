@@ -11,6 +11,7 @@ from django.utils import timezone
 from redis.exceptions import RedisError
 
 from dashboard.models import GuardedSwitch
+from dashboard.overdue import Wait, allowed_if_late, read_waits
 from dashboard.rollups import judge
 from inference.models import RequestRecord
 from scheduling.connection import live_keys, live_redis
@@ -117,10 +118,14 @@ def check_guards(*, announce: Announce | None = None, clock: Callable[[], dateti
     return sum(_look(guard, newest.get(guard.model), clock(), announce) for guard in open_guards)
 
 
-def read_figures(model: str, since: datetime, until: datetime) -> dict[str, float | int | None]:
-    """The metrics over requests that came and ended in between, the latest MAX_ROWS of them.
+def read_figures(
+    model: str, since: datetime, until: datetime, waits: Sequence[Wait] = ()
+) -> dict[str, float | int | None]:
+    """The metrics over requests that came and ended in between, the latest MAX_ROWS of them, and over what still waits.
 
-    Those that came before waited under another policy: they tell nothing of this one.
+    Those that came before waited under another policy: they tell nothing of this one. Of the `waits` count those past
+    their service level, as misses, and those that outlast what was served, with their wait so far: a policy that lets
+    some starve is not judged by those alone whom it serves.
     """
     rows = list(
         RequestRecord.objects.filter(model=model, finished_at__gte=since, finished_at__lt=until, arrived_at__gte=since)
@@ -130,14 +135,17 @@ def read_figures(model: str, since: datetime, until: datetime) -> dict[str, floa
     )
     levels = find_service_levels()
     judged = [met for row in rows if (verdict := judge(row, levels)) is not None for met in [verdict[0]]]
-    waits = [(row.claimed_at - row.arrived_at).total_seconds() for row in rows if row.claimed_at]
+    judged += [False for wait in waits if allowed_if_late(wait, levels) is not None]
+    queued_s = [(row.claimed_at - row.arrived_at).total_seconds() for row in rows if row.claimed_at]
+    waited_s = [wait.waited_s for wait in waits]
     return {
         "requests": len(rows),
+        "waiting": len(waits),
         "judged": len(judged),
         "attainment": _share(judged),
-        "ttft_p99_s": _p99([row.ttft_s for row in rows if row.ttft_s is not None]),
-        "e2e_p99_s": _p99([row.e2e_s for row in rows if row.state == "finished"]),
-        "queue_p99_s": _p99(waits),
+        "ttft_p99_s": _p99(_outlast([row.ttft_s for row in rows if row.ttft_s is not None], waited_s)),
+        "e2e_p99_s": _p99(_outlast([row.e2e_s for row in rows if row.state == "finished"], waited_s)),
+        "queue_p99_s": _p99(_outlast(queued_s, waited_s)),
         "failed": _share([row.state == "failed" for row in rows]),
     }
 
@@ -149,7 +157,10 @@ def _look(guard: GuardedSwitch, newest: PolicyRevision | None, now: datetime, an
     if newest.applied_at is None:  # Redis was away, or the switch is under way
         _begin(guard, now)
         return False
-    figures = {**read_figures(guard.model, guard.started_at, now), "oldest_wait_s": _oldest_wait_s(guard)}
+    figures = {
+        **read_figures(guard.model, guard.started_at, now, _waits_since(guard)),
+        "oldest_wait_s": _oldest_wait_s(guard),
+    }
     guard.after = figures
     if sentence := find_breach(guard, figures):
         return _roll_back(guard, newest, sentence, announce)
@@ -175,8 +186,8 @@ def _is_known(guard: GuardedSwitch, figures: Figures) -> bool:
     """Whether the guarded figure stands on enough requests."""
     if guard.metric == "oldest_wait_s":
         return figures.get("oldest_wait_s") is not None
-    num = figures.get("judged" if guard.metric == "attainment" else "requests")
-    return (num or 0) >= MIN_REQUESTS
+    names = {"attainment": ("judged",), "failed": ("requests",)}.get(guard.metric, ("requests", "waiting"))
+    return sum(figures.get(name) or 0 for name in names) >= MIN_REQUESTS
 
 
 def _say_kept(guard: GuardedSwitch, figures: Figures) -> str:
@@ -227,6 +238,22 @@ def _oldest_wait_s(guard: GuardedSwitch) -> float | None:
         return 0.0
     waited_s: float = now_s - max(snapshot.oldest_arrival_s, guard.started_at.timestamp())
     return round(max(0.0, waited_s), 3)
+
+
+def _waits_since(guard: GuardedSwitch) -> list[Wait]:
+    """What came since the switch and still waits."""
+    started_s = guard.started_at.timestamp()
+    try:
+        return [wait for wait in read_waits([guard.model])[guard.model] if wait.arrival_s >= started_s]
+    except (RedisError, OSError) as error:
+        logger.warning("The queue of %s cannot be asked: %s", guard.model, error)
+        return []
+
+
+def _outlast(served_s: list[float], waited_s: Sequence[float]) -> list[float]:
+    """What was served, and with it what waits longer than any of it did: that will not be less in the end."""
+    worst_s = max(served_s, default=0.0)
+    return [*served_s, *(wait_s for wait_s in waited_s if wait_s > worst_s)]
 
 
 def _share(values: Sequence[bool]) -> float | None:

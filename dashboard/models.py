@@ -28,13 +28,14 @@ class Grain(models.Model):
 
 
 class RequestRollup(Grain):
-    """Requests of a tenant and priority that ended within a grain."""
+    """Requests of a tenant and priority that ended, or were refused for want of capacity, within a grain."""
 
     tenant = models.CharField(max_length=63)
     priority = models.PositiveSmallIntegerField(choices=PriorityLevel.choices)
     finished = models.PositiveIntegerField(default=0)
     failed = models.PositiveIntegerField(default=0)
     cancelled = models.PositiveIntegerField(default=0)
+    refused = models.PositiveIntegerField("refused for want of capacity", default=0)
     judged = models.PositiveIntegerField("with a service level", default=0)
     met = models.PositiveIntegerField("within their service level", default=0)
     allowed = models.FloatField("misses that the objective allows", default=0)
@@ -114,7 +115,9 @@ class RefusalRollup(Grain):
 class RefusalCount(models.Model):
     """A counter of refusals as it was read last: the queue's store only counts up, and may lose its data."""
 
-    name = models.CharField(max_length=300, primary_key=True, help_text="model|tenant|reason")
+    name = models.CharField(
+        max_length=300, primary_key=True, help_text="model|tenant|reason; model|tenant|priority of the turned away."
+    )
     num = models.PositiveBigIntegerField(default=0)
 
     def __str__(self) -> str:

@@ -26,6 +26,8 @@ from scheduling.selectors import find_service_levels
 
 logger = logging.getLogger(__name__)
 
+REQUESTS = "requests"
+"""The checkpoint whose holder alone adds to the sums of requests."""
 ROWS = 2000
 """Rows of history that one transaction sums up."""
 ROWS_PER_DELETE = 2000
@@ -49,7 +51,7 @@ def roll_up(budget_s: float, clock: Callable[[], float] = time.monotonic) -> int
     """
     end_s, num_all = clock() + budget_s, 0
     while True:
-        num = _run("requests", RequestRecord, _add_requests) + _run("batches", BatchRecord, _add_batches)
+        num = _run(REQUESTS, RequestRecord, _add_requests) + _run("batches", BatchRecord, _add_batches)
         num_all += num
         if not num or clock() > end_s:
             return num_all

@@ -129,3 +129,8 @@ class Keys:
     def refusals(self) -> str:
         """Hash: `model|tenant|reason` -> count."""
         return f"{self.prefix}:refusals"
+
+    @property
+    def turned_away(self) -> str:
+        """Hash: `model|tenant|priority` -> count of those refused for want of capacity: misses of an SLA."""
+        return f"{self.prefix}:turned_away"

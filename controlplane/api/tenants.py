@@ -29,7 +29,7 @@ class UseView(Schema):
 
 
 class AttainmentView(Schema):
-    """Requests of a window that a service level judged."""
+    """Requests that a service level judged: ended, refused for want of capacity, or past their target now."""
 
     judged: int
     met: int
@@ -38,13 +38,16 @@ class AttainmentView(Schema):
 
 
 class ServiceView(Schema):
-    """The last hour, among tenants who asked."""
+    """The last hour, among tenants who asked. Shares are of 1."""
 
     tokens: int
-    requests: int
-    refused_or_failed: int
-    share: float | None
-    entitled: float | None
+    asked: int = Field(
+        description="Tokens received, and a usual number for each request that waits or was refused for capacity."
+    )
+    requests: int = Field(description="Answered.")
+    failed: int = Field(description="Ended without an answer. What was refused at once is in `refused`.")
+    share: float | None = Field(description="Of all tokens.")
+    entitled: float | None = Field(description="By weight, and no more than was asked.")
 
 
 class TenantView(Schema):
@@ -65,7 +68,7 @@ class TenantsAnswer(Schema):
     """All tenants, by name."""
 
     tenants: list[TenantView]
-    jain: float | None = Field(description="Jain's index of tokens per weight over the last hour; 1 is even.")
+    jain: float | None = Field(description="Jain's index of share per entitlement over the last hour; 1 is even.")
 
 
 @router.get("/operator/tenants", response=TenantsAnswer, summary="What tenants use and got")

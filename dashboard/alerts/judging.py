@@ -1,6 +1,6 @@
 """Judges a rule by readings: pure functions, one for each kind, which also word what is wrong and what to do next."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -98,6 +98,37 @@ def _queues(rule: Rule, live: Live) -> Iterator[Finding]:
         yield _plainly(rule, model, "", each, reason)
 
 
+def _ready_workers(rule: Rule, readings: Readings) -> Iterator[Finding] | None:
+    return None if readings.live is None else _workers(rule, readings.live)
+
+
+def _workers(rule: Rule, live: Live) -> Iterator[Finding]:
+    for model in live.queues:
+        ready = live.num_ready(model)
+        states = Counter(replica.state for replica in live.replicas.values() if replica.model == model)
+        others = ", ".join(f"{num} {state}" for state, num in sorted(states.items()) if state != "ready")
+        have = f"{ready or 'no'} ready {'worker' if ready == 1 else 'workers'}{f' ({others})' if others else ''}"
+        reason = f"{model} is offered and has {have}. Start, resume or repair one on Fleet, or withdraw the model."
+        yield _plainly(rule, model, "", ready, reason)
+
+
+def _refusals(rule: Rule, readings: Readings) -> Iterator[Finding]:
+    refused: dict[str, int] = defaultdict(int)
+    ended: dict[str, int] = defaultdict(int)
+    for (model, _tenant), sums in readings.requests.get(rule.window_s, {}).items():
+        refused[model] += sums.refused
+        ended[model] += sums.finished + sums.failed
+    for model, lost in refused.items():
+        num = ended[model] + lost
+        if num >= MIN_REQUESTS:
+            percent = 100 * lost / num
+            reason = (
+                f"{lost:,} of {num:,} requests of the last {span(rule.window_s)} were refused for want of capacity: no "
+                "worker, overload or a full queue. See on Tenants which, and on Fleet what is missing."
+            )
+            yield _plainly(rule, model, "", percent, reason)
+
+
 def _step_time(rule: Rule, readings: Readings) -> Iterator[Finding]:
     times: dict[str, float] = defaultdict(float)
     steps: dict[str, int] = defaultdict(int)
@@ -193,6 +224,8 @@ def _throttling(rule: Rule, readings: Readings) -> Iterator[Finding]:
 JUDGES: Mapping[str, Callable[[Rule, Readings], Iterator[Finding] | None]] = {
     "occupancy": _occupancy,
     "queue": _queue,
+    "ready_workers": _ready_workers,
+    "refusals": _refusals,
     "step_time": _step_time,
     "completion": _completion,
     "sla_burn": _sla_burn,

@@ -39,6 +39,17 @@ KINDS: Mapping[str, AlertKind] = {
         description="Requests in the queue, divided by the workers that take any.",
         threshold=100, maximum=1e6,
     ),
+    "ready_workers": AlertKind(
+        title="Ready workers of an offered model", unit="workers", subject="model", page="fleet", falls=True,
+        description="Workers that take requests, also where none waits: an outage refuses them at admission.",
+        threshold=1, maximum=1000,
+    ),
+    "refusals": AlertKind(
+        title="Refused for want of capacity", unit="%", subject="model", page="tenants",
+        description="Requests that admission refused (no worker, overload, a full queue), of those and what ended in "
+        "the window.",
+        threshold=5, maximum=100, window=(60, DAY_S),
+    ),
     "step_time": AlertKind(
         title="Step time", unit="ms", subject="model", page="fleet",
         description="Mean time of an engine step in the window; the threshold is the target.",

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,11 +22,13 @@ from dashboard.alerts.readings import (
     RequestWindow,
 )
 from dashboard.models import RequestRollup, Resolution
+from dashboard.overdue import Late, count_late, read_waits
 from inference.messages import DeploymentSpec, ReplicaStatus
 from inference.models import BatchRecord, Replica
 from inference.services import read_replicas
 from scheduling.connection import live_keys, live_redis
 from scheduling.fleet import FleetQueue
+from scheduling.selectors import find_service_levels
 from scheduling.store import execute_many
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ FORGET_AFTER = timedelta(hours=1)
 POWER_CAP = "power cap"
 """A device at its power limit works as it should."""
 BATCH_KINDS = ("occupancy", "step_time", "throttling")
-REQUEST_KINDS = ("completion", "sla_burn")
+REQUEST_KINDS = ("completion", "refusals", "sla_burn")
 
 
 def read_all(rules: Iterable[Rule], now: datetime) -> Readings:
@@ -45,10 +48,12 @@ def read_all(rules: Iterable[Rule], now: datetime) -> Readings:
     rules = list(rules)
     of_batches = {rule.window_s for rule in rules if rule.kind in BATCH_KINDS}
     of_requests = {s for rule in rules if rule.kind in REQUEST_KINDS for s in (rule.window_s, rule.short_window_s) if s}
+    live = read_live(now)
+    late = _read_late(live) if of_requests else {}
     return Readings(
-        live=read_live(now),
+        live=live,
         batches={window_s: read_batches(window_s, now) for window_s in of_batches},
-        requests={window_s: read_requests(window_s, now) for window_s in of_requests},
+        requests={window_s: _with_late(read_requests(window_s, now), late) for window_s in of_requests},
     )
 
 
@@ -73,6 +78,25 @@ def read_live(now: datetime) -> Live | None:
         queues={model: QueueNow(depth=at.depth) for model, at in zip(models, snapshots, strict=True)},
         replicas={**_silent(replicas.keys(), now), **replicas},
     )
+
+
+def _read_late(live: Live | None) -> dict[tuple[str, str], Late]:
+    """Requests that wait past their service level, by model and tenant: misses that no minute has counted yet."""
+    try:
+        return count_late(read_waits(list(live.queues)), find_service_levels()) if live else {}
+    except (RedisError, OSError) as error:
+        log.warning("What waits cannot be read (%s); only what ended is judged.", error)
+        return {}
+
+
+def _with_late(window: RequestWindow, late: Mapping[tuple[str, str], Late]) -> RequestWindow:
+    """A window with what waits too long now as missed; once it has ended, a minute counts it."""
+    nothing = RequestSums()
+    summed = {}
+    for key, more in late.items():
+        sums = window.get(key, nothing)
+        summed[key] = replace(sums, judged=sums.judged + more.num, allowed=sums.allowed + more.allowed)
+    return {**window, **summed}
 
 
 def _replica(status: ReplicaStatus, now_s: float, *, has_device: bool) -> ReplicaNow:
@@ -144,6 +168,6 @@ def read_requests(window_s: int, now: datetime) -> RequestWindow:
     grain = Resolution.MINUTE if window_s < MINUTES_BELOW_S else Resolution.HOUR
     first = datetime.fromtimestamp((now.timestamp() - window_s) // grain * grain, UTC)
     rows = RequestRollup.objects.filter(resolution=grain, start__gte=first, start__lte=now).values("model", "tenant")
-    names = ("finished", "failed", "judged", "met", "allowed")
+    names = ("finished", "failed", "refused", "judged", "met", "allowed")
     found: Iterable[Mapping[str, Any]] = rows.annotate(**{f"sum_{name}": Sum(name) for name in names})
     return {(row["model"], row["tenant"]): RequestSums(**{name: row[f"sum_{name}"] for name in names}) for row in found}

@@ -49,13 +49,17 @@ class BatchSums:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSums:
-    """Requests of a tenant on a model that ended within a window; `allowed`: misses that its objectives allow."""
+    """Requests of a tenant on a model that ended, or were refused for want of capacity, within a window.
 
-    finished: int
-    failed: int
-    judged: int
-    met: int
-    allowed: float
+    `judged` are those with a service level, the refused and the overdue too; `allowed`: misses that objectives allow.
+    """
+
+    finished: int = 0
+    failed: int = 0
+    refused: int = 0
+    judged: int = 0
+    met: int = 0
+    allowed: float = 0.0
 
 
 BatchWindow = Mapping[tuple[str, str], BatchSums]

@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -11,12 +11,15 @@ from django.db.models import Sum
 from redis.exceptions import RedisError
 
 from dashboard.models import RequestRollup, Resolution
+from dashboard.overdue import Late, count_late, read_waits
 from dashboard.refusals import read_pairs, read_refusals
+from dashboard.selectors.fairness import Service, judge_evenness, read_services
 from inference.services import read_replicas
 from scheduling.connection import live_keys, live_redis
 from scheduling.fleet import FleetQueue
 from scheduling.limits import TenantLimits, TenantUsage
 from scheduling.models import Tenant
+from scheduling.selectors import find_service_levels
 from scheduling.store import TIME, Command, execute_many
 
 log = logging.getLogger(__name__)
@@ -45,7 +48,10 @@ class Use:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attainment:
-    """Requests of a window that a service level judged, and how many met it. None where none was judged."""
+    """Requests of a window that a service level judged, and how many met it. None where none was judged.
+
+    Judged are requests that ended, those refused for want of capacity, and those that wait past their target now.
+    """
 
     judged: int = 0
     met: int = 0
@@ -59,17 +65,6 @@ class Attainment:
     def budget_left(self) -> float | None:
         """Of the misses that the objective allows, the share that is left; below 0 it is overdrawn."""
         return 1 - (self.judged - self.met) / self.allowed if self.allowed > 0 else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    """What a tenant was served in the last hour, and what it was entitled to among those who asked. Shares of 1."""
-
-    tokens: int = 0
-    requests: int = 0
-    refused_or_failed: int = 0
-    share: float | None = None
-    entitled: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +86,7 @@ class TenantRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantsView:
-    """All tenants, Jain's index of service per weight over the last hour, and whether the queue's store answered."""
+    """All tenants, Jain's index of service per entitlement over an hour, and whether the queue's store answered."""
 
     rows: list[TenantRow]
     jain: float | None
@@ -103,15 +98,16 @@ def read_tenants(models: Sequence[str], now: datetime) -> TenantsView:
     """A few bounded queries and one round trip for all tenants."""
     tenants = list(Tenant.objects.select_related("quota").order_by("name")[: MAX_TENANTS + 1])
     shown = tenants[:MAX_TENANTS]
-    attained = {name: _attainment(now - span, span) for name, span in WINDOWS.items()}
+    late = _read_late(models)
+    attained = {name: _attainment(now - span, span, late) for name, span in WINDOWS.items()}
     refused = {name: read_refusals(now - span, _grain(span)) for name, span in WINDOWS.items()}
     try:
         uses, refusals = _read_live(shown, models, _tokens_today(now))
     except (RedisError, OSError) as error:
         log.warning("Redis does not answer (%s); tenants are shown without what they use now.", error)
         uses, refusals = {}, {}
-    asking = {name for name, use in uses.items() if use.waiting or use.running}
-    service = _service(shown, asking, now - WINDOWS["1h"])
+    waiting = {name: use.waiting for name, use in uses.items()}
+    service = read_services({tenant.name: tenant.weight for tenant in shown}, waiting, now - WINDOWS["1h"])
     rows = [
         TenantRow(
             name=tenant.name,
@@ -126,51 +122,36 @@ def read_tenants(models: Sequence[str], now: datetime) -> TenantsView:
         )
         for tenant in shown
     ]
-    per_weight = [service[tenant.name].tokens / tenant.weight for tenant in shown if tenant.name in service]
     num_hidden = max(0, Tenant.objects.count() - MAX_TENANTS) if len(tenants) > MAX_TENANTS else 0
-    return TenantsView(rows=rows, jain=jain_index(per_weight), num_hidden=num_hidden, live=bool(uses) or not shown)
+    return TenantsView(
+        rows=rows, jain=judge_evenness(service.values()), num_hidden=num_hidden, live=bool(uses) or not shown
+    )
 
 
-def jain_index(values: Sequence[float]) -> float | None:
-    """How evenly values are spread: 1 where all are equal, 1/n where one has all. Jain, Chiu and Hawe (1984).
+def _read_late(models: Sequence[str]) -> dict[str, Late]:
+    """Of each tenant, what waits past its target at this moment: no sum counts it before its end."""
+    found: dict[str, Late] = {}
+    try:
+        by_model = count_late(read_waits(models), find_service_levels())
+    except (RedisError, OSError) as error:
+        log.warning("Redis does not answer (%s); service levels are shown without what waits.", error)
+        return found
+    for (_model, tenant), late in by_model.items():
+        sums = found.get(tenant, Late())
+        found[tenant] = Late(num=sums.num + late.num, allowed=sums.allowed + late.allowed)
+    return found
 
-    None with fewer than two values, or nothing to share.
-    """
-    squares = sum(value * value for value in values)
-    return sum(values) ** 2 / (len(values) * squares) if len(values) > 1 and squares else None
 
-
-def _attainment(since: datetime, span: timedelta) -> dict[str, Attainment]:
+def _attainment(since: datetime, span: timedelta, late: Mapping[str, Late]) -> dict[str, Attainment]:
     rows = RequestRollup.objects.filter(resolution=_grain(span), start__gte=since).values("tenant")
     found = rows.annotate(num_judged=Sum("judged"), num_met=Sum("met"), sum_allowed=Sum("allowed"))
-    return {
-        row["tenant"]: Attainment(judged=row["num_judged"], met=row["num_met"], allowed=row["sum_allowed"])
-        for row in found
-    }
-
-
-def _service(tenants: Sequence[Tenant], asking: Set[str], since: datetime) -> dict[str, Service]:
-    """Of tenants that had an end since then, and of those that are `asking` now: who starves is served nothing."""
-    rows = RequestRollup.objects.filter(resolution=Resolution.MINUTE, start__gte=since).values("tenant")
-    sums = rows.annotate(
-        tokens=Sum("prompt_tokens") + Sum("completion_tokens"), done=Sum("finished"), lost=Sum("failed")
-    )
-    weights = {tenant.name: tenant.weight for tenant in tenants}
-    found: dict[str, Mapping[str, Any]] = {
-        name: {"tokens": 0, "done": 0, "lost": 0} for name in weights if name in asking
-    }
-    found |= {row["tenant"]: row for row in sums if row["tenant"] in weights}
-    total, weight = sum(row["tokens"] for row in found.values()), sum(weights[name] for name in found)
-    return {
-        name: Service(
-            tokens=row["tokens"],
-            requests=row["done"],
-            refused_or_failed=row["lost"],
-            share=row["tokens"] / total if total else None,
-            entitled=weights[name] / weight,
-        )
-        for name, row in found.items()
-    }
+    sums = {row["tenant"]: (row["num_judged"], row["num_met"], row["sum_allowed"]) for row in found}
+    attained = {}
+    for tenant in sums.keys() | late.keys():
+        judged, met, allowed = sums.get(tenant, (0, 0, 0.0))
+        more = late.get(tenant, Late())
+        attained[tenant] = Attainment(judged=judged + more.num, met=met, allowed=allowed + more.allowed)
+    return attained
 
 
 def _grain(span: timedelta) -> Resolution:

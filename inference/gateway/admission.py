@@ -40,6 +40,8 @@ REDIS_WAIT_S = 2.0
 """How long a new request waits for a Redis that went away."""
 LONGEST_RETRY_S = 600.0
 """No client is asked to come again later than this."""
+WANT_OF_CAPACITY = frozenset({NoReplica.code, Overloaded.code, QueueFull.code})
+"""Refusals that are our fault and not the tenant's: each is a request that missed its service level."""
 MAX_PLACEMENTS = 20
 """Policy switches a single request may lose against."""
 
@@ -296,9 +298,13 @@ class AdmissionDesk:
 
     def count_refusal(self, draft: Draft, reason: str) -> None:
         """Count a refusal for the metrics; nobody waits for it."""
-        field = f"{draft.model.name}|{draft.tenant.name}|{reason}"
-        future = self._pipeline.send(Command(("HINCRBY", self._keys.refusals, field, 1), int))
-        future.add_done_callback(ignore_lost)
+        whose = f"{draft.model.name}|{draft.tenant.name}"
+        counters = [(self._keys.refusals, f"{whose}|{reason}")]
+        if reason in WANT_OF_CAPACITY:
+            counters.append((self._keys.turned_away, f"{whose}|{draft.priority}"))
+        for key, field in counters:
+            future = self._pipeline.send(Command(("HINCRBY", key, field, 1), int))
+            future.add_done_callback(ignore_lost)
 
 
 def check_length(draft: Draft) -> None:

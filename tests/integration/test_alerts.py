@@ -16,6 +16,7 @@ from dashboard.alerts.models import Alert, AlertRule, Notice
 from dashboard.alerts.reader import read_all
 from dashboard.alerts.services import prune_alerts
 from dashboard.alerts.watch import MAX_OPEN, watch_alerts
+from dashboard.refusals import add_refusals
 from dashboard.rollups import roll_up
 from inference.messages import DeploymentSpec, Telemetry
 from inference.models import BatchRecord, Replica, RequestRecord
@@ -231,3 +232,36 @@ def test_old_alerts_go_with_their_notices_and_open_ones_stay(fleet: FleetWriter,
     clock.tick(86_400 * 10)
     assert prune_alerts(days=5, now=clock()) == 1
     assert not Notice.objects.filter(alert_id=alert.pk).exists()
+
+
+def test_an_outage_in_which_nothing_waits_is_told(fleet: FleetWriter, clock: SteppedClock) -> None:
+    make_rule(name="No worker serves", kind="ready_workers", threshold=1, hold_s=0)
+    make_rule(name="Requests are refused", kind="refusals", threshold=5, window_s=600, hold_s=0)
+    make_rule(name="Burn", kind="sla_burn", threshold=6, window_s=3600, short_window_s=300, hold_s=0)
+    ServiceLevel.objects.create(priority=3, ttft_ms=1000)
+    add_refusals({}, {}, now=clock.now)
+    add_refusals({}, {"demo|acme|3": 25}, now=clock.now)
+    assert watch(clock) == 3
+    reasons = {alert.rule_name: alert.reason for alert in Alert.objects.all()}
+    assert "no ready workers" in reasons["No worker serves"]
+    assert "25 of 25 requests" in reasons["Requests are refused"]
+    assert "acme missed its SLA with 25 of 25" in reasons["Burn"]
+
+
+def test_requests_that_wait_past_their_target_burn_the_budget_before_they_end(
+    fleet: FleetWriter, clock: SteppedClock
+) -> None:
+    make_rule(kind="sla_burn", threshold=6, window_s=3600, short_window_s=300, hold_s=0)
+    ServiceLevel.objects.create(priority=3, ttft_ms=10_000)
+    for i in range(30):
+        fleet.enqueue("starving", age_s=20 if i < 25 else 1)
+    assert watch(clock) == 1
+    alert = Alert.objects.get()
+    assert (alert.subject, "25 of 25 requests" in alert.reason) == ("starving", True)
+
+
+def test_an_installation_begins_with_rules_for_an_outage() -> None:
+    rules = AlertRule.objects.filter(kind__in=("ready_workers", "refusals"), enabled=True, severity="critical")
+    assert rules.count() == 2
+    for rule in rules:
+        rule.full_clean()

@@ -120,6 +120,31 @@ def test_who_waited_under_the_former_policy_is_not_held_against_the_new_one(flee
     assert GuardedSwitch.objects.get(revision=2).after["oldest_wait_s"] < 30
 
 
+@pytest.mark.parametrize(
+    ("metric", "threshold", "waiting", "turned_back"),
+    [
+        ("attainment", "80", 20, 1),
+        ("ttft_p99_s", "60", 20, 1),
+        ("queue_p99_s", "60", 20, 1),
+        ("e2e_p99_s", "95", 20, 0),
+        ("ttft_p99_s", "60", 0, 0),
+        ("failed", "50", 20, 0),
+    ],
+)
+def test_who_starves_is_judged_beside_those_who_are_served(
+    fleet: FleetWriter, metric: str, threshold: str, waiting: int, turned_back: int
+) -> None:
+    for priority in range(6):
+        ServiceLevel.objects.create(priority=priority, ttft_ms=80_000)
+    switch_guarded(signed_in("operator"), **{"guard.metric": metric, "guard.threshold": threshold})
+    let_pass(200)
+    served(30)
+    for _ in range(waiting):
+        fleet.enqueue("chat", age_s=90)
+    assert check_guards() == turned_back
+    assert GuardedSwitch.objects.get().after["waiting"] == waiting
+
+
 def test_an_operators_switch_in_the_moment_of_a_breach_stands(
     fleet: FleetWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

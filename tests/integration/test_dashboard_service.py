@@ -5,8 +5,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from django.utils import timezone
 
-from dashboard.models import Resolution
+from dashboard.models import RequestRollup, Resolution
 from dashboard.refusals import add_refusals, read_refusals
+from dashboard.rollups import roll_up
 from dashboard.selectors.service import ServiceWatch
 from inference.models import RequestRecord
 from scheduling.models import ServiceLevel, Tenant
@@ -67,9 +68,26 @@ def test_a_look_takes_up_what_was_written_since_and_forgets_what_is_older_than_a
 
 
 def test_refusals_are_counted_once_in_their_windows_also_after_the_store_lost_its_counters() -> None:
-    assert add_refusals({"demo|acme|queue_full": 7}, NOW - timedelta(hours=3)) == 0, "nobody knows when those were"
-    assert add_refusals({"demo|acme|queue_full": 9, "a|b|acme|shed": 1}, NOW - timedelta(hours=2)) == 3
-    assert add_refusals({"demo|acme|queue_full": 9, "a|b|acme|shed": 1}, NOW - timedelta(hours=2)) == 0
-    assert add_refusals({"demo|acme|queue_full": 4}, NOW) == 4
+    first, second, third = NOW - timedelta(hours=3), NOW - timedelta(hours=2), NOW
+    assert add_refusals({"demo|acme|queue_full": 7}, {}, now=first) == 0, "nobody knows when those were"
+    assert add_refusals({"demo|acme|queue_full": 9, "a|b|acme|shed": 1}, {}, now=second) == 3
+    assert add_refusals({"demo|acme|queue_full": 9, "a|b|acme|shed": 1}, {}, now=second) == 0
+    assert add_refusals({"demo|acme|queue_full": 4}, {}, now=third) == 4
     assert read_refusals(NOW - timedelta(hours=1), Resolution.MINUTE) == {"acme": {"queue_full": 4}}
     assert read_refusals(NOW - timedelta(days=1), Resolution.HOUR) == {"acme": {"queue_full": 6, "shed": 1}}
+
+
+def test_who_is_turned_away_for_want_of_capacity_has_missed_its_service_level() -> None:
+    ServiceLevel.objects.create(priority=3, ttft_ms=1000, objective_percent=90)
+    add_refusals({}, {}, now=NOW)
+    record(1, ended_s=0)
+    roll_up(20)
+    add_refusals({}, {"demo|acme|3": 4, "demo|acme|5": 2}, now=NOW)
+    record(2, ended_s=0)
+    roll_up(20)
+    for resolution in Resolution.values:
+        rows = RequestRollup.objects.filter(resolution=resolution)
+        sums = rows.get(priority=3)
+        assert (sums.finished, sums.refused, sums.judged, sums.met) == (2, 4, 6, 2)
+        assert sums.allowed == pytest.approx(0.6)
+        assert rows.filter(priority=5).values_list("refused", "judged").get() == (2, 0), "that has no service level"

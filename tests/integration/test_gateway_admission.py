@@ -19,7 +19,7 @@ from inference.shedding import end_dropped
 from scheduling.core.answers import Shed
 from scheduling.core.backpressure import BackpressureLimits, Level
 from scheduling.keys import Keys
-from scheduling.store import aexecute, connect
+from scheduling.store import TIME, aexecute, connect
 from tests.integration.gateway_support import TENANT, draft, open_gateway
 from tests.patience import PATIENCE_S, until
 
@@ -119,6 +119,8 @@ async def test_what_another_process_measured_refuses_here_too_for_as_long_as_it_
         await until_read(gateway, lambda: gateway.status(MODEL).assessment.level == Level.HIGH)
         with pytest.raises(Overloaded, match="estimated wait 200 s"):
             await gateway.submit(draft(gateway, 1, 3))
+        await gateway.pipeline.send(TIME)  # after the counts
+        assert await astore.hgetall(keys.turned_away) == {b"tiny|alpha|3": b"1"}
         await gateway.monitor.tick(gateway.models.loaded())
         assert gateway.status(MODEL).assessment.level == Level.HIGH, "it holds"
 

@@ -104,6 +104,24 @@ def test_a_queue_is_long_by_its_ready_workers(depth: int, ready: int, value: flo
     assert said in finding.reason
 
 
+@pytest.mark.parametrize(("ready", "breached"), [(0, True), (1, False), (2, False)])
+def test_a_model_that_is_offered_has_a_ready_worker_also_while_nothing_waits(ready: int, breached: bool) -> None:
+    finding = judge("ready_workers", Readings(live=live(0, ready)))
+    assert (finding.value, finding.breached) == (ready, breached)
+    assert ("demo is offered and has no ready workers (1 paused). Start" in finding.reason) == breached
+
+
+@pytest.mark.parametrize(
+    ("finished", "refused", "breached"), [(95, 5, False), (94, 6, True), (0, 20, True), (0, 19, None)]
+)
+def test_refusals_for_want_of_capacity_are_of_all_that_came(finished: int, refused: int, breached: bool | None) -> None:
+    sums = RequestSums(finished=finished, refused=refused)
+    readings = Readings(requests={600: {("demo", "acme"): sums}})
+    found = judge_rule(Rule(kind="refusals", threshold=5, window_s=600), readings)
+    assert [finding.breached for finding in found or []] == ([] if breached is None else [breached])
+    assert ("were refused for want of capacity" in str(found)) == bool(breached)
+
+
 @pytest.mark.parametrize(("step_ms", "breached"), [(25_000.0, False), (25_100.0, True)])
 def test_steps_are_slow_by_their_mean_over_all_replicas(step_ms: float, breached: bool) -> None:
     finding = judge("step_time", Readings(batches=ran(step_ms=step_ms)), window_s=60)
@@ -178,7 +196,7 @@ def test_throttling_is_a_share_of_the_seconds(throttled: int, breached: bool) ->
     assert ("now: thermal" in finding.reason) == breached
 
 
-@pytest.mark.parametrize("kind", ["occupancy", "queue", "telemetry"])
+@pytest.mark.parametrize("kind", ["occupancy", "queue", "ready_workers", "telemetry"])
 def test_while_redis_is_away_nothing_is_said_of_what_it_holds(kind: str) -> None:
     assert judge_rule(Rule(kind=kind, threshold=1, window_s=60), Readings(batches=ran())) is None
 
