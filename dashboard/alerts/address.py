@@ -14,6 +14,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 PORTS = {"http": 80, "https": 443}
 MAX_ADDRESSES = 4
+TRANSLATED = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+"""NAT64, well-known (RFC 6052) and local (RFC 8215): older versions of Python take the second for global."""
 
 
 class AddressError(ValueError):
@@ -76,11 +78,12 @@ def may_connect(address: Address, allowed: Sequence[Network]) -> bool:
     plain = getattr(address, "ipv4_mapped", None) or address
     if any(plain in network for network in allowed):
         return True
-    return plain.is_global and not plain.is_multicast and not _embeds_ipv4(plain)
+    return plain.is_global and not plain.is_multicast and not _leads_inside(plain)
 
 
-def _embeds_ipv4(address: Address) -> bool:
-    """Whether it is of a scheme that leads to an IPv4 address behind a gateway (6to4, Teredo, NAT64)."""
+def _leads_inside(address: Address) -> bool:
+    """Whether it is a site's own (which Python calls global), or leads to an IPv4 address (6to4, Teredo, NAT64)."""
     if isinstance(address, ipaddress.IPv4Address):
         return False
-    return bool(address.sixtofour or address.teredo or address in ipaddress.ip_network("64:ff9b::/96"))
+    translated = any(address in network for network in TRANSLATED)
+    return bool(address.is_site_local or address.sixtofour or address.teredo or translated)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dashboard.alerts.address import Address, AddressError, Network, Target, check_url, find_addresses
 
 TIMEOUT_S = 10.0
-"""For all of it: connecting, TLS, sending, and the answer, however slowly it drips."""
+"""For all but looking the name up, which the resolver bounds: connecting, TLS, sending, and the answer, however slowly
+it drips."""
 MAX_ANSWER = 4096
 
 
