@@ -55,7 +55,7 @@ def history(request: HttpRequest) -> HttpResponse:
 
 @viewers_only
 def export(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
-    """All metrics of the period as CSV, times in UTC."""
+    """All metrics of the period as CSV, times in UTC; of one replica those that replicas record."""
     filters = Filters(request.GET)
     since, until = filters.window()
     model = chosen_model(request)
@@ -63,14 +63,16 @@ def export(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
         period = choose(span=filters.text("span"), since=since, until=until, compare="", now=timezone.now()).period
     except PeriodError as error:
         return HttpResponse(str(error), status=400, content_type="text/plain")
-    return csv_response(_lines(model, period), f"penstock-history-{period.start:%Y%m%d-%H%M}.csv")
+    replica = filters.text("replica")
+    return csv_response(_lines(model, period, replica), f"penstock-history-{period.start:%Y%m%d-%H%M}.csv")
 
 
-def _lines(model: str, period: Period) -> Iterable[Iterable[Any]]:
-    series = read_series(model, period, METRICS)
-    yield ["start", "model", *(f"{name} ({metric.unit})" for name, metric in METRICS.items())]
+def _lines(model: str, period: Period, replica: str) -> Iterable[Iterable[Any]]:
+    metrics = {name: metric for name, metric in METRICS.items() if not replica or metric.source == "batch"}
+    series = read_series(model, period, metrics, replica=replica)
+    yield ["start", "model", "replica", *(f"{name} ({metric.unit})" for name, metric in metrics.items())]
     for i in range(period.num_grains):
-        values = [series[name][i] for name in METRICS]
+        values = [series[name][i] for name in metrics]
         if any(value is not None for value in values):
             start = period.start + timedelta(seconds=i * period.resolution)
-            yield [start.astimezone(UTC).isoformat(), model, *values]
+            yield [start.astimezone(UTC).isoformat(), model, replica, *values]
