@@ -54,6 +54,9 @@ METRICS: Mapping[str, GuardMetric] = {
 }
 
 
+COUNTS = {"requests": "Requests that ended", "waiting": "Requests that wait", "judged": "Judged by a service level"}
+
+
 class GuardError(ValueError):
     """The guard cannot be used; the message says why."""
 
@@ -80,6 +83,7 @@ def switch_under_guard(guard: Guard, **order: Any) -> tuple[PolicyRevision, Guar
     watches: list[GuardedSwitch] = []
     revision = switch_policy(**order, on_written=lambda revision: watches.append(_watch(revision, guard)))
     (watched,) = watches
+    _renumber(watched, revision)
     if revision.applied_at is not None:
         _begin(watched, revision.applied_at)
     return revision, watched
@@ -90,6 +94,7 @@ def _watch(revision: PolicyRevision, guard: Guard) -> GuardedSwitch:
     return GuardedSwitch.objects.create(
         model=revision.model,
         revision=revision.revision,
+        row=revision,
         metric=guard.metric,
         threshold=guard.threshold,
         watch_s=guard.watch_s,
@@ -105,6 +110,13 @@ def _begin(guard: GuardedSwitch, when: datetime) -> None:
     GuardedSwitch.objects.filter(pk=guard.pk, state=State.WATCHING).update(
         started_at=guard.started_at, ends_at=guard.ends_at
     )
+
+
+def _renumber(guard: GuardedSwitch, revision: PolicyRevision) -> None:
+    """Follow a revision that got another number when it came into force: Redis was ahead of a restored database."""
+    if guard.revision != revision.revision:
+        guard.revision = revision.revision
+        GuardedSwitch.objects.filter(pk=guard.pk).update(revision=guard.revision)
 
 
 def check_guards(*, announce: Announce | None = None, clock: Callable[[], datetime] = timezone.now) -> int:
@@ -151,9 +163,10 @@ def read_figures(
 
 
 def _look(guard: GuardedSwitch, newest: PolicyRevision | None, now: datetime, announce: Announce | None) -> bool:
-    if newest is None or newest.revision != guard.revision:
+    if newest is None or newest.pk != guard.row_id:
         _end(guard, State.SUPERSEDED, "Another revision came before the watch was over.")
         return False
+    _renumber(guard, newest)
     if newest.applied_at is None:  # Redis was away, or the switch is under way
         _begin(guard, now)
         return False

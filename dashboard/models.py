@@ -3,7 +3,7 @@
 from django.db import models
 
 import dashboard.alerts.models  # noqa: F401  (Django finds an app's models here)
-from scheduling.models import PriorityLevel
+from scheduling.models import PolicyRevision, PriorityLevel
 
 
 class Resolution(models.IntegerChoices):
@@ -184,6 +184,13 @@ class GuardedSwitch(models.Model):
 
     model = models.CharField(max_length=128)
     revision = models.PositiveIntegerField()
+    row = models.ForeignKey(
+        PolicyRevision,
+        on_delete=models.SET_NULL,
+        null=True,
+        related_name="+",
+        help_text="The revision itself: its number grows where Redis is ahead of the database.",
+    )
     metric = models.CharField(max_length=32)
     threshold = models.FloatField()
     watch_s = models.PositiveIntegerField()

@@ -10,6 +10,9 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString, mark_safe
 
 from dashboard.alerts.judging import span as alert_span
+from dashboard.guard import COUNTS
+from dashboard.guard import METRICS as GUARDS
+from dashboard.models import GuardedSwitch
 
 register = Library()
 NONE = "–"  # noqa: RUF001
@@ -131,6 +134,35 @@ def budget(left: float) -> str:
     if left < -1:
         return f"spent {1 - left:.0f}×"  # noqa: RUF001
     return f"{left * 100:.0f} % left" if left >= 0 else f"{-left * 100:.0f} % over"
+
+
+@register.filter
+def guard_bound(guard: GuardedSwitch) -> str:
+    """What a guard watches, and the worst it may be."""
+    metric = GUARDS.get(guard.metric)
+    if metric is None:
+        return f"{guard.metric} against {guard.threshold:g}"
+    return f"{metric.title} {'not below' if metric.falls else 'not above'} {guard.threshold:g} {metric.unit}"
+
+
+@register.filter
+def guard_rows(guard: GuardedSwitch) -> list[tuple[str, str, str]]:
+    """The figures of before and after, with titles and units."""
+    names = [name for name in (*COUNTS, *GUARDS) if name in guard.after or name in guard.before]
+    return [
+        (
+            COUNTS.get(name) or GUARDS[name].title,
+            _guard_figure(name, guard.before.get(name)),
+            _guard_figure(name, guard.after.get(name)),
+        )
+        for name in names
+    ]
+
+
+def _guard_figure(name: str, value: float | None) -> str:
+    if value is None or name in COUNTS:
+        return number(value)
+    return duration(value) if GUARDS[name].unit == "s" else f"{number(value)} {GUARDS[name].unit}"
 
 
 @register.filter

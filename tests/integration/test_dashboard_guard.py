@@ -1,5 +1,6 @@
 """Before and after a switch: recorded traffic replayed for the operator, and a bad policy turned back by itself."""
 
+import re
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -11,16 +12,20 @@ from django.core.management import call_command
 from django.db import DatabaseError
 from django.test import Client
 from django.utils import timezone
+from pytest_django.fixtures import Settings
 
 from controlplane.config import Config
 from dashboard import guard, what_if
-from dashboard.guard import check_guards
+from dashboard.guard import Guard, check_guards, switch_under_guard
 from dashboard.models import GuardedSwitch, WhatIfRun
 from dashboard.what_if import WhatIfError, ask_what_if
 from inference.models import ModelDeployment, RequestRecord
+from scheduling.core.policies import build_policy
 from scheduling.keys import Keys
 from scheduling.models import OperatorAction, PolicyRevision, ServiceLevel
+from scheduling.policy_switch import reconcile_policies
 from scheduling.store import execute
+from scheduling.switch import switch_policy as switch_queue
 from tests.fleet_data import FleetWriter
 from tests.history_data import make_requests
 from tests.integration.recorded_run import START, record_run
@@ -83,7 +88,11 @@ def test_a_bad_policy_under_load_is_turned_back_by_itself_and_nothing_is_lost(fl
     assert "above the guard's 60 s" in back.reason
     assert OperatorAction.objects.filter(actor_name="guard").count() == 1
     assert check_guards() == 0
-    assert "rolled back" in signed_in().get("/policies/").content.decode()
+    page = signed_in().get("/policies/").content.decode()
+    assert "rolled back" in page
+    assert "TTFT, p99 not above 60 s, watched 120 s" in page
+    assert re.search(r"<td>TTFT, p99</td>\s*<td class=\"num\">[\d.]+ m?s</td>\s*<td class=\"num\">1 min \d+ s</td>", page)
+    assert "ttft_p99_s" not in re.sub(r"(?s)<select.*?</select>", "", page)
     (told,) = get_json(signed_in(), "operator/guards", model="demo")
     assert told["verdict"] == watched.verdict
     assert get_json(signed_in(), "operator/guards", model="demo", before=told["revision"]) == []
@@ -188,6 +197,25 @@ def test_a_watch_begins_when_the_policy_comes_into_force(fleet: FleetWriter) -> 
     assert check_guards(clock=lambda: later) == 0
     watched = GuardedSwitch.objects.get()
     assert (watched.state, watched.started_at, watched.ends_at) == ("watching", later, later + timedelta(seconds=120))
+
+
+def test_a_guard_follows_its_revision_where_redis_is_ahead_of_a_restored_database(
+    fleet: FleetWriter, settings: Settings
+) -> None:
+    values = settings.PENSTOCK.model_dump()
+    settings.PENSTOCK = Config.model_construct(**values | {"redis_url": "unix:///nowhere/redis.sock"})
+    wanted = Guard(metric="ttft_p99_s", threshold=60, watch_s=120)
+    revision, _ = switch_under_guard(wanted, model="demo", name="priority", reason="try it")
+    assert (revision.revision, revision.state) == (1, "pending")
+    settings.PENSTOCK = Config.model_construct(**values)
+    switch_queue(fleet.client, fleet.queue, build_policy("fair", {}), 7)
+    assert reconcile_policies() == 1
+    assert check_guards() == 0
+    let_pass(200)
+    served(40, late_s=90)
+    assert check_guards() == 1
+    watched = GuardedSwitch.objects.get()
+    assert (watched.state, watched.revision, watched.rolled_back_to) == ("rolled back", 8, 9)
 
 
 def test_a_former_policy_that_is_no_more_is_said_and_stops_no_other_guard(fleet: FleetWriter) -> None:
