@@ -13,6 +13,7 @@ from django.db.models import Q
 
 from dashboard.alerts.address import AddressError, check_url
 from dashboard.alerts.kinds import KINDS, SEVERITIES, Rule, find_problems
+from inference.models import ModelDeployment
 
 MAX_RULES = 100
 MAX_CHANNELS = 20
@@ -66,10 +67,21 @@ class AlertRule(models.Model):
         problems = find_problems(self.spec())
         if "\0" in self.name + self.model:
             problems["name"] = "A name holds no NUL."
+        elif sentence := self._find_unknown_model():
+            problems["model"] = sentence
         if self._state.adding and AlertRule.objects.count() >= MAX_RULES:
             problems["name"] = f"There are {MAX_RULES} rules already; delete one first."
         if problems:
             raise ValidationError(problems)
+
+    def _find_unknown_model(self) -> str:
+        """A sentence where the rule would never fire; one whose model was taken away meanwhile can still be changed."""
+        if not self.model or AlertRule.objects.filter(pk=self.pk, model=self.model).exists():
+            return ""
+        names = list(ModelDeployment.objects.order_by("name").values_list("name", flat=True))
+        if self.model in names:
+            return ""
+        return f"There is no model {self.model[:60]!r}; choose {', '.join([*names[:10], 'or none for all'])}."
 
     def spec(self) -> Rule:
         """What the evaluation needs. A field that a form left empty counts as wrong, not as an error here."""
