@@ -16,7 +16,7 @@ from dashboard.models import WhatIfRun
 from inference.recorded import HistoryError, read_window
 from inference.what_if import Candidate, run_what_if
 from scheduling.audit import record_action
-from scheduling.core.policies import PolicyError, build_policy
+from scheduling.core.policies import POLICIES, PolicyError, build_policy
 from scheduling.models import ConfigVersion
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,10 @@ def _replay(run: WhatIfRun) -> None:
     run_id = run.pk
     try:
         recorded = read_window(run.model, start=run.start, end=run.end)
-        candidates = [Candidate(policy=one["policy"], params=one["params"]) for one in run.candidates]
+        candidates = [
+            Candidate(policy=one["policy"], params=one["params"], label=_label(one["policy"], one["params"]))
+            for one in run.candidates
+        ]
         result = run_what_if(recorded, candidates, progress=_Telling(run_id))
     except (HistoryError, PolicyError) as error:
         _finish(run_id, state=State.FAILED, error=str(error))
@@ -86,6 +89,20 @@ def _replay(run: WhatIfRun) -> None:
         _finish(run_id, state=State.FAILED, error="The replay failed; the log of the ops worker says why.")
     else:
         _finish(run_id, state=State.DONE, result=result, progress=1.0)
+
+
+def _label(policy: str, params: Mapping[str, Any]) -> str:
+    """The policy, with those of its parameters that are not at their defaults."""
+    changed = {name: value for name, value in params.items() if value != POLICIES[policy].params[name]}
+    return ", ".join(
+        [
+            policy,
+            *(
+                f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in changed.items()
+            ),
+        ]
+    )
 
 
 def end_lost_runs() -> int:

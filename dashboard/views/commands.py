@@ -108,16 +108,21 @@ def switch(request: HttpRequest, *, model: str) -> JsonResponse:
 
 @operators_only(SWITCH_POLICY, with_reason=False)
 def what_if(request: HttpRequest, *, model: str) -> JsonResponse:
-    """Have recorded traffic replayed under the policies that were chosen."""
+    """Have recorded traffic replayed under the policies that were chosen, with the parameters that came for them."""
     with timezone.override(reader_zone(request)):
         filters = Filters(request.POST)
         since, until = filters.window()
     end = until or timezone.now()
     start = since or end - SPANS.get(filters.text("span"), SPANS["15m"])[1]
-    candidates = [{"policy": name} for name in request.POST.getlist("candidate")]
-    if filters.problems:
-        return refuse(400, next(iter(filters.problems.values())), fields=filters.problems)
+    problems = dict(filters.problems)
     try:
+        candidates = []
+        for name in request.POST.getlist("candidate"):
+            params, wrong = read_params(name, request.POST)
+            candidates.append({"policy": name, "params": params})
+            problems |= {field: f"{name}: {sentence}" for field, sentence in wrong.items()}
+        if problems:
+            return refuse(400, next(iter(problems.values())), fields=problems)
         run = ask_what_if(model=model, start=start, end=end, candidates=candidates, actor=_actor(request))
         run_what_if.delay(run.pk)
     except (WhatIfError, PolicyError) as error:

@@ -130,7 +130,12 @@ let looked = 0;
 
 replay?.addEventListener("submit", async (event) => {
   event.preventDefault();
-  const answer = await post(replay.action, new FormData(replay));
+  const body = new FormData(replay);
+  // Each candidate with the parameters that stand in the form of changes.
+  for (const name of body.getAll("candidate")) {
+    for (const field of form.querySelectorAll(`.kind[data-kind="${name}"] :is(input, select)`)) body.append(field.name, field.value);
+  }
+  const answer = await post(replay.action, body);
   problem(byId("what-if-problem"), answer.ok ? "" : answer.error);
   if (answer.ok) {
     announce(answer.message);

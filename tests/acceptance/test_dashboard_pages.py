@@ -192,6 +192,11 @@ def test_a_guard_is_set_with_the_change_and_its_watch_is_shown(visit: Visit, fle
 def test_a_replay_shows_its_progress_and_then_its_table(visit: Visit, web: WebProcess) -> None:
     page = visit(path="/policies/")
     page.locator("#what-if-form").get_by_label("fair", exact=True).check()
+    page.get_by_label("Policy", exact=True).select_option("fair")
+    page.get_by_label("level_s", exact=True).locator("visible=true").fill("-1")
+    page.get_by_role("button", name="Replay").click()
+    expect(page.locator("#what-if-problem")).to_contain_text("fair: level_s must be a number")
+    page.get_by_label("level_s", exact=True).locator("visible=true").fill("7")
     page.get_by_role("button", name="Replay").click()
     run = page.locator("#what-if .runs li").first
     expect(run).to_contain_text("queued")
@@ -200,6 +205,7 @@ def test_a_replay_shows_its_progress_and_then_its_table(visit: Visit, web: WebPr
     expect(run).to_contain_text("done")
     expect(page.locator("#what-if table")).to_contain_text("really happened")
     expect(page.locator("#what-if table")).to_contain_text("By tenant")
+    expect(page.locator("#what-if table").get_by_role("columnheader", name="fair, level_s 7")).to_be_visible()
 
 
 def test_a_token_is_shown_once_and_revoked_with_a_reason(visit: Visit) -> None:

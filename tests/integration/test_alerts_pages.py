@@ -137,7 +137,7 @@ def test_an_operator_changes_a_rule_with_a_reason_and_the_trail_keeps_what_diffe
     [
         ({"threshold": "much"}, "threshold"), ({"threshold": "nan"}, "threshold"), ({"threshold": "-1"}, "threshold"),
         ({"window_s": "1"}, "window_s"), ({"window_s": "9" * 30}, "window_s"), ({"hold_s": "-5"}, "hold_s"),
-        ({"severity": "dire"}, "severity"), ({"model": "x" * 200}, "model"),
+        ({"severity": "dire"}, "severity"), ({"model": "x" * 200}, "model"), ({"model": "demmo"}, "model"),
         ({"short_window_s": "60"}, "short_window_s"),
     ],
 )  # fmt: skip

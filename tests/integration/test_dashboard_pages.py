@@ -15,7 +15,7 @@ from dashboard.models import RequestRollup
 from dashboard.page import PAGES
 from dashboard.rollups import roll_up
 from dashboard.selectors.history import METRICS, choose_period, read_series
-from inference.models import BatchRecord, RequestRecord
+from inference.models import BatchRecord, Replica, RequestRecord
 from scheduling.audit import record_action
 from scheduling.cells import safe_cell
 from scheduling.keys import Keys
@@ -232,10 +232,29 @@ def test_the_export_holds_every_metric_and_no_formula(fleet: FleetWriter) -> Non
     query = {"since": "2026-03-01T11:00", "until": "2026-03-01T12:01", "model": "demo"}
     answer = signed_in().get("/history/export/", query)
     lines = b"".join(answer.streaming_content).decode().splitlines()  # type: ignore[attr-defined]
-    assert lines[0].startswith("start,model,output_tokens (tokens/s)")
-    assert lines[-1].startswith("2026-03-01T12:00:00+00:00,demo,")
+    assert lines[0].startswith("start,model,replica,output_tokens (tokens/s),completions (requests/s)")
+    assert lines[-1].startswith("2026-03-01T12:00:00+00:00,demo,,")
     assert "attachment" in answer.headers["Content-Disposition"]
     assert [*map(safe_cell, ["=1+1", "@x", "plain", -4])] == ["'=1+1", "'@x", "plain", -4]
+
+
+def test_the_export_of_one_replica_holds_what_that_one_recorded(fleet: FleetWriter) -> None:
+    BatchRecord.objects.bulk_create(make_batches(120, end=NOW, model="demo"))
+    Replica.objects.create(name="gpu-1", model="demo")
+    roll_up(20)
+    query = {"since": "2026-03-01T11:00", "until": "2026-03-01T12:01", "model": "demo"}
+
+    def tokens(**more: str) -> float:
+        answer = signed_in().get("/history/export/", {**query, **more})
+        lines = b"".join(answer.streaming_content).decode().splitlines()  # type: ignore[attr-defined]
+        assert {line.split(",")[2] for line in lines[1:]} == {more.get("replica", "")}
+        return sum(float(line.split(",")[3]) for line in lines[1:])
+
+    one, two = tokens(replica="gpu-0"), tokens(replica="gpu-1")
+    assert min(one, two) > 0
+    assert tokens() == pytest.approx(one + two, rel=1e-4)
+    page = signed_in().get("/history/", {**query, "replica": "gpu-1"}).content.decode()
+    assert "replica=gpu-1" in page.split("/history/export/?")[1].split('"')[0]
 
 
 # Audit

@@ -295,7 +295,7 @@ def test_a_web_address_is_taken_apart() -> None:
         ("10.1.2.3", False), ("192.168.1.1", False), ("169.254.169.254", False), ("fe80::1", False), ("0.0.0.0", False),
         ("::ffff:127.0.0.1", False), ("::ffff:10.0.0.1", False), ("224.0.0.1", False), ("100.64.0.1", False),
         ("64:ff9b::a9fe:a9fe", False), ("2002:7f00:1::", False), ("fd00::1", False), ("172.20.0.9", True),
-        ("::ffff:172.20.0.9", True),
+        ("::ffff:172.20.0.9", True), ("fec0::1", False), ("64:ff9b:1::a9fe:a9fe", False), ("64:ff9b:1:ffff::1", False),
     ],
 )  # fmt: skip
 def test_only_public_addresses_and_named_networks_are_connected_to(address: str, allowed: bool) -> None:
