@@ -124,7 +124,10 @@ async def test_a_replay_is_run_by_the_ops_worker_which_shows_how_far_it_is(syste
     def enough() -> bool:
         return len(system.rows(f"SELECT id FROM inference_requestrecord LIMIT {NUM_REPLAYED}")) == NUM_REPLAYED
 
-    await crowd.run(lambda: asyncio.to_thread(wait_until, enough, "clients are answered"))
+    async def during() -> None:
+        await asyncio.to_thread(wait_until, enough, "clients are answered")
+
+    await crowd.run(during)
     with contextlib.closing(system.operator()) as operator:
         named = ("fifo", "priority", "edf", "size", "wrr", "fair", "hierarchical")
         candidates: list[dict[str, Any]] = [{"policy": name} for name in named]

@@ -91,7 +91,9 @@ def test_a_bad_policy_under_load_is_turned_back_by_itself_and_nothing_is_lost(fl
     page = signed_in().get("/policies/").content.decode()
     assert "rolled back" in page
     assert "TTFT, p99 not above 60 s, watched 120 s" in page
-    assert re.search(r"<td>TTFT, p99</td>\s*<td class=\"num\">[\d.]+ m?s</td>\s*<td class=\"num\">1 min \d+ s</td>", page)
+    assert re.search(
+        r"<td>TTFT, p99</td>\s*<td class=\"num\">[\d.]+ m?s</td>\s*<td class=\"num\">1 min \d+ s</td>", page
+    )
     assert "ttft_p99_s" not in re.sub(r"(?s)<select.*?</select>", "", page)
     (told,) = get_json(signed_in(), "operator/guards", model="demo")
     assert told["verdict"] == watched.verdict
