@@ -72,6 +72,7 @@ def watch_switches() -> None:
 
 
 @shared_task(ignore_result=True)
+@alone
 def tell_of_life() -> None:
     """Leave a sign for probes that this worker does what beat sends; it asks no database, which may be away."""
     try:

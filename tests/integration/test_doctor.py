@@ -95,6 +95,7 @@ def test_clocks_that_differ_and_workers_that_lack_are_named(store: redis.Redis, 
 
 
 def test_a_checkpoint_that_is_torn_or_elsewhere_is_named(tmp_path: Path) -> None:
+    assert levels(doctor.check_checkpoints(make_config())) == {"models": "fail"}
     folder = make_tiny_checkpoint(tmp_path / "tiny")
     ModelDeployment.objects.create(name="tiny", path=str(folder))
     ModelDeployment.objects.create(name="away", path="/nowhere/model")
