@@ -295,9 +295,7 @@ def check_accounts() -> Iterator[Finding]:
 def check_checkpoints(config: Config) -> Iterator[Finding]:
     """Models that are offered can be loaded. A machine that PENSTOCK_MODEL keeps to others may lack one."""
     if not ModelDeployment.objects.filter(enabled=True).exists():
-        yield _fail(
-            "models", "No model is offered.", "`manage.py add_model NAME PATH`, or start a gpu worker: the demo."
-        )
+        yield _fail("models", "No model is offered.", "Register one: `manage.py add_model NAME PATH`.")
     inspect: Callable[[Path], object] = inspect_checkpoint
     for deployment in ModelDeployment.objects.filter(enabled=True, backend=ModelDeployment.Backend.BUILTIN):
         path = Path(deployment.path)
