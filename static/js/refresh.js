@@ -2,6 +2,14 @@
 
 let running = null;
 const wanted = new Set();
+let pressed = false;
+addEventListener("pointerdown", () => (pressed = true), true);
+for (const end of ["pointerup", "pointercancel", "blur"]) addEventListener(end, () => (pressed = false), true);
+
+/** A press becomes a click only where its element is still there when it ends. */
+async function pressEnds() {
+  while (pressed) await new Promise((done) => setTimeout(done, 30));
+}
 
 /** Fetches this page and replaces the elements of these ids. Calls in the meantime end in one more fetch. */
 export async function refresh(...ids) {
@@ -20,6 +28,7 @@ async function load() {
     const answer = await fetch(location.href, { headers: { Accept: "text/html" }, cache: "no-store", redirect: "error" });
     if (!answer.ok) return;
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    await pressEnds();
     for (const id of ids) {
       const [old, fresh] = [document.getElementById(id), page.getElementById(id)];
       if (old && fresh && !old.isEqualNode(fresh)) old.replaceWith(document.adoptNode(fresh));

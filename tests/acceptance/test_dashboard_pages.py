@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from playwright.sync_api import BrowserContext, Page, expect
+from playwright.sync_api import BrowserContext, Page, Route, expect
 
 from dashboard.page import PAGES
 from scheduling.store import execute
@@ -145,6 +145,26 @@ def test_a_waiting_request_is_found_its_wait_explained_and_it_is_cancelled(visit
     page.get_by_role("button", name="Cancel the request").click()
     expect(page.locator("#life .badge")).to_have_text("cancelled")
     expect(page.get_by_role("button", name="Cancel…")).to_have_count(0)
+
+
+def test_a_button_that_is_pressed_while_its_part_is_drawn_anew_is_still_clicked(
+    visit: Visit, fleet: FleetWriter
+) -> None:
+    waiting = fleet.enqueue("support", 4)
+    page = visit(path=f"/requests/{waiting}/")
+    held: list[Route] = []
+    page.route(f"**/requests/{waiting}/", lambda route: held.append(route))
+    with page.expect_request(f"**/requests/{waiting}/"):
+        pass
+    page.get_by_role("button", name="Cancel…").hover()
+    page.mouse.down()
+    answer = held[0].fetch()
+    with page.expect_response(f"**/requests/{waiting}/"):
+        held[0].fulfill(response=answer, body=answer.text().replace("Cancel…", "Cancel now…"))
+    page.evaluate("new Promise(requestAnimationFrame)")
+    page.mouse.up()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    expect(page.locator("#cancel")).to_have_text("Cancel now…")
 
 
 def test_recorded_requests_are_filtered_and_read_on_by_keyboard(visit: Visit) -> None:
