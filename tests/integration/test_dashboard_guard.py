@@ -2,11 +2,13 @@
 
 import re
 from datetime import timedelta
+from importlib import import_module
 from itertools import count
 from typing import Any
 
 import pytest
 import redis
+from django.apps import apps
 from django.contrib.auth.models import User
 from django.core.management import call_command
 from django.db import DatabaseError
@@ -218,6 +220,15 @@ def test_a_guard_follows_its_revision_where_redis_is_ahead_of_a_restored_databas
     assert check_guards() == 1
     watched = GuardedSwitch.objects.get()
     assert (watched.state, watched.revision, watched.rolled_back_to) == ("rolled back", 8, 9)
+
+
+def test_a_guard_that_watches_while_the_system_is_updated_goes_on(fleet: FleetWriter) -> None:
+    switch_guarded(signed_in("operator"))
+    GuardedSwitch.objects.update(row=None)
+    import_module("dashboard.migrations.0007_guarded_revision").find_rows(apps, None)
+    assert check_guards() == 0
+    watched = GuardedSwitch.objects.get()
+    assert (watched.state, watched.row) == ("watching", PolicyRevision.objects.get())
 
 
 def test_a_former_policy_that_is_no_more_is_said_and_stops_no_other_guard(fleet: FleetWriter) -> None:
