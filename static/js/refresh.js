@@ -3,7 +3,8 @@
 let running = null;
 const wanted = new Set();
 let pressed = false;
-addEventListener("pointerdown", () => (pressed = true), true);
+// Only the first button clicks; of another, which opens a menu, the end may never be told.
+addEventListener("pointerdown", (event) => (pressed = event.button === 0), true);
 for (const end of ["pointerup", "pointercancel", "blur"]) addEventListener(end, () => (pressed = false), true);
 
 /** A press becomes a click only where its element is still there when it ends. */
