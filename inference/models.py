@@ -83,8 +83,9 @@ class ModelDeployment(models.Model):
     backend = models.CharField(max_length=16, choices=Backend.choices, default=Backend.BUILTIN)
     path = models.CharField(
         max_length=1024, blank=True,
-        help_text="Directory of the checkpoint, the same on every gpu machine. Of an upstream server's model the "
-        "tokenizer at most is read, to count prompts exactly; empty: their length is guessed until the server says.",
+        help_text="Directory of the checkpoint, at the same path for gpu workers, web and ops. Of an upstream server's "
+        "model the tokenizer at most is read, to count prompts exactly; empty: their length is guessed until the "
+        "server says.",
     )  # fmt: skip
     upstream_url = models.CharField(
         "upstream address",
