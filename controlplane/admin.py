@@ -81,15 +81,17 @@ class UserAdmin(AsksWhy, DjangoUserAdmin, ModelAdmin):
         super().save_model(request, obj, form, change)
 
     def save_related(self, request: HttpRequest, form: Any, formsets: Any, change: bool) -> None:
-        """Save, and write down what the account is now and may do."""
+        """Save, and write down what the account is now and may do, where that is new."""
         super().save_related(request, form, formsets, change)
         user = form.instance
+        if form.former == (after := _account(user)):
+            return
         record_action(
             actor=signed_in(request),
             action=f"user.{'update' if change else 'create'}",
             target=user.get_username(),
             before=form.former,
-            after=_account(user),
+            after=after,
             reason=reason_of(request),
         )
 

@@ -230,6 +230,8 @@ def test_rights_of_accounts_and_groups_are_written_down(admin: Client) -> None:
         "user_permissions": ([], ["controlplane.view_batch"]),
     }
     assert row.reason == "she looks after batches"
+    assert admin.post(f"/admin/auth/user/{olga.pk}/change/", form).status_code == 302
+    assert latest("user.update") == row, "what changes nothing is no row"
     group = Group.objects.create(name="auditors")
     assert admin.post(f"/admin/auth/group/{group.pk}/change/", {"name": "auditors"}).status_code == 200
     rights = {"name": "auditors", "permissions": [right.pk], "reason": "they read batches"}
