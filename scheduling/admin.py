@@ -75,7 +75,7 @@ class TenantAdmin(ExchangeAdmin):
     search_help_text = "Name, or the eight characters after ps- of a key"
     list_filter = ["suspended", "quota__max_priority"]
     list_select_related = ["quota"]
-    fields = [("name", "display_name"), ("weight", "suspended", "drop_expired")]
+    fields = [("name", "display_name"), ("weight", "suspended"), "drop_expired"]
     inlines = [QuotaInline, ServiceLevelInline, ApiKeyInline]
     actions = ["suspend", "resume"]
 
