@@ -252,9 +252,9 @@ def test_requests_that_wait_past_their_target_burn_the_budget_before_they_end(
     fleet: FleetWriter, clock: SteppedClock
 ) -> None:
     make_rule(kind="sla_burn", threshold=6, window_s=3600, short_window_s=300, hold_s=0)
-    ServiceLevel.objects.create(priority=3, ttft_ms=10_000)
+    ServiceLevel.objects.create(priority=3, ttft_ms=100_000)
     for i in range(30):
-        fleet.enqueue("starving", age_s=20 if i < 25 else 1)
+        fleet.enqueue("starving", age_s=200 if i < 25 else 1)
     assert watch(clock) == 1
     alert = Alert.objects.get()
     assert (alert.subject, "25 of 25 requests" in alert.reason) == ("starving", True)
