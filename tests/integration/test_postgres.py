@@ -138,3 +138,37 @@ def test_machines_that_start_at_the_same_time_prepare_the_database_once(postgres
         command = [sys.executable, "-c", MIGRATE]
         machines.append(subprocess.Popen(command, env=environment, cwd=HERE.parent.parent))
     assert [machine.wait(120) for machine in machines] == [0, 0, 0]
+
+
+UPGRADE = """
+import django
+django.setup()
+from django.core.management import call_command
+from django.db import connection
+from django.db.migrations.executor import MigrationExecutor
+from dashboard.models import GuardedSwitch
+from scheduling.models import OperatorAction
+BEFORE = [("dashboard", "0005_default_alert_rules"), ("scheduling", "0005_time_per_output_token")]
+executor = MigrationExecutor(connection)
+executor.migrate(BEFORE)
+old = executor.loader.project_state(BEFORE).apps
+now = "2026-03-01T12:00:00Z"
+old.get_model("scheduling", "PolicyRevision").objects.create(model="demo", revision=3, name="fair")
+old.get_model("scheduling", "OperatorAction").objects.create(actor_name="olga", action="policy.switch", target="demo")
+old.get_model("dashboard", "GuardedSwitch").objects.create(
+    model="demo", revision=3, metric="failed", threshold=5, watch_s=600, started_at=now, ends_at=now
+)
+call_command("migrate", verbosity=0)
+assert GuardedSwitch.objects.get().row.revision == 3
+assert OperatorAction.objects.get().token == ""
+"""
+
+
+@pytest.mark.postgres
+def test_a_database_in_use_is_brought_up_to_date_with_its_rows(postgres_url: str, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "DATABASE_URL": postgres_url,
+        "PENSTOCK_VAR": str(tmp_path),
+        "DJANGO_SETTINGS_MODULE": "controlplane.settings",
+    }
+    subprocess.run([sys.executable, "-c", UPGRADE], env=environment, cwd=HERE.parent.parent, check=True, timeout=120)
