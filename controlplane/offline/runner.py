@@ -34,6 +34,7 @@ from inference.gateway.admission import Draft
 from inference.gateway.errors import (
     GatewayError,
     InvalidRequest,
+    NoReplica,
     Overloaded,
     QueueFull,
     RateLimited,
@@ -144,13 +145,13 @@ class OfflineRunner:
             return 1
         try:
             draft = await self._draft(batch, line)
-            await self._gateway.submit(replace(draft, keep_s=KEEP_S))
+            await self._gateway.submit(replace(draft, keep_s=KEEP_S, comes_again=True))
         except RequestEnded:
             return 0  # its end is collected at the next step
         except GatewayError as error:
             if status_of(error) not in PASSING:
                 await self._fail(line, error)
-            elif isinstance(error, RateLimited | Overloaded | QueueFull):
+            elif isinstance(error, RateLimited | NoReplica | Overloaded | QueueFull):
                 self._refused[batch.tenant] = time.monotonic() + min(REST_S, error.retry_after_s or 1.0)
             return 0
         await self._save(line, BatchLine.State.SUBMITTED)

@@ -68,6 +68,8 @@ class Draft:
     estimated_prompt_tokens: int = 0
     others: tuple[str, ...] = ()
     """Ids of further answers to the same request, which are charged with this one: all of them or none."""
+    comes_again: bool = False
+    """Whoever sends it does so until it is let in, and no client hears of a refusal: that is no miss then."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -300,7 +302,7 @@ class AdmissionDesk:
         """Count a refusal for the metrics; nobody waits for it."""
         whose = f"{draft.model.name}|{draft.tenant.name}"
         counters = [(self._keys.refusals, f"{whose}|{reason}")]
-        if reason in WANT_OF_CAPACITY:
+        if reason in WANT_OF_CAPACITY and not draft.comes_again:
             counters.append((self._keys.turned_away, f"{whose}|{draft.priority}"))
         for key, field in counters:
             future = self._pipeline.send(Command(("HINCRBY", key, field, 1), int))
