@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from inference.messages import HISTORY_LENGTH, Finish, InferenceRequest, SequenceUpdate, unserved_event
-from inference.shedding import MAX_REPLIES
+from inference.shedding import MAX_REPLIES, add_message
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
 from scheduling.store import Command
@@ -32,18 +32,14 @@ def end_cancelled(
     event = unserved_event(request, state="cancelled", reason="cancelled", now_s=time.time(), error_code=error_code)
     commands: list[Command[Any]] = [
         settle_cancelled(keys, request, withdrawn=withdrawn),
-        _add(keys.history, HISTORY_LENGTH, _encode([event])),
+        add_message(keys.history, HISTORY_LENGTH, _encode([event])),
     ]
     if attempt is not None and request.reply_to:
         update = SequenceUpdate(request.id, attempt, 0, [], [], finish_cancelled(request))
-        commands.insert(0, _add(keys.replies(request.reply_to), MAX_REPLIES, _encode([update])))
+        commands.insert(0, add_message(keys.replies(request.reply_to), MAX_REPLIES, _encode([update])))
     return commands
 
 
 def finish_cancelled(request: InferenceRequest, num_tokens: int = 0) -> Finish:
     """How it ends: after as many tokens as attempts before had made."""
     return Finish("cancelled", request.num_prompt_tokens, num_tokens)
-
-
-def _add(key: str, length: int, message: bytes) -> Command[Any]:
-    return Command(("XADD", key, "MAXLEN", "~", length, "*", "m", message), bytes)

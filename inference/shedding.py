@@ -42,12 +42,12 @@ def tell_end(queue: FleetQueue, request: InferenceRequest, reason: DropReason) -
     end = unserved_event(request, state="failed", reason="error", now_s=time.time(), error_code=reason)
     commands: list[Command[Any]] = [
         TenantLimits(keys).settle(request.tenant, request.id, refund_tokens=request.charged_tokens),
-        _add(keys.history, HISTORY_LENGTH, _encode([end])),
+        add_message(keys.history, HISTORY_LENGTH, _encode([end])),
         Command(("HINCRBY", keys.refusals, f"{request.model}|{request.tenant}|{reason}", 1), int),
     ]
     if request.reply_to:
         update = SequenceUpdate(request.id, 0, 0, [], [], finish_of(request, reason))
-        commands.insert(0, _add(keys.replies(request.reply_to), MAX_REPLIES, _encode([update])))
+        commands.insert(0, add_message(keys.replies(request.reply_to), MAX_REPLIES, _encode([update])))
     return commands
 
 
@@ -68,5 +68,6 @@ def end_dropped(client: redis.Redis, queue: FleetQueue, dropped: Iterable[Shed])
             execute_many(client, tell_end(queue, request, drop.reason))
 
 
-def _add(key: str, length: int, message: bytes) -> Command[bytes]:
+def add_message(key: str, length: int, message: bytes) -> Command[bytes]:
+    """Put a message at the end of a stream that keeps about so many."""
     return Command(("XADD", key, "MAXLEN", "~", length, "*", "m", message), bytes)

@@ -10,7 +10,7 @@ import redis
 
 from inference.cancelling import end_cancelled, finish_cancelled
 from inference.messages import HISTORY_LENGTH, Finish, InferenceRequest, RequestEvent, State, unserved_event
-from inference.shedding import end_dropped
+from inference.shedding import add_message, end_dropped
 from scheduling.fleet import FleetQueue, RequestRecordView, Shed
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
@@ -94,9 +94,7 @@ class Sweeper:
             event, refund = None, 0
         commands: list[Command[Any]] = [self._limits.settle(tenant, request_id, refund_tokens=refund)]
         if event is not None:
-            message = msgspec.msgpack.encode([event])
-            words = ("XADD", self._keys.history, "MAXLEN", "~", HISTORY_LENGTH, "*", "m", message)
-            commands.append(Command(words, bytes))
+            commands.append(add_message(self._keys.history, HISTORY_LENGTH, msgspec.msgpack.encode([event])))
         return commands
 
     def _queues(self) -> list[FleetQueue]:

@@ -15,6 +15,7 @@ import redis
 
 from inference.logprobs import expire_logprobs, keep_logprobs
 from inference.messages import HISTORY_LENGTH, Finish, RequestEvent, SequenceUpdate
+from inference.shedding import add_message
 from inference.worker.active import STATES, ActiveRequest
 from inference.worker.inbox import Cancelled, Inbox, Lost
 from inference.worker.lease import Lease
@@ -215,7 +216,7 @@ class Outbox(threading.Thread):
         commands: list[store.Command[Any]] = []
         for web, message in updates.items():
             key = self._keys.replies(web)
-            commands.append(_xadd(key, REPLIES_LENGTH, _encode(message)))
+            commands.append(add_message(key, REPLIES_LENGTH, _encode(message)))
             if self._is_due(web):
                 commands.append(store.Command(("EXPIRE", key, REPLIES_KEEP_S), bool))
         return commands
@@ -257,16 +258,12 @@ class Outbox(threading.Thread):
 
     def _history(self, done: Sequence[Output]) -> store.Command[Any]:
         """May arrive twice where a reply was lost; the historian takes an id once."""
-        return _xadd(self._keys.history, HISTORY_LENGTH, _encode([end.event for end in done]))
+        return add_message(self._keys.history, HISTORY_LENGTH, _encode([end.event for end in done]))
 
 
 def _with_tenant(ends: Sequence[Output]) -> list[Output]:
     """A request that cannot be read has no tenant to settle with."""
     return [end for end in ends if end.active.request.tenant]
-
-
-def _xadd(key: str, length: int, message: bytes) -> store.Command[Any]:
-    return store.Command(("XADD", key, "MAXLEN", "~", length, "*", "m", message), bytes)
 
 
 def merge(earlier: Handover, later: Handover) -> None:
