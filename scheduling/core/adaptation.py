@@ -1,5 +1,6 @@
 """The policy in force on a queue in memory; where it is `adaptive`, its switches, as ops makes them in a fleet."""
 
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ PERIOD_S = 2.0
 """How often the adaptive policy looks."""
 SAMPLE = 200
 """Waiting requests that it looks at."""
+MAX_CHANGES = 10_000
+"""Switches that are remembered: a batcher may live for months."""
 
 
 class PolicyChange(NamedTuple):
@@ -32,7 +35,8 @@ class PolicyInForce:
         """`deadline` gives a request's, by the parameters of the policy."""
         self.policy = policy
         self.revision = 1
-        self.changes: list[PolicyChange] = []
+        self.changes: deque[PolicyChange] = deque(maxlen=MAX_CHANGES)
+        """The latest, newest last."""
         self.is_adaptive = policy.name == "adaptive"
         self._queue = queue
         self._deadline = deadline

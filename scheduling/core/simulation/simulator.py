@@ -338,6 +338,6 @@ class Simulator:
             preemptions=sum(replica.planner.num_preemptions for replica in self._replicas),
             batch_sizes=sizes,
             size_changes=self._size_changes,
-            policy_changes=self._queue.policy.changes,
+            policy_changes=list(self._queue.policy.changes),
             num_replicas=len(self._replicas),
         )
