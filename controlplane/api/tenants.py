@@ -1,14 +1,16 @@
 """What each tenant used and got, for those who watch over them."""
 
 from dataclasses import asdict
+from typing import Annotated
 
 from django.http import HttpRequest
 from django.utils import timezone
-from ninja import Field, Router, Schema
+from ninja import Field, Query, Router, Schema
 
 from controlplane.api.access import ViewerAuth
+from controlplane.api.queries import without_nul
 from dashboard.page import list_models
-from dashboard.selectors.tenants import Attainment, TenantRow, read_tenants
+from dashboard.selectors.tenants import MAX_TENANTS, Attainment, TenantRow, read_tenants
 
 router = Router(tags=["operator"], auth=ViewerAuth())
 
@@ -65,17 +67,27 @@ class TenantView(Schema):
 
 
 class TenantsAnswer(Schema):
-    """All tenants, by name."""
+    """Tenants, by name."""
 
     tenants: list[TenantView]
-    jain: float | None = Field(description="Jain's index of share per entitlement over the last hour; 1 is even.")
+    next_after: str | None = Field(description="Give it as `after` to read on; null at the end.")
+    jain: float | None = Field(
+        description="Jain's index of share per entitlement over the last hour, of all tenants; 1 is even."
+    )
+
+
+class TenantsQuery(Schema, extra="forbid"):
+    """Which tenants."""
+
+    after: str = Field(default="", max_length=63, description="The `name` of the last one that was read.")
+    limit: int = Field(default=MAX_TENANTS, ge=1, le=MAX_TENANTS)
 
 
 @router.get("/operator/tenants", response=TenantsAnswer, summary="What tenants use and got")
-def list_tenants(request: HttpRequest) -> TenantsAnswer:
-    """For signed-in viewers. At most 200 tenants."""
-    view = read_tenants(list_models(), timezone.now())
-    return TenantsAnswer(tenants=[_tenant(row) for row in view.rows], jain=view.jain)
+def list_tenants(request: HttpRequest, query: Annotated[TenantsQuery, Query()]) -> TenantsAnswer:
+    """For signed-in viewers. Shares are among all tenants, also where some are listed."""
+    view = read_tenants(list_models(), timezone.now(), after=without_nul(query.after), limit=query.limit)
+    return TenantsAnswer(tenants=[_tenant(row) for row in view.rows], next_after=view.next or None, jain=view.jain)
 
 
 def _tenant(row: TenantRow) -> TenantView:

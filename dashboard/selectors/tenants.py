@@ -19,7 +19,7 @@ from scheduling.connection import live_keys, live_redis
 from scheduling.fleet import FleetQueue
 from scheduling.limits import TenantLimits, TenantUsage
 from scheduling.models import Tenant
-from scheduling.selectors import find_service_levels
+from scheduling.selectors import find_service_levels, find_weights
 from scheduling.store import TIME, Command, execute_many
 
 log = logging.getLogger(__name__)
@@ -86,28 +86,33 @@ class TenantRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantsView:
-    """All tenants, Jain's index of service per entitlement over an hour, and whether the queue's store answered."""
+    """Tenants by name, and whether the queue's store answered."""
 
     rows: list[TenantRow]
+    next: str
+    """The name after which the rest begins; "" where there are no more."""
     jain: float | None
-    num_hidden: int
+    """Jain's index of service per entitlement over an hour, of all tenants, whatever is shown."""
     live: bool
 
 
-def read_tenants(models: Sequence[str], now: datetime) -> TenantsView:
-    """A few bounded queries and one round trip for all tenants."""
-    tenants = list(Tenant.objects.select_related("quota").order_by("name")[: MAX_TENANTS + 1])
-    shown = tenants[:MAX_TENANTS]
+def read_tenants(models: Sequence[str], now: datetime, *, after: str = "", limit: int = MAX_TENANTS) -> TenantsView:
+    """So many tenants, those whose names come after this one, by a few queries and one round trip.
+
+    Shares are among all tenants.
+    """
+    limit = min(limit, MAX_TENANTS)
+    found = list(Tenant.objects.select_related("quota").filter(name__gt=after).order_by("name")[: limit + 1])
+    shown = found[:limit]
     late = _read_late(models)
     attained = {name: _attainment(now - span, span, late) for name, span in WINDOWS.items()}
     refused = {name: read_refusals(now - span, _grain(span)) for name, span in WINDOWS.items()}
     try:
-        uses, refusals = _read_live(shown, models, _tokens_today(now))
+        uses, refusals, waiting = _read_live(shown, models, _tokens_today(now))
     except (RedisError, OSError) as error:
         log.warning("Redis does not answer (%s); tenants are shown without what they use now.", error)
-        uses, refusals = {}, {}
-    waiting = {name: use.waiting for name, use in uses.items()}
-    service = read_services({tenant.name: tenant.weight for tenant in shown}, waiting, now - WINDOWS["1h"])
+        uses, refusals, waiting = {}, {}, {}
+    service = read_services(find_weights(), waiting, now - WINDOWS["1h"])
     rows = [
         TenantRow(
             name=tenant.name,
@@ -115,16 +120,18 @@ def read_tenants(models: Sequence[str], now: datetime) -> TenantsView:
             weight=tenant.weight,
             suspended=tenant.suspended,
             use=uses.get(tenant.name),
-            attainment={name: found.get(tenant.name, Attainment()) for name, found in attained.items()},
+            attainment={name: of.get(tenant.name, Attainment()) for name, of in attained.items()},
             service=service.get(tenant.name, Service()),
             refusals=refusals.get(tenant.name, {}),
-            refused={name: found.get(tenant.name, {}) for name, found in refused.items()},
+            refused={name: of.get(tenant.name, {}) for name, of in refused.items()},
         )
         for tenant in shown
     ]
-    num_hidden = max(0, Tenant.objects.count() - MAX_TENANTS) if len(tenants) > MAX_TENANTS else 0
     return TenantsView(
-        rows=rows, jain=judge_evenness(service.values()), num_hidden=num_hidden, live=bool(uses) or not shown
+        rows=rows,
+        next=shown[-1].name if len(found) > limit else "",
+        jain=judge_evenness(service.values()),
+        live=bool(uses) or not shown,
     )
 
 
@@ -168,7 +175,8 @@ def _tokens_today(now: datetime) -> dict[str, int]:
 
 def _read_live(
     tenants: Sequence[Tenant], models: Sequence[str], tokens_today: Mapping[str, int]
-) -> tuple[dict[str, Use], dict[str, dict[str, int]]]:
+) -> tuple[dict[str, Use], dict[str, dict[str, int]], dict[str, int]]:
+    """What these tenants use; of all, refusals by reason and how many requests wait."""
     client, keys = live_redis(), live_keys()
     limits = TenantLimits(keys)
     queues = [FleetQueue(keys, model) for model in models]
@@ -203,7 +211,7 @@ def _read_live(
         )
         for tenant, usage, day in zip(tenants, usages, days, strict=True)
     }
-    return uses, _refusals(counters)
+    return uses, _refusals(counters), waiting
 
 
 def _budget(tenant: Tenant) -> int | None:

@@ -15,6 +15,7 @@ from dashboard.models import RequestRollup
 from dashboard.page import PAGES
 from dashboard.rollups import roll_up
 from dashboard.selectors.history import METRICS, choose_period, read_series
+from dashboard.selectors.tenants import MAX_TENANTS
 from inference.models import BatchRecord, Replica, RequestRecord
 from scheduling.audit import record_action
 from scheduling.cells import safe_cell
@@ -324,6 +325,41 @@ def test_a_tenant_sees_its_use_its_budget_and_its_share(fleet: FleetWriter) -> N
     assert (starving["tokens"], starving["share"]) == (0, 0)
     assert starving["entitled"] == pytest.approx(starving["asked"] / sum(row["tokens"] for row in services))
     assert "spent 10×" in signed_in().get("/tenants/").content.decode()  # noqa: RUF001
+
+
+def test_tenants_are_read_on_and_shares_are_among_all_of_them(fleet: FleetWriter) -> None:
+    names = [f"tenant-{i}" for i in range(5)]
+    Tenant.objects.bulk_create(Tenant(name=name) for name in names)
+    RequestRecord.objects.bulk_create(make_requests(100, end=timezone.now(), seconds=1800, tenants=tuple(names[:2])))
+    fleet.enqueue("tenant-4", 1)
+    roll_up(20)
+    client, listed, answers = signed_in(), list[Any](), list[float]()
+    after: str | None = ""
+    while after is not None:
+        answer = get_json(client, f"operator/tenants?limit=2&after={after}")
+        assert len(answer["tenants"]) <= 2
+        listed += answer["tenants"]
+        answers.append(answer["jain"])
+        after = answer["next_after"]
+    whole = get_json(client, "operator/tenants")
+    assert [row["name"] for row in listed] == names
+    assert [row["service"] for row in listed] == [row["service"] for row in whole["tenants"]]
+    assert (answers, whole["next_after"]) == ([whole["jain"]] * 3, None)
+    assert whole["jain"] == pytest.approx(2 / 3, abs=0.01), "one of three who asked was served nothing"
+    assert listed[4]["service"]["entitled"] > 0
+
+
+def test_the_page_of_tenants_has_a_next_one(fleet: FleetWriter) -> None:
+    Tenant.objects.bulk_create(Tenant(name=f"tenant-{i:03}") for i in range(MAX_TENANTS + 1))
+    first = signed_in().get("/tenants/").content.decode()
+    assert "tenant-199" in first
+    assert "tenant-200" not in first
+    assert 'href="?after=tenant-199"' in first
+    second = signed_in().get("/tenants/?after=tenant-199").content.decode()
+    assert "tenant-200" in second
+    assert "tenant-199</a>" not in second
+    assert 'rel="next"' not in second
+    assert "There is no tenant yet" not in signed_in().get("/tenants/?after=zzz").content.decode()
 
 
 def test_pages_are_shown_while_the_queues_store_is_away(installation: Config, settings: Settings) -> None:
