@@ -119,10 +119,11 @@ class GraphedForward:
 
     def prepare(self, batch: StepBatch) -> None:
         """Send a decode step's tables ahead, behind the step that runs; its tokens come with the call."""
+        self._prepared = None
         size = self._size_of(len(batch.context_lens))
-        self._prepared = None if size is None else (batch, size)
         if size is not None:
             self._send(batch, size)
+            self._prepared = batch, size
 
     def capture(self, *, as_graphs: bool = True) -> None:
         """Make all sizes ready, the largest first, whose memory the others share. Runs on idle rows only.

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -15,6 +16,7 @@ from inference.engine.assembly import assemble
 from inference.engine.batch import StepBatch, build_batch, check_part, foresee_batch
 from inference.engine.errors import DeviceLost, InvalidPart, OutOfDeviceMemory
 from inference.engine.kv_cache import BLOCK_SIZE
+from inference.engine.memory import is_out_of_memory
 from inference.engine.sampler import Ask, Choice, Chosen, Sampler
 from inference.messages import DeploymentSpec
 from scheduling.core.sequence import PartResult, Sequence, StepPart
@@ -125,7 +127,8 @@ class ModelRunner:
             batch = foresee_batch(sequences, self.block_size)
             self._foreseen = Foreseen(list(sequences), [len(s.block_table) for s in sequences], batch)
             if self._prepare is not None:
-                self._prepare(batch)
+                with suppress(torch.OutOfMemoryError):  # then they are sent with the step, which says so if it must
+                    self._prepare(batch)
 
     def _begin(self, parts: Seq[StepPart]) -> Results:
         """Lay parts out and, where the runner runs ahead, launch them."""
@@ -160,11 +163,11 @@ class ModelRunner:
         """Results of parts together; where that fails, of each half by itself, down to the part that is to blame."""
         try:
             return compute()
-        except torch.OutOfMemoryError as error:
-            raise OutOfDeviceMemory from error
-        except torch.AcceleratorError as error:
-            raise DeviceLost from error
         except Exception as error:
+            if is_out_of_memory(error):
+                raise OutOfDeviceMemory from error
+            if isinstance(error, torch.AcceleratorError):
+                raise DeviceLost from error
             if len(parts) == 1:
                 logger.exception("Request %s failed in the forward pass", parts[0].sequence.id)
                 return [PartResult(error=f"The forward pass failed ({type(error).__name__}).")]

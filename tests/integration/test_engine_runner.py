@@ -156,11 +156,21 @@ def test_an_exception_in_the_forward_pass_fails_its_culprit_only(runner: ModelRu
     assert results[:4] + results[5:] == expected[:4] + expected[5:]
 
 
-def test_memory_that_runs_out_is_an_error_of_its_own(runner: ModelRunner) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_is_an_error_of_its_own(runner: ModelRunner, error: Exception) -> None:
     forward = runner._forward
 
     def exhaust(batch: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError
+        raise error
 
     runner._forward = exhaust
     try:

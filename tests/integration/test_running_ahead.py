@@ -22,6 +22,7 @@ from scheduling.core.sequence import SamplingParams, Sequence
 from tests.checkpoints import SIZES, VOCAB, make_checkpoint
 from tests.integration.test_engine_parity import GREEDY, generate_alone, gpu, make_sequence
 from tests.integration.test_engine_sampler import DeviceSampler
+from tests.integration.test_kv_cache import Cramped
 
 NUM_BLOCKS = 12
 
@@ -143,6 +144,23 @@ def test_a_request_that_ends_while_its_step_runs_harms_no_other(case: Case, runs
     for i in (3, 5, 6, 7):
         assert sequences[i].tokens == case.expected[i]
     assert len(sequences[0].tokens) < len(case.expected[0])
+
+
+@pytest.mark.parametrize("case", ["padded", pytest.param("cuda", marks=gpu)], indirect=True)
+def test_a_step_that_memory_lacked_to_send_ahead_is_sent_when_it_begins(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foresee, cramped = case.runner.foresee, Cramped()
+
+    def foresee_without_memory(sequences: list[Sequence]) -> None:
+        with cramped:
+            foresee(sequences)
+
+    monkeypatch.setattr(case.runner, "foresee", foresee_without_memory)
+    sequences = case.sequences([GREEDY] * 8)
+    case.serve(sequences, ends={})
+    assert cramped.num_refused
+    assert [sequence.tokens for sequence in sequences] == case.expected
 
 
 def test_an_error_of_a_step_that_was_begun_is_told_to_whoever_waits_for_it(case: Case) -> None:
