@@ -84,9 +84,8 @@ def assemble(
     if place.type == "cuda" and DTYPES.get(info.dtype) != dtype:  # converted on the host, else read from the file
         memory.check_room(torch.device("cpu"), weight_bytes=weight_bytes, kv_bytes=0)
     model = loading.load_model(path, config, dtype, place)
-    reserved = graphs.reserve(place, largest_batch(spec), vocab_size)
-    cache, why = _make_cache(spec, shape, place, max_model_len, num_blocks, num_host_blocks, draft)
-    del reserved
+    graph_bytes = graphs.memory_bytes(largest_batch(spec), vocab_size) if place.type == "cuda" else 0
+    cache, why = _make_cache(spec, shape, place, max_model_len, num_blocks, num_host_blocks, draft, graph_bytes)
     forward, how = _build_forward(spec, model, kernels, kind, cache, max_model_len, vocab_size, fused)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
     return Assembly(
@@ -136,6 +135,7 @@ def _make_cache(
     num_blocks: int | None,
     num_host_blocks: int | None,
     draft: DraftNeeds | None,
+    graph_bytes: int,
 ) -> tuple[KVCache, str]:
     why = "as asked for"
     if num_blocks is None:
@@ -146,6 +146,7 @@ def _make_cache(
             max_model_len=max_model_len,
             requested_bytes=spec.kv_memory_bytes,
             draft=draft,
+            graph_bytes=graph_bytes,
         )
         num_blocks, why = size.num_blocks, size.reason
     mib = num_blocks * shape.block_bytes / 2**20

@@ -32,16 +32,9 @@ def sizes_for(max_batch_size: int) -> tuple[int, ...]:
     return tuple(size for at, size in enumerate(SIZES) if not at or SIZES[at - 1] < max_batch_size)
 
 
-def reserve(device: torch.device, max_batch_size: int, vocab_size: int) -> torch.Tensor | None:
-    """Memory that captured steps will need, held until it is let go, so that the KV cache is sized beside it.
-
-    A quarter of what is free at most: a step that cannot be captured is served all the same.
-    """
-    if device.type != "cuda":
-        return None
-    needed = FIXED_BYTES + 3 * 4 * sizes_for(max_batch_size)[-1] * vocab_size  # logits, the model's own, its layers
-    free = torch.cuda.mem_get_info(device)[0]
-    return torch.empty(min(needed, free // 4), dtype=torch.uint8, device=device)
+def memory_bytes(max_batch_size: int, vocab_size: int) -> int:
+    """What captured steps will need: logits, the model's own, its layers."""
+    return FIXED_BYTES + 3 * 4 * sizes_for(max_batch_size)[-1] * vocab_size
 
 
 class DecodeContext:

@@ -129,10 +129,12 @@ def size_cache(
     max_model_len: int,
     requested_bytes: int,
     draft: DraftNeeds | None = None,
+    graph_bytes: int = 0,
 ) -> CacheSize:
     """Choose the number of blocks, each with its like in the draft model's cache, where there is one.
 
-    Raises ModelLoadError where not even one full-length sequence fits.
+    One that takes what is free leaves `graph_bytes` to captured steps, a quarter of that at most: a step that cannot
+    be captured is served all the same. Raises ModelLoadError where not even one full-length sequence fits.
     """
     one = -(-max_model_len // BLOCK_SIZE)
     block_bytes = shape.block_bytes + (draft.block_bytes if draft else 0)
@@ -141,8 +143,9 @@ def size_cache(
     else:
         on_gpu = device.type == "cuda"
         fraction, place = (DEVICE_FRACTION, "device") if on_gpu else (HOST_FRACTION, "host")
-        free = free_bytes(device) - (draft.weight_bytes if draft else 0)
-        fits, wanted = max(0, int(free * fraction)) // block_bytes, one * max_batch_size
+        free = max(0, free_bytes(device) - (draft.weight_bytes if draft else 0))
+        free -= min(graph_bytes, free // 4)
+        fits, wanted = int(free * fraction) // block_bytes, one * max_batch_size
         if not on_gpu and wanted <= fits:
             chosen = CacheSize(wanted, f"enough for {max_batch_size} sequences of {max_model_len} tokens")
         else:

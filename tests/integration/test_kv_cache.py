@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference.engine import kv_cache
-from inference.engine.kv_cache import KVCache, KVShape, size_host_cache
+from inference.engine.kv_cache import KVCache, KVShape, size_cache, size_host_cache
 
 SHAPE = KVShape(num_layers=3, num_kv_heads=2, head_dim=8, dtype=torch.float32)
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -78,6 +78,16 @@ def test_a_system_that_gives_no_memory_for_host_blocks_has_none(cache: KVCache) 
     assert cache.num_host_blocks == 0
     with pytest.raises(IndexError, match="cannot be copied"):
         cache.swap_out([(0, 0)])
+
+
+def test_a_cache_by_free_memory_leaves_room_for_captured_steps_and_one_that_is_asked_for_does_not() -> None:
+    def size(**fields: int) -> int:
+        given: dict[str, Any] = {"max_batch_size": 1 << 40, "max_model_len": 16, "requested_bytes": 0} | fields
+        return size_cache(SHAPE, torch.device("cpu"), **given).num_blocks
+
+    whole = size()
+    assert 0.5 * whole < size(graph_bytes=1 << 60) < 0.9 * whole, "a quarter at most"
+    assert size(graph_bytes=1 << 60, requested_bytes=9 * SHAPE.block_bytes) == 9
 
 
 @pytest.mark.parametrize(("device", "host"), [(6, 0), (-1, 0), (0, 4), (0, -1)])
