@@ -25,7 +25,7 @@ from tests.patience import PATIENCE_S, wait_until
 
 MODEL = Engines.model
 ROOT = Path(__file__).parents[2]
-SLOW_MS = 2000
+SLOW_MS = 5000
 """A command is obeyed between two steps, in milliseconds by the engine's own clock; a starved machine takes longer."""
 
 
