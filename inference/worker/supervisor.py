@@ -219,7 +219,8 @@ class EngineSupervisor(threading.Thread):
     def _follow(self, process: EngineProcess, before: DeploymentSpec) -> DeploymentSpec:
         """Let the engine take up a changed deployment, by a drain and a new process where it must; what it serves now.
 
-        One that cannot serve, or is still loading, ends at once.
+        One that cannot serve, or still loads what is no more wanted, ends at once. What one that loads can take up, it
+        is told when it serves.
         """
         if self._replaced_by_s is not None:
             if time.monotonic() > self._replaced_by_s:
@@ -229,7 +230,10 @@ class EngineSupervisor(threading.Thread):
         after = self._look_up(before.name)
         if after is None or (change := judge_change(before, after)) == "none":
             return before
-        is_serving = process.ready.is_set() and (process.notice is None or process.notice.state != "failed")
+        has_failed = process.notice is not None and process.notice.state == "failed"
+        is_serving = process.ready.is_set() and not has_failed
+        if change == "live" and not is_serving and not has_failed:
+            return before
         for kind in overridden(before, after):
             self._remembered.pop(kind, None)
         try:

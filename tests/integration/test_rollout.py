@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import redis
 
@@ -41,6 +42,10 @@ def read_status(fleet: FleetClient) -> ReplicaStatus:
     status = fleet.status("gpu-0")
     assert status is not None
     return status
+
+
+def engine_pids() -> list[int]:
+    return [child.pid for child in psutil.Process().children() if "inference.worker" in child.cmdline()]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,18 @@ def test_an_engine_takes_up_what_it_can_and_makes_place_for_what_it_cannot(
     finish = fleet.answers["too long now"].finish
     assert finish is not None
     assert finish.error_code == "context_length_exceeded"
+
+
+def test_what_an_engine_can_take_up_does_not_begin_its_load_anew(
+    supervisor: EngineSupervisor, fleet: FleetClient, store: redis.Redis, keys: Keys, checkpoint: Path
+) -> None:
+    deploy(store, keys, checkpoint)
+    supervisor.start()
+    fleet.until(engine_pids)
+    (loading,) = engine_pids()
+    deploy(store, keys, checkpoint, mode="dynamic")
+    fleet.until(lambda: (s := fleet.status("gpu-0")) is not None and s.state == "ready" and s.mode == "dynamic")
+    assert read_status(fleet).pid == loading
 
 
 def test_a_sizing_that_no_engine_could_use_is_refused_before_there_is_one(supervisor: EngineSupervisor) -> None:
