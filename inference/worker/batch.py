@@ -1,30 +1,26 @@
 """What sizing, commands and the status need of a running batch, be it planned here or by a server elsewhere."""
 
-from collections.abc import Sequence as Items
 from typing import Protocol
 
 from scheduling.core.forming import Mode
 from scheduling.core.prefix import PrefixCache
-from scheduling.core.sequence import Sequence
+from scheduling.core.sizing.observer import Blocks as CountedBlocks
+from scheduling.core.sizing.observer import RunningBatch
 from scheduling.core.speculation import Drafter
 from scheduling.core.swap import SwapSpace
 from scheduling.core.triggers import Trigger, TriggerLog
 
 
-class Blocks(Protocol):
+class Blocks(CountedBlocks, Protocol):
     """KV blocks, as far as they are counted; none at all where the cache is elsewhere."""
 
     @property
-    def num_blocks(self) -> int: ...
-    @property
     def block_size(self) -> int: ...
-    @property
-    def used(self) -> int: ...
     @property
     def num_cached(self) -> int: ...
 
 
-class Batch(Protocol):
+class Batch(RunningBatch, Protocol):
     """`scheduling.core.planner.StepPlanner`, or `inference.upstream.slots.Slots`."""
 
     long_prefill_threshold: int
@@ -41,17 +37,6 @@ class Batch(Protocol):
         """The size that the mode makes of it."""
         ...
 
-    @property
-    def sequences(self) -> Items[Sequence]:
-        """Those that run, before those that wait."""
-        ...
-
-    @property
-    def num_running(self) -> int: ...
-    @property
-    def num_waiting(self) -> int: ...
-    @property
-    def num_preemptions(self) -> int: ...
     @property
     def num_slot_preemptions(self) -> int: ...
     @property
