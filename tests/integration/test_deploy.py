@@ -209,7 +209,8 @@ def test_the_compose_file_is_valid_and_its_services_drain() -> None:
         assert ("/files" in mounts) == own
         assert "healthcheck" in services[name]
     assert services["gpu"]["image"] != services["cpu"]["image"]
-    assert services["gpu"]["build"]["args"] == {"TORCH_INDEX": "${TORCH_INDEX:-https://pypi.org/simple}"}
+    assert services["web"]["build"]["args"] == {"TORCH_INDEX": "${TORCH_INDEX:-}"}
+    assert services["gpu"]["build"]["args"] == {"TORCH_INDEX": "${CUDA_TORCH_INDEX:-}"}
     assert services["gpu"]["build"]["dockerfile"] == services["web"]["build"]["dockerfile"]
     assert "PENSTOCK_PROXIES" in services["web"]["environment"]
     refusal = services["grafana"]["entrypoint"][-1].replace("$$", "$").replace("exec /run.sh", "true")
