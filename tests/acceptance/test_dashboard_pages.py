@@ -140,6 +140,7 @@ def test_a_waiting_request_is_found_its_wait_explained_and_it_is_cancelled(visit
     expect(row).to_contain_text("queued")
     row.get_by_role("link").click()
     expect(page.locator(".timeline")).to_contain_text("slots are free")
+    page.wait_for_load_state("load")  # the server drew the button; before its scripts have run nobody hears a click
     page.get_by_role("button", name="Cancel…").click()
     page.get_by_role("textbox", name=re.compile("^Reason")).fill("a runaway job")
     page.get_by_role("button", name="Cancel the request").click()
