@@ -57,9 +57,9 @@ BATCHES = (
 INSERT INTO inference_batchrecord ({names}) SELECT {values} FROM made"""
 )
 GRAINS = """
-INSERT INTO dashboard_requestrollup (resolution, start, model, tenant, priority, finished, failed, cancelled, judged,
-  met, allowed, prompt_tokens, completion_tokens)
-SELECT {grain}, date_trunc('hour', now()) - i * interval '{grain} s', 'demo', t, p, 20, 1, 1, 20, 19, 0.2, 2000, 1200
+INSERT INTO dashboard_requestrollup (resolution, start, model, tenant, priority, finished, failed, cancelled, refused,
+  judged, met, allowed, prompt_tokens, completion_tokens)
+SELECT {grain}, date_trunc('hour', now()) - i * interval '{grain} s', 'demo', t, p, 20, 1, 1, 0, 20, 19, 0.2, 2000, 1200
 FROM generate_series(0, {num}) AS i, unnest(ARRAY['checkout','support','research','nightly']) AS t,
   generate_series(1, 2) AS p;
 INSERT INTO dashboard_refusalrollup (resolution, start, model, tenant, reason, num)
