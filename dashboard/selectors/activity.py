@@ -7,6 +7,7 @@ from typing import Any
 from dashboard.selectors.alerts import count_firing
 from dashboard.selectors.service import ServiceWatch
 from dashboard.state import Document, prune
+from dashboard.wording import say_value
 from scheduling.models import OperatorAction, PolicyRevision, Tenant
 
 NUM_ACTIONS = 12
@@ -72,7 +73,7 @@ def _action(row: OperatorAction) -> Document:
 
 def _answers(after: Mapping[str, Any]) -> str:
     """What replicas said to a command, such as `mode static, gpu-0 confirmed in 12 ms`."""
-    asked = [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in (after.get("arguments") or {}).items()]
+    asked = [f"{name.replace('_', ' ')} {say_value(value)}" for name, value in (after.get("arguments") or {}).items()]
     said = [
         f"{name} confirmed in {ack.get('applied_ms') or 0:.0f} ms" if ack.get("ok") else f"{name}: {ack.get('error')}"
         for name, ack in (after.get("acknowledgements") or {}).items()
@@ -87,7 +88,7 @@ def acknowledged(acknowledgements: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _named(name: str, params: Mapping[str, Any]) -> str:
-    inside = ", ".join(f"{key} {_shown(value)}" for key, value in params.items())
+    inside = ", ".join(f"{key} {say_value(value)}" for key, value in params.items())
     return f"{name or 'none'} ({inside})" if inside else name or "none"
 
 
@@ -97,11 +98,5 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     for key in {**before, **after}:
         old, new = before.get(key), after.get(key)
         if old != new:
-            parts.append(f"{key} {_shown(old)} → {_shown(new)}" if key in before else f"{key} {_shown(new)}")
+            parts.append(f"{key} {say_value(old)} → {say_value(new)}" if key in before else f"{key} {say_value(new)}")
     return ", ".join(parts)[:300]
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)

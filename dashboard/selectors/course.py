@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+from dashboard.wording import duration
+
 Mark = tuple[int, str, int]
 """(ms after the arrival, kind, output tokens by then), see `inference.messages.Mark`."""
 Burst = tuple[int, int]
@@ -51,6 +53,11 @@ class Course:
         return self.arrived + timedelta(milliseconds=ms)
 
     @property
+    def first_ms(self) -> float:
+        """The first token, in milliseconds after the arrival; 0 where there is none."""
+        return 0.0 if self.first_token is None else 1000 * (self.first_token - self.arrived).total_seconds()
+
+    @property
     def started(self) -> datetime | None:
         """When its prompt began to be computed."""
         return next((self.at(ms) for ms, kind, _ in self.marks if kind == "started"), self.claimed)
@@ -88,8 +95,7 @@ def list_phases(course: Course) -> list[tuple[str, float]]:
 
 def say_span(later: datetime, earlier: datetime) -> str:
     """A time between two moments."""
-    seconds = (later - earlier).total_seconds()
-    return f"{seconds * 1000:.0f} ms" if abs(seconds) < 1 else f"{seconds:.1f} s"
+    return duration(max(0.0, (later - earlier).total_seconds()))
 
 
 def _turn(course: Course, number: int) -> Event:
@@ -119,7 +125,7 @@ def _burst_events(course: Course) -> list[Event]:
         began = max(course.at(first_ms), course.first_token or course.arrived)
         took_s = (min(course.at(last_ms), course.end) - began).total_seconds()
         pace = f"{num / took_s:.0f} tokens/s." if num > 1 and took_s > 0.01 else ""
-        pause = "" if before_ms is None else f"After a pause of {(first_ms - before_ms) / 1000:.1f} s."
+        pause = "" if before_ms is None else f"After a pause of {duration((first_ms - before_ms) / 1000)}."
         events.append(make_event("tokens", _count(num), began, course.arrived, [pause, pace]))
         before_ms = last_ms
     return events

@@ -11,6 +11,7 @@ from dashboard.selectors.course import LOST, Course, Event, list_phases, list_tu
 from dashboard.selectors.requests import find_request
 from dashboard.selectors.waited import explain_waited
 from dashboard.selectors.waiting import Held, explain_wait, find_held
+from dashboard.wording import duration
 from inference.messages import Finish
 from inference.models import RequestRecord
 from scheduling.core.request import Priority
@@ -82,16 +83,14 @@ class Life:
         if self.course is None or not self.course.bursts or not self.total_s:
             return []
         total_ms, most = 1000 * self.total_s, max(num for _, num in self.course.bursts)
-        return [
-            {
-                "at": f"{100 * ms / total_ms:.2f}",
-                "width": f"{max(0.3, min(100 - 100 * ms / total_ms, 100 * self.course.span_ms / total_ms - 0.15)):.2f}",
-                "top": f"{20 - 20 * num / most:.2f}",
-                "height": f"{20 * num / most:.2f}",
-                "num": str(num),
-            }
-            for ms, num in self.course.bursts
-        ]
+        bursts = []
+        for ms, num in self.course.bursts:
+            start = 100 * max(ms, self.course.first_ms) / total_ms
+            end = min(100.0, 100 * (ms + self.course.span_ms) / total_ms)
+            height = 20 * num / most
+            place = {"at": start, "width": max(0.3, end - start - 0.15), "top": 20 - height, "height": height}
+            bursts.append({**{name: f"{value:.2f}" for name, value in place.items()}, "num": str(num)})
+        return bursts
 
 
 def find_life(request_id: str, models: Sequence[str]) -> Life | None:
@@ -164,7 +163,7 @@ def _end_details(row: RequestRecord, target: ServiceLevel | None) -> list[str]:
     if row.completion_tokens:
         pace = ""
         if row.tpot_s is not None:
-            pace = f", one every {1000 * row.tpot_s:.0f} ms{_verdict(row.tpot_s, target.tpot_ms if target else None)}"
+            pace = f", one every {duration(row.tpot_s)}{_verdict(row.tpot_s, target.tpot_ms if target else None)}"
         details.append(f"{row.completion_tokens} of at most {row.max_tokens} tokens{pace}.")
     verdict = _verdict(row.e2e_s, target.e2e_ms if target else None)
     details.append(f"End to end {say_span(row.finished_at, row.arrived_at)}{verdict}.")
@@ -257,4 +256,4 @@ def _admitted(when: datetime, prompt_tokens: int, max_tokens: int, deadline: dat
 def _verdict(took_s: float | None, target_ms: int | None) -> str:
     if took_s is None or target_ms is None:
         return ""
-    return f", {'within' if took_s * 1000 <= target_ms else 'over'} the target of {target_ms} ms"
+    return f", {'within' if took_s * 1000 <= target_ms else 'over'} the target of {duration(target_ms / 1000)}"

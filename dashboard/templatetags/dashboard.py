@@ -13,9 +13,11 @@ from dashboard.alerts.judging import span as alert_span
 from dashboard.guard import COUNTS
 from dashboard.guard import METRICS as GUARDS
 from dashboard.models import GuardedSwitch
+from dashboard.wording import NONE, duration, say_value
 
 register = Library()
-NONE = "–"  # noqa: RUF001
+register.filter("duration", duration)
+register.filter("shown", say_value)
 
 
 @register.filter
@@ -27,23 +29,6 @@ def moment(when: datetime | None) -> SafeString | str:
     brief = "%H:%M:%S" if local.date() == now.date() else "%b %d %H:%M" if local.year == now.year else "%Y-%m-%d %H:%M"
     whole = f"{local:%Y-%m-%d %H:%M:%S} {timezone.get_current_timezone_name()}"
     return format_html('<time datetime="{}" title="{}">{}</time>', when.isoformat(), whole, local.strftime(brief))
-
-
-@register.filter
-def duration(seconds: float | None) -> str:
-    """Seconds as the two largest units that matter."""
-    if seconds is None:
-        return NONE
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.1f} ms" if seconds < 0.00995 else f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    whole = int(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 86_400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
 
 
 @register.filter
@@ -83,13 +68,9 @@ def pairs(values: Any) -> list[tuple[Any, Any]]:
 
 
 @register.filter
-def shown(value: Any) -> str:
-    """A value of the audit trail or a parameter, as people write it."""
-    if value is None or value == "":
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def counted(unit: str, num: float) -> str:
+    """A unit as it stands after a number: `1 worker`, `2 workers`."""
+    return unit[:-1] if num == 1 and len(unit) > 2 and unit.endswith("s") else unit
 
 
 @register.filter

@@ -112,7 +112,7 @@ def test_a_recorded_life_tells_its_phases_and_its_verdicts(fleet: FleetWriter) -
     ServiceLevel.objects.create(priority=row.priority, ttft_ms=1, e2e_ms=10**8)
     life = get_json(signed_in(), f"operator/requests/{row.request_id}")
     assert [event["kind"] for event in life["events"]] == ["admitted", "queued", "claimed", "first", "end"]
-    assert "over the target of 1 ms" in life["events"][3]["details"][0]
+    assert "over the target of 1.0 ms" in life["events"][3]["details"][0]
     assert any("within the target" in line for line in life["events"][4]["details"])
     assert sum(seconds for _, seconds in life["phases"]) == pytest.approx(row.e2e_s)
     assert f"Claimed by {row.replica}" in signed_in().get(f"/requests/{row.request_id}/").content.decode()
@@ -130,7 +130,7 @@ def test_a_recorded_life_tells_what_its_worker_noted_and_why_it_had_waited(fleet
 
     PolicyRevision.objects.create(model="demo", revision=2, name="priority", params={})
     marks = [[2200, "started", 0], [3000, "displaced", 10], [7000, "resumed", 10]]
-    timeline = {"marks": marks, "tokens": [[2500, 6], [2600, 4], [7100, 30]], "span_ms": 100}
+    timeline = {"marks": marks, "tokens": [[2460, 6], [2560, 4], [7100, 30]], "span_ms": 100}
     row = record("mine", "nightly", 0, 2, timeline=timeline)
     for number in range(3):
         record(f"before-{number}", "checkout", -1, 0.5)
@@ -151,9 +151,10 @@ def test_a_recorded_life_tells_what_its_worker_noted_and_why_it_had_waited(fleet
     assert [(name, round(seconds, 1)) for name, seconds in life["phases"]] == [
         ("queued", 2.0), ("ready", 0.2), ("prefill", 0.3), ("decode", 0.5), ("preempted", 4.0), ("decode", 3.0),
     ]  # fmt: skip
-    assert life["tokens"] == [[2.5, 6], [2.6, 4], [7.1, 30]]
+    assert life["tokens"] == [[2.46, 6], [2.56, 4], [7.1, 30]]
     page = signed_in().get(f"/requests/{row.request_id}/").content.decode()
     assert page.count("tokens</title>") == 3
+    assert 'x="25.00"' in page, "the first column begins with the first token, wherever its span does"
 
 
 def test_a_running_life_tells_what_its_worker_says_of_it(fleet: FleetWriter) -> None:
