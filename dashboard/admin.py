@@ -89,7 +89,7 @@ class ChannelForm(forms.ModelForm):  # type: ignore[type-arg]
         widget=UnfoldAdminPasswordWidget(attrs={"autocomplete": "new-password"}),
         help_text="Signs each notice (HMAC-SHA256, header Penstock-Signature). Empty: what is set stays.",
     )
-    unsigned = forms.BooleanField(required=False, label="forget the secret", help_text="Notices go unsigned.")
+    unsigned = forms.BooleanField(required=False, label="Forget the secret", help_text="Notices go unsigned.")
 
     class Meta:
         model = AlertChannel
@@ -165,6 +165,15 @@ class AlertChannelAdmin(AuditedAdmin):
     def values_of(self, row: AlertChannel) -> dict[str, Any]:
         """Without what must stay secret."""
         return {name: _shown(row, name) for name in ChannelForm.Meta.fields}
+
+    def get_deleted_objects(self, objs: Any, request: HttpRequest) -> Any:
+        """What was sent by a channel is kept, so one that has sent is not deleted, and the page says what to do."""
+        to_delete, counts, lacking, protected = super().get_deleted_objects(objs, request)
+        for channel in objs:
+            if num := channel.deliveries.count():
+                told = f"Deliveries of {channel.name} that tell what was sent: {num}"
+                protected = [*protected, f"{told}. Turn the channel off instead of deleting it."]
+        return to_delete, counts, lacking - {Delivery._meta.verbose_name}, protected
 
     @action(description="Send a test notice", permissions=["change"])
     def send_test(self, request: HttpRequest, queryset: QuerySet[AlertChannel]) -> None:

@@ -36,7 +36,7 @@ class QuotaInline(StackedInline):
     model = Quota
     can_delete = False
     min_num = max_num = 1
-    fields = [("rpm", "tpm", "tpd"), ("concurrency", "max_priority")]
+    fields = [("rpm", "concurrency"), ("tpm", "tpd"), "max_priority"]
 
 
 class ServiceLevelInline(TabularInline):

@@ -255,6 +255,21 @@ def errors(answer: Any) -> str:
     return "" if answer.status_code == 302 else str(answer.context["adminform"].form.errors)
 
 
+def test_a_channel_that_has_sent_is_kept_with_what_it_sent_and_the_admin_says_so(admin: Client) -> None:
+    path = "/admin/dashboard/alertchannel/"
+    channel = AlertChannel.objects.create(name="pager", url=URL)
+    notice = Notice.objects.create(event="test", payload={}, created_at=timezone.now())
+    Delivery.objects.create(notice=notice, channel=channel, next_try_at=timezone.now())
+    one, many = f"{path}{channel.pk}/delete/", {"action": "delete_selected", "_selected_action": [channel.pk]}
+    for asked in (admin.get(one), admin.post(path, many | {"reason": "old"})):
+        page = asked.content.decode()
+        assert "Turn the channel off instead" in page
+        assert "permission" not in page
+    admin.post(one, {"post": "yes", "reason": "old"})
+    admin.post(path, many | {"post": "yes", "reason": "old"})
+    assert Delivery.objects.get().channel == channel
+
+
 def test_a_channel_is_made_tried_and_its_secret_is_neither_shown_nor_lost_nor_in_the_trail(admin: Client) -> None:
     path = "/admin/dashboard/alertchannel/"
     assert errors(admin.post(f"{path}add/", CHANNEL | {"url": URL, "secret": "hush"})) == ""
