@@ -16,6 +16,8 @@ from dashboard.selectors.history import METRICS, Period, PeriodError, metric_nam
 from inference.models import Replica
 
 MAX_REPLICAS = 200
+UNITS_IN_FIGURES = ("s", "ms", "%", "bytes")
+"""Which the charts write after each figure."""
 
 
 @viewers_only
@@ -43,6 +45,7 @@ def history(request: HttpRequest) -> HttpResponse:
         "compare": compare,
         "comparisons": [(name, title) for name, (title, _) in COMPARISONS.items()],
         "metrics": METRICS,
+        "units_in_figures": UNITS_IN_FIGURES,
         "chosen": metric_names(request.GET.getlist("metric")),
         "problems": filters.problems,
         "changes": changes,

@@ -2,13 +2,17 @@
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const one = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
+const two = new Intl.NumberFormat("en", { maximumFractionDigits: 2 });
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 
 export const NONE = "–";
 
 export const count = (n) => (n === undefined || n === null ? NONE : n < 100_000 ? whole.format(n) : compact.format(n));
 
-export const rate = (n) => (n === undefined || n === null ? NONE : n < 100 ? one.format(n) : count(Math.round(n)));
+export const rate = (n) => {
+  if (n === undefined || n === null) return NONE;
+  return n < 1 ? two.format(n) : n < 100 ? one.format(n) : count(Math.round(n));
+};
 
 export const percent = (share) => (share === undefined || share === null ? NONE : `${whole.format(share * 100)} %`);
 

@@ -1,7 +1,7 @@
 // The page of history: fetches the series of the chosen period and draws a chart for each metric.
 
 import { byId, setText } from "./dom.js";
-import { bytes, count, duration, rate } from "./format.js";
+import { bytes, clock, duration, rate } from "./format.js";
 import { PeriodChart } from "./period_chart.js";
 import { startShell } from "./shell.js";
 
@@ -14,7 +14,7 @@ const charts = new Map(
 );
 
 function leastOf(unit) {
-  return { s: 0.01, bytes: 2 ** 20, ms: 1, "%": 10, "tokens/s": 10 }[unit] ?? 1;
+  return { s: 0.01, bytes: 2 ** 20, ms: 1, "%": 100, "tokens/s": 10 }[unit] ?? 1;
 }
 
 let asked = 0;
@@ -81,7 +81,7 @@ function draw(found) {
     chart.describe(`${title} in ${unit}: ${text}`);
   }
   const grid = { 1: "seconds", 60: "minutes", 3600: "hours" }[step];
-  setText(byId("history-state"), some ? `${count(times.length)} ${grid}` : "Nothing was recorded in this period.");
+  setText(byId("history-state"), some ? `By ${grid}, as of ${clock(Date.now())}` : "Nothing was recorded in this period.");
 }
 
 function average(values) {

@@ -42,15 +42,20 @@ export class PeriodChart extends Chart {
     ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
     ctx.clip();
     ctx.font = `${10.5 * devicePixelRatio}px system-ui, sans-serif`;
-    this.spans.forEach(([from, to, label, severity], place) => {
+    const labels = [...new Set(this.spans.map(([, , label]) => label))];
+    const named = new Set();
+    for (const [from, to, label, severity] of this.spans) {
       const [left, right] = [Math.max(from, this.from), Math.min(to, this.to)].map((at) => plot.valToPos(at, "x", true));
       ctx.fillStyle = resolveColour(severity === "critical" ? "var(--bad)" : "var(--warn)");
       ctx.globalAlpha = 0.1;
       ctx.fillRect(left, bbox.top, Math.max(right - left, 2 * devicePixelRatio), bbox.height);
       ctx.globalAlpha = 1;
+      if (named.has(label)) continue;
+      named.add(label);
+      const place = labels.indexOf(label);
       const foot = bbox.top + bbox.height - (4 + 12 * (place % 3)) * devicePixelRatio;
       ctx.fillText(label, Math.min(left + 3 * devicePixelRatio, bbox.left + bbox.width - ctx.measureText(label).width), foot);
-    });
+    }
     ctx.restore();
   }
 
@@ -64,13 +69,16 @@ export class PeriodChart extends Chart {
     ctx.textBaseline = "alphabetic";
     ctx.lineWidth = devicePixelRatio;
     ctx.setLineDash([4 * devicePixelRatio, 3 * devicePixelRatio]);
+    let free = bbox.left; // where the last label ends: marks that stand closer share the first one's
     for (const [at, label] of this.marks) {
       const x = Math.round(plot.valToPos(at, "x", true));
       ctx.beginPath();
       ctx.moveTo(x, bbox.top);
       ctx.lineTo(x, bbox.top + bbox.height);
       ctx.stroke();
+      if (x < free) continue;
       ctx.fillText(label, x + 3 * devicePixelRatio, bbox.top + 10 * devicePixelRatio);
+      free = x + ctx.measureText(label).width + 6 * devicePixelRatio;
     }
     ctx.restore();
   }

@@ -1,7 +1,7 @@
 // Workers with their state and what their device says, and the list of recent operator actions.
 
 import { byId, el, keyed, setAttribute, setText, setVariable } from "./dom.js";
-import { ago, brief, bytes, count, duration, percent, plural, rate } from "./format.js";
+import { NONE, ago, brief, bytes, count, duration, percent, plural, rate } from "./format.js";
 
 export const SIGNS = { ready: "●", starting: "◌", paused: "❚❚", draining: "◒", stopped: "○", unhealthy: "✕", failed: "✕", lost: "✕" };
 export const COMMANDS = { ready: ["pause", "drain"], paused: ["resume", "drain"], draining: ["resume"], unhealthy: ["pause", "drain"] };
@@ -82,7 +82,7 @@ export function facts(r, now) {
   const t = r.telemetry;
   const rows = [
     ["output", `${rate(r.tokens_per_s)} tokens/s`],
-    ["step", `${duration(r.step_ms_p50 / 1000)} p50, ${duration(r.step_ms_p99 / 1000)} p99`],
+    ["step", r.step_ms_p50 ? `${duration(r.step_ms_p50 / 1000)} p50, ${duration(r.step_ms_p99 / 1000)} p99` : NONE],
     ...(r.kv_blocks_total
       ? [
           [
@@ -157,6 +157,8 @@ const VERBS = {
   "request.cancel": "cancelled request",
   "batch.cancel": "cancelled batch",
   "what_if.ask": "had policies replayed for",
+  "token.create": "made token",
+  "token.revoke": "revoked token",
   "user.password": "set the password of",
   "alert.acknowledge": "acknowledged the alert",
   "alertrule.update": "changed the alert rule",
