@@ -124,7 +124,7 @@ def _burst_events(course: Course) -> list[Event]:
         num, first_ms, last_ms = sum(n for _, n in group), group[0][0], group[-1][0] + course.span_ms
         began = max(course.at(first_ms), course.first_token or course.arrived)
         took_s = (min(course.at(last_ms), course.end) - began).total_seconds()
-        pace = f"{num / took_s:.0f} tokens/s." if num > 1 and took_s > 0.01 else ""
+        pace = f"{num / took_s:,.0f} tokens/s." if num > 1 and took_s > 0.01 else ""
         pause = "" if before_ms is None else f"After a pause of {duration((first_ms - before_ms) / 1000)}."
         events.append(make_event("tokens", _count(num), began, course.arrived, [pause, pace]))
         before_ms = last_ms

@@ -41,10 +41,12 @@ def _before(row: RequestRecord) -> str:
     tenants = Counter(tenant for tenant, _ in found).most_common()
     named = ", ".join(f"{num} of {tenant}" for tenant, num in tenants[:MAX_NAMED])
     more = f" and {sum(num for _, num in tenants[MAX_NAMED:])} of others" if len(tenants) > MAX_NAMED else ""
-    came = f" {'It' if len(found) == 1 else f'{later} of them'} came after it." if later else ""
+    came = f" {later} of them came after it." if later else ""
     most = "at least " if len(found) == MAX_BEFORE else ""
-    requests = "1 request that was" if len(found) == 1 else f"{most}{len(found)} requests that were"
-    return f"Behind {requests} claimed while it waited: {named}{more}.{came}"
+    if len(found) == 1:
+        after = ", which came after it" if later else ""
+        return f"Behind a request of {found[0][0]} that was claimed while it waited{after}."
+    return f"Behind {most}{len(found)} requests that were claimed while it waited: {named}{more}.{came}"
 
 
 def _rank(row: RequestRecord) -> str:
