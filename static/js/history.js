@@ -1,13 +1,13 @@
 // The page of history: fetches the series of the chosen period and draws a chart for each metric.
 
 import { byId, setText } from "./dom.js";
-import { bytes, clock, duration, rate } from "./format.js";
+import { brief, bytes, clock, rate } from "./format.js";
 import { PeriodChart } from "./period_chart.js";
 import { startShell } from "./shell.js";
 
 const PERIOD_MS = 15_000;
 const plots = [...document.querySelectorAll("#charts .plot")];
-const FORMATS = { s: (v) => (v === 0 ? "0" : duration(v)), bytes, requests: rate, ms: (v) => `${rate(v)} ms`, "%": (v) => `${rate(v)} %` };
+const FORMATS = { s: (v) => (v === 0 ? "0" : brief(v)), bytes, requests: rate, ms: (v) => `${rate(v)} ms`, "%": (v) => `${rate(v)} %` };
 const formatOf = (unit) => FORMATS[unit] ?? rate;
 const charts = new Map(
   plots.map((plot) => [plot.dataset.metric, new PeriodChart(plot, { format: formatOf(plot.dataset.unit), least: leastOf(plot.dataset.unit) })]),
@@ -81,7 +81,9 @@ function draw(found) {
     chart.describe(`${title} in ${unit}: ${text}`);
   }
   const grid = { 1: "seconds", 60: "minutes", 3600: "hours" }[step];
-  setText(byId("history-state"), some ? `By ${grid}, as of ${clock(Date.now())}` : "Nothing was recorded in this period.");
+  const other = [...byId("period-form").elements.compare.options].find((option) => option.defaultSelected && option.value);
+  const dashed = other ? `; dashed: ${other.text}` : "";
+  setText(byId("history-state"), some ? `By ${grid}, as of ${clock(Date.now())}${dashed}` : "Nothing was recorded in this period.");
 }
 
 function average(values) {

@@ -15,6 +15,7 @@ export class PeriodChart extends Chart {
     const { stroke, font, ticks } = options.axes[0];
     const values = (_, splits) => splits.map((at) => this.axisTime(at));
     options.axes[0] = { stroke, font, ticks, size: 24, space: 76, grid: { show: false }, values };
+    options.padding = [8, 28, 0, 0]; // room for half of the last time
     options.scales.x = { time: true, range: () => [this.from, this.to] };
     options.hooks.drawClear = [(plot) => this.shade(plot)];
     options.hooks.draw = [(plot) => this.mark(plot)];
@@ -47,7 +48,7 @@ export class PeriodChart extends Chart {
     for (const [from, to, label, severity] of this.spans) {
       const [left, right] = [Math.max(from, this.from), Math.min(to, this.to)].map((at) => plot.valToPos(at, "x", true));
       ctx.fillStyle = resolveColour(severity === "critical" ? "var(--bad)" : "var(--warn)");
-      ctx.globalAlpha = 0.1;
+      ctx.globalAlpha = 0.07;
       ctx.fillRect(left, bbox.top, Math.max(right - left, 2 * devicePixelRatio), bbox.height);
       ctx.globalAlpha = 1;
       if (named.has(label)) continue;
