@@ -2,20 +2,25 @@
 
     python -m benchmarks.switch [--queued 10000] [--rounds 9] [--claimers 4] [--json FILE]
 
-Beside the longest claim stands what the server says (LATENCY) that it was held up for meanwhile: by a script, which a
-claim had to wait for, and by anything else (a fork for its append-only file, a write of it).
+Claimers are processes of their own, as engines are. A claim waits for the server's one thread, and beside that for a
+processor, on whichever side; so beside the longest claim that a claimer saw stands what the server itself says that
+held it up: its longest command (SLOWLOG), which no claim could come before the end of, and its longest other work
+(LATENCY: a fork for its append-only file, a write of it). Both are by the clock, so beside them stands for how long in
+all the server had to wait for a processor: where that is little, they are its own.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
-import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import redis
 
@@ -29,33 +34,40 @@ from scheduling.store import execute, execute_many
 from scheduling.switch import switch_policy
 
 POLICIES = ("fair", "priority", "edf", "size", "fifo")
+PREFIX = "bench"
 PAUSE_S = 0.005
 """Between two claims of one claimer: about the length of an engine step."""
 
 
-@dataclass(slots=True)
-class Claimer:
-    """A thread in the place of one engine process: claims one request a step and keeps it."""
+class Claims(NamedTuple):
+    """What a claimer got and saw; times are of the clock that all processes share."""
 
-    client: redis.Redis
-    queue: FleetQueue
-    name: str
-    ids: list[str] = field(default_factory=list)
-    longest_claim_s: float = 0.0
-    seen: dict[int, float] = field(default_factory=dict)
-    """Revision -> when a claim first came back under it."""
+    ids: list[str]
+    taken: list[tuple[float, float]]
+    """When each claim was answered, and how long it took."""
+    switched: float
+    """When one first came back under the new revision."""
 
-    def run(self, stop: threading.Event) -> None:
-        """Claim until told to stop."""
-        while not stop.wait(PAUSE_S):
-            started = time.perf_counter()
-            claimed = execute(
-                self.client, self.queue.claim(self.name, max_requests=1, max_tokens=2**31 - 1, lease_s=600)
-            )
-            now = time.perf_counter()
-            self.longest_claim_s = max(self.longest_claim_s, now - started)
-            self.seen.setdefault(claimed.revision, now)
-            self.ids += [request.id for request in claimed.requests]
+
+def claim_until(
+    url: str, model: str, owner: str, revision: int, begun: Barrier, results: "SimpleQueue[Claims]"
+) -> None:
+    """In the place of an engine process: claim one request a step, and keep it, until `revision` is in force."""
+    client, queue = redis.Redis.from_url(url), FleetQueue(Keys(PREFIX), model)
+    ids: list[str] = []
+    taken: list[tuple[float, float]] = []
+    while True:
+        started = time.perf_counter()
+        claimed = execute(client, queue.claim(owner, max_requests=1, max_tokens=2**31 - 1, lease_s=600))
+        now = time.perf_counter()
+        taken.append((now, now - started))
+        ids += [request.id for request in claimed.requests]
+        if claimed.revision == revision:
+            break
+        if len(taken) == 1:
+            begun.wait()
+        time.sleep(PAUSE_S)
+    results.put(Claims(ids, taken, now))
 
 
 def fill(client: redis.Redis, queue: FleetQueue, num_queued: int, revision: int, random: Random) -> list[str]:
@@ -87,45 +99,64 @@ def drain(client: redis.Redis, queue: FleetQueue) -> list[str]:
 
 def measure(server: RedisServer, num_queued: int, num_claimers: int, revision: int) -> dict[str, float]:
     """One switch. Raises RuntimeError where a request was lost or doubled."""
-    client = redis.Redis.from_url(server.url)
-    queue = FleetQueue(Keys("bench"), f"switch-{revision}")
+    client, model = redis.Redis.from_url(server.url), f"switch-{revision}"
+    queue = FleetQueue(Keys(PREFIX), model)
     ids = fill(client, queue, num_queued, revision, Random(revision))
-    stop = threading.Event()
-    claimers = [Claimer(redis.Redis.from_url(server.url), queue, f"gpu-{i}") for i in range(num_claimers)]
-    threads = [threading.Thread(target=claimer.run, args=(stop,)) for claimer in claimers]
-    for thread in threads:
-        thread.start()
-    while not all(claimer.ids for claimer in claimers):
-        stop.wait(PAUSE_S)
+    context = multiprocessing.get_context("spawn")
+    begun, results = context.Barrier(num_claimers + 1), context.SimpleQueue()
+    claimers = [
+        context.Process(target=claim_until, args=(server.url, model, f"gpu-{number}", revision, begun, results))
+        for number in range(num_claimers)
+    ]
     for claimer in claimers:
-        claimer.longest_claim_s = 0.0
-    client.config_set("latency-monitor-threshold", 1)
-    client.execute_command("LATENCY", "RESET")
+        claimer.start()
+    begun.wait(60)
+    assert server.process is not None
+    waited_s = _waited_s(server.process.pid)
+    _watch(client)
     started = time.perf_counter()
     result = switch_policy(client, queue, build_policy(POLICIES[revision % len(POLICIES)]), revision)
-    while not all(revision in claimer.seen for claimer in claimers):
-        stop.wait(PAUSE_S)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    claims = [results.get() for _ in claimers]
     held_up = _held_up_ms(client)
-    got = Counter([id_ for claimer in claimers for id_ in claimer.ids] + drain(client, queue))
+    waited_s = _waited_s(server.process.pid) - waited_s
+    for claimer in claimers:
+        claimer.join()
+    got = Counter([id_ for claim in claims for id_ in claim.ids] + drain(client, queue))
     if got != Counter(ids):
         raise RuntimeError(f"{len(set(ids) - got.keys())} requests were lost and {got.total() - len(got)} doubled.")
     return {
         "switch_ms": 1000 * result.seconds,
-        "everywhere_ms": 1000 * (max(claimer.seen[revision] for claimer in claimers) - started),
-        "longest_claim_ms": 1000 * max(claimer.longest_claim_s for claimer in claimers),
-        "longest_script_ms": max(held_up.pop("command", 0.0), held_up.pop("fast-command", 0.0)),
-        "longest_other_ms": max(held_up.values(), default=0.0),
+        "everywhere_ms": 1000 * (max(claim.switched for claim in claims) - started),
+        "longest_claim_ms": 1000 * max(took for claim in claims for now, took in claim.taken if now > started),
+        **held_up,
+        "server_waited_ms": 1000 * waited_s,
     }
 
 
+def _watch(client: redis.Redis) -> None:
+    """Have the server note what holds it up from now on: commands of 0.1 ms and more, other work of 1 ms and more."""
+    client.config_set("slowlog-log-slower-than", 100)
+    client.config_set("slowlog-max-len", 100_000)
+    client.slowlog_reset()
+    client.config_set("latency-monitor-threshold", 1)
+    client.execute_command("LATENCY", "RESET")
+
+
+def _waited_s(pid: int) -> float:
+    """For how long a process's main thread was ready to run while others had the processors (proc(5), schedstat)."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+
+
 def _held_up_ms(client: redis.Redis) -> dict[str, float]:
-    """Event -> the longest time for which the server did nothing else, of those of 1 ms and more."""
-    events = client.execute_command("LATENCY", "LATEST")
+    """For how long the server did nothing else, at most."""
+    commands = client.slowlog_get(-1)
+    other = [event for event in client.execute_command("LATENCY", "LATEST") if not event[0].endswith(b"command")]
+    client.config_set("slowlog-log-slower-than", -1)
     client.config_set("latency-monitor-threshold", 0)
-    return {event[0].decode(): float(event[3]) for event in events}
+    return {
+        "server_command_ms": max((command["duration"] for command in commands), default=0) / 1000,
+        "server_other_ms": max((float(event[3]) for event in other), default=0.0),
+    }
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import msgspec
 import redis
 
 from scheduling.core.policies import Policy, build_policy
@@ -28,6 +29,8 @@ STEP_S = 0.01
 """A step that takes longer is followed by one of half the size, one that takes a quarter of it by a larger one."""
 REST = 200
 """Changes that the last script may find left over: about 1 ms."""
+
+_pack = msgspec.msgpack.Encoder().encode
 
 Weights = Callable[[], Mapping[str, float]]
 """Tenants' weights as they are now; those it does not know keep the one that their requests came with."""
@@ -107,7 +110,8 @@ class _Read(NamedTuple):
 def _read_step(reply: Any) -> _Read:
     if reply[0] == 0:
         raise SwitchLost(SwitchLost.__doc__)
-    return _Read(*reply[1:])
+    _, words, position, changes = reply
+    return _Read(list(zip(words[::2], words[1::2], strict=True)), position, changes)
 
 
 class _Build:
@@ -193,14 +197,14 @@ class _Build:
         elif step_s < STEP_S / 4:
             self.chunk = min(CHUNK, self.chunk * 2)
 
-    def _place(self, rows: Iterable[tuple[bytes, bytes]]) -> list[Any]:
-        """Rows (id, packed entry or b"" if gone) as words of the script: what to take out, and what to put where."""
+    def _place(self, rows: Iterable[tuple[bytes, bytes]]) -> bytes:
+        """Rows (id, packed entry or b"" if gone) as the script takes them: what to take out, and what to put where."""
         flows: dict[str, list[Any]] = {}
-        gone: list[bytes] = []
+        gone: list[str] = []
         places: list[str] = []
         for id_, packed in rows:
             if not packed:
-                gone.append(id_)
+                gone.append(id_.decode())
                 continue
             entry, number = unpack_entry(packed)
             flow, weight, rank = self.policy.place(entry.at_weight(self.weights_now))
@@ -212,14 +216,9 @@ class _Build:
             members += (repr(rank), f"{digits}:{entry.id}")
             if number > self.weights.get(flow, (0, 0.0))[0]:
                 self.weights[flow] = (number, weight)
-        words: list[Any] = [len(gone), *gone, len(places), *places]
-        for flow, members in flows.items():
-            words += (flow, repr(self.weights[flow][1]), len(members), *members)
-        return words
+        return _pack((gone, places, [(flow, repr(self.weights[flow][1]), members) for flow, members in flows.items()]))
 
-    def _step(
-        self, placed: Iterable[Any], source: str, position: int, *, limit: int | None = None, known: int = 0
-    ) -> _Read:
+    def _step(self, placed: bytes, source: str, position: int, *, limit: int | None = None, known: int = 0) -> _Read:
         """Put what was placed into the new epoch and take out what is gone; read the next rows (None: a chunk).
 
         `known`: how many changes the last scan answered. Repeating a step does no harm.
@@ -227,10 +226,10 @@ class _Build:
         return execute(self.client, self._command(placed, source, position, limit=limit, known=known))
 
     def _command(
-        self, placed: Iterable[Any], source: str, position: int, *, limit: int | None = None, known: int = 0
+        self, placed: bytes, source: str, position: int, *, limit: int | None = None, known: int = 0
     ) -> Command[_Read]:
         args = (self.token, LOCK_MS, self.epoch, source, position, self.chunk if limit is None else limit, known)
-        return self.queue.script("switch_build", _read_step, *args, *placed)
+        return self.queue.script("switch_build", _read_step, *args, placed)
 
     def _script(self, name: str, *args: Any) -> Command[Any]:
         return self.queue.script(name, lambda reply: reply, self.token, *args)

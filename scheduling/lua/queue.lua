@@ -53,9 +53,8 @@ local function building_queue(epoch)
 end
 
 -- A command on a key with any number of words: Lua's stack holds some thousands.
-local function in_chunks(command, key, words, first, last)
-  last = last or #words
-  for i = first or 1, last, 1000 do call(command, key, unpack(words, i, math.min(last, i + 999))) end
+local function in_chunks(command, key, words)
+  for i = 1, #words, 1000 do call(command, key, unpack(words, i, math.min(#words, i + 999))) end
 end
 
 local function add(queue, field, by)

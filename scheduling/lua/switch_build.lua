@@ -1,30 +1,19 @@
 -- token, lock milliseconds, epoch, 'scan' (what waits) or 'changes' (what came, went or moved since), where to read on,
--- how much, changes that the last scan knew of, how many to take out, their ids, how many words of places, {id, place}...,
--- {flow, weight, how many words, {rank, member}...}...
---   -> {1, {{id, packed entry or '' if it waits no more}}, where to read on, changes in all}, {0} if the lock was lost
+-- how much, changes that the last scan knew of, packed: {{id to take out...}, {id, place...}, {{flow, weight, {rank,
+-- member...}}...}}
+--   -> {1, {id, packed entry or '' if it waits no more, ...}, where to read on, changes in all}, {0} if the lock was lost
 if call('GET', Q .. ':switch') ~= ARGV[1] then return { 0 } end
 call('PEXPIRE', Q .. ':switch', ARGV[2])
 local building = building_queue(ARGV[3])
-local next_word = 8
 
--- The words that follow, a number says how many.
-local function take()
-  local first = next_word + 1
-  next_word = first + tonumber(ARGV[next_word])
-  return first, next_word - 1
+local gone, places, flows = unpack(cmsgpack.unpack(ARGV[8]))
+for _, id in ipairs(gone) do
+  if locate(building, id) then unplace(building, id) end
 end
-
-local first, last = take()
-for i = first, last do
-  if locate(building, ARGV[i]) then unplace(building, ARGV[i]) end
-end
-first, last = take()
-in_chunks('HSET', building.at .. ':at', ARGV, first, last)
-while next_word < #ARGV do
-  local flow, weight = ARGV[next_word], ARGV[next_word + 1]
-  next_word = next_word + 2
-  first, last = take()
-  in_chunks('ZADD', building.at .. ':f:' .. flow, ARGV, first, last)
+in_chunks('HSET', building.at .. ':at', places)
+for _, placed in ipairs(flows) do
+  local flow, weight, members = unpack(placed)
+  in_chunks('ZADD', building.at .. ':f:' .. flow, members)
   set_backlogged(building, flow, weight)
 end
 save(building)
@@ -37,13 +26,13 @@ if ARGV[4] == 'scan' then
   local to = from < 0 and call('ZCARD', ARRIVALS) or from + changes - tonumber(ARGV[7])
   from = math.max(0, (from < 0 and to or from) - limit)
   for i, id in ipairs(to > 0 and call('ZRANGE', ARRIVALS, from, to - 1) or {}) do
-    rows[i] = { id, call('HGET', Q .. ':req:' .. id, 'entry') or '' }
+    rows[2 * i - 1], rows[2 * i] = id, call('HGET', Q .. ':req:' .. id, 'entry') or ''
   end
 elseif limit > 0 then
   for i, id in ipairs(call('LRANGE', Q .. ':dirty', from, from + limit - 1)) do
     local r = call('HMGET', Q .. ':req:' .. id, 'state', 'entry')
-    rows[i] = { id, r[1] == 'queued' and r[2] or '' }
+    rows[2 * i - 1], rows[2 * i] = id, r[1] == 'queued' and r[2] or ''
   end
-  from = from + #rows
+  from = from + #rows / 2
 end
 return { 1, rows, from, changes }
