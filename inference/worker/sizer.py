@@ -74,9 +74,10 @@ class Sizer:
     def switch(self, name: str, params: Mapping[str, Any], *, batch_size: int | None = None) -> None:
         """Put another strategy in charge, at once. It begins with `batch_size`, or with the present one.
 
-        Raises SizingError; then nothing has changed.
+        Where memory holds the present one down, that is what the strategy before was to begin with: `fixed` would keep
+        the other for good. Raises SizingError; then nothing has changed.
         """
-        first = self._planner.batch_size if batch_size is None else batch_size
+        first = self._present_size() if batch_size is None else batch_size
         self._controller = self._build(name, params, first)
         decision = self._controller.decide()
         self._apply(decision.batch_size, f"{name}: {decision.reason}", self._read_bound())
@@ -131,6 +132,11 @@ class Sizer:
             self._controller.observe(observation)
         decision = self._controller.decide()
         self._apply(decision.batch_size, f"{self.name}: {decision.reason}", bound)
+
+    def _present_size(self) -> int:
+        size = self._planner.batch_size
+        is_held_down = self._bound is not None and size >= self._bound
+        return max(size, int(self._controller.params["initial"])) if is_held_down else size
 
     def _build(self, name: str, params: Mapping[str, Any], first: int) -> Controller:
         given = dict(params)

@@ -155,6 +155,16 @@ def test_a_switch_holds_at_once_and_begins_with_the_present_size() -> None:
     assert (bench.sizer.name, bench.planner.max_batch_size) == ("fixed", 9)
 
 
+@pytest.mark.parametrize("sizing", ["fixed", "throughput_first"])
+def test_a_switch_to_fixed_while_memory_is_short_comes_back_to_the_size_that_was_set(sizing: str) -> None:
+    bench = Bench(sizing, limit=3, initial=12)
+    assert bench.tick() == 3
+    bench.sizer.switch("fixed", {})
+    assert bench.tick() == 3
+    bench.limit = 400
+    assert bench.tick() == 12
+
+
 def test_a_switch_to_nonsense_changes_nothing() -> None:
     bench = Bench("balanced")
     with pytest.raises(UnknownSizing):
