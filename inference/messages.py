@@ -46,6 +46,8 @@ class InferenceRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     the client gave. Empty for a model of the builtin engine, which gets `prompt_token_ids` instead."""
     estimated_prompt_tokens: int = 0
     """Length of a forwarded prompt as the web process counted or guessed it; the upstream's own count comes later."""
+    comes_again: bool = False
+    """Whoever sent it sends it again where it is shed, under another id: that is not the end of it."""
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -31,6 +31,11 @@ def finish_of(request: InferenceRequest, reason: DropReason) -> Finish:
     return Finish("error", tokens, 0, error_code=reason, error_message=MESSAGES[reason])
 
 
+def is_sent_again(request: InferenceRequest, error_code: str) -> bool:
+    """Whether a request that ended so is sent again by whoever sent it: the history has how that ends."""
+    return request.comes_again and error_code == "shed"
+
+
 def write_end(queue: FleetQueue, request: InferenceRequest, reason: DropReason) -> Command[bool]:
     """First: True for the one caller who goes on with `tell_end`."""
     return queue.end_shed(request.id, _encode(finish_of(request, reason)))
@@ -39,12 +44,13 @@ def write_end(queue: FleetQueue, request: InferenceRequest, reason: DropReason) 
 def tell_end(queue: FleetQueue, request: InferenceRequest, reason: DropReason) -> list[Command[Any]]:
     """Tell the client's web process, give back the tenant's tokens and slot, write the history, count it."""
     keys = queue.keys
-    end = unserved_event(request, state="failed", reason="error", now_s=time.time(), error_code=reason)
     commands: list[Command[Any]] = [
         TenantLimits(keys).settle(request.tenant, request.id, refund_tokens=request.charged_tokens),
-        add_message(keys.history, HISTORY_LENGTH, _encode([end])),
         Command(("HINCRBY", keys.refusals, f"{request.model}|{request.tenant}|{reason}", 1), int),
     ]
+    if not is_sent_again(request, reason):
+        end = unserved_event(request, state="failed", reason="error", now_s=time.time(), error_code=reason)
+        commands.append(add_message(keys.history, HISTORY_LENGTH, _encode([end])))
     if request.reply_to:
         update = SequenceUpdate(request.id, 0, 0, [], [], finish_of(request, reason))
         commands.insert(0, add_message(keys.replies(request.reply_to), MAX_REPLIES, _encode([update])))

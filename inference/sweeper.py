@@ -10,7 +10,7 @@ import redis
 
 from inference.cancelling import end_cancelled, finish_cancelled
 from inference.messages import HISTORY_LENGTH, Finish, InferenceRequest, RequestEvent, State, unserved_event
-from inference.shedding import add_message, end_dropped
+from inference.shedding import add_message, end_dropped, is_sent_again
 from scheduling.fleet import FleetQueue, RequestRecordView, Shed
 from scheduling.keys import Keys
 from scheduling.limits import TenantLimits
@@ -170,14 +170,16 @@ class Sweeper:
         execute_many(self._client, end_cancelled(self._keys, request, attempt=None, error_code="client_gone"))
 
 
-def _end_of(record: RequestRecordView, ended_s: float) -> tuple[RequestEvent, int]:
-    """How a request ended, by its record alone, and how many tokens of its charge were not used."""
+def _end_of(record: RequestRecordView, ended_s: float) -> tuple[RequestEvent | None, int]:
+    """How a request ended, by its record alone (None: it is sent again), and what of its charge was not used."""
     request = msgspec.msgpack.decode(record.body, type=InferenceRequest)
     finish = finish_cancelled(request)
     if record.finish is not None:
         finish = msgspec.msgpack.decode(record.finish, type=Finish)
     # One without was cancelled as it waited, and one that was never claimed has computed nothing.
     used = finish.prompt_tokens + finish.completion_tokens if record.finish is not None and record.attempt else 0
+    if is_sent_again(request, finish.error_code):
+        return None, request.charged_tokens - used
     state = cast(State, record.state)
     event = unserved_event(request, state=state, reason=finish.reason, now_s=ended_s, error_code=finish.error_code)
     event = msgspec.structs.replace(

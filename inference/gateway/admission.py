@@ -69,7 +69,7 @@ class Draft:
     others: tuple[str, ...] = ()
     """Ids of further answers to the same request, which are charged with this one: all of them or none."""
     comes_again: bool = False
-    """Whoever sends it does so until it is let in, and no client hears of a refusal: that is no miss then."""
+    """Whoever sends it does so until it is served, and no client hears of a refusal, or that it was shed."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -340,6 +340,7 @@ def to_request(draft: Draft) -> InferenceRequest:
         traceparent=current_traceparent.get(),
         forwarded=draft.forwarded,
         estimated_prompt_tokens=draft.estimated_prompt_tokens,
+        comes_again=draft.comes_again,
     )
 
 

@@ -12,6 +12,7 @@ from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import openai
 import pytest
 import redis
@@ -219,6 +220,11 @@ def test_a_line_that_was_cancelled_fails_alone_and_one_that_was_shed_is_sent_aga
     assert failed == {"row-0": 499}
     ids = {row["custom_id"]: row["response"]["request_id"] for row in rows(client, done.output_file_id)}
     assert ids == {"row-1": f"{batch.id}-2", "row-2": f"{batch.id}-3-1"}
+    with redis.Redis.from_url(stack.redis.url) as store:
+        told: Any = store.xrange(KEYS.history)
+    ends = [event for _, fields in told for event in msgspec.msgpack.decode(fields[b"m"]) if event["type"] == "request"]
+    assert batch.id in {event["id"].rsplit("-", 1)[0] for event in ends}
+    assert f"{batch.id}-3" not in {event["id"] for event in ends}, "it was tried again, and has not failed"
 
 
 def test_a_tenant_s_limit_is_asked_once_and_not_with_every_line(

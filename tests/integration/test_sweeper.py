@@ -28,10 +28,12 @@ def queue(store: redis.Redis, keys: Keys) -> FleetQueue:
     return FleetQueue(keys, "demo")
 
 
-def enqueue(store: redis.Redis, queue: FleetQueue, request_id: str, web: str, tpd: int | None = None) -> None:
+def enqueue(
+    store: redis.Redis, queue: FleetQueue, request_id: str, web: str, tpd: int | None = None, comes_again: bool = False
+) -> None:
     request = InferenceRequest(
         id=request_id, model="demo", tenant="acme", priority=3, arrival_s=NOW_S, prompt_token_ids=[1, 2, 3],
-        max_tokens=7, sampling=SamplingParams(), reply_to=web, charged_tokens=10,
+        max_tokens=7, sampling=SamplingParams(), reply_to=web, charged_tokens=10, comes_again=comes_again,
     )  # fmt: skip
     entry = QueueEntry(id=request_id, tenant="acme", priority=3, arrival_s=NOW_S, prompt_tokens=3, max_tokens=7)
     limits = TenantLimits(queue.keys)
@@ -199,6 +201,22 @@ def test_what_was_shed_by_a_process_that_died_is_ended_by_the_sweeper_once(
     (update,) = msgspec.msgpack.decode(fields[b"m"], type=list[SequenceUpdate])
     assert update.finish is not None
     assert (update.request_id, update.finish.reason, update.finish.error_code) == ("r1", "error", "shed")
+
+
+def test_what_is_sent_again_has_not_failed_where_it_was_shed(store: redis.Redis, keys: Keys, queue: FleetQueue) -> None:
+    urgent = QueueEntry(id="r0", tenant="acme", priority=0, arrival_s=NOW_S, prompt_tokens=3, max_tokens=7)
+    for request_id in ("ended", "unsettled"):
+        enqueue(store, queue, request_id, "", comes_again=True)
+        place = build_policy("fifo").place(urgent)
+        execute(store, queue.enqueue(urgent, place, revision=0, body=b"", depth_limit=1, shed=True))
+        execute(store, queue.cancel("r0"))
+        store.delete(keys.request("demo", "r0"))
+        if request_id == "ended":
+            Sweeper(store, keys, clock=lambda: time.time() + 5).run_once()
+    finish = Finish("error", 3, 0, error_code="shed")
+    assert execute(store, queue.end_shed("unsettled", msgspec.msgpack.encode(finish)))
+    free_slots_later(store, keys)
+    assert (history(store, keys), running(store, keys)) == ([], 0)
 
 
 def test_a_deadline_that_no_claim_looks_at_is_found_by_the_sweeper(store: redis.Redis, keys: Keys) -> None:
