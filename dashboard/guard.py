@@ -32,6 +32,8 @@ MAX_ROWS = 5000
 MIN_WATCH_S, MAX_WATCH_S = 5, 86_400
 State = GuardedSwitch.State
 Figures = Mapping[str, float | int | None]
+Weighted = Sequence[tuple[float, float]]
+"""Seconds, and how many requests they stand for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,32 +135,34 @@ def check_guards(*, announce: Announce | None = None, clock: Callable[[], dateti
 def read_figures(
     model: str, since: datetime, until: datetime, waits: Sequence[Wait] = ()
 ) -> dict[str, float | int | None]:
-    """The metrics over requests that came and ended in between, the latest MAX_ROWS of them, and over what still waits.
+    """The metrics over requests that came and ended in between, and over what still waits.
 
+    Of more than MAX_ROWS that ended the latest are looked at, of many that wait some; each stands for so many.
     Those that came before waited under another policy: they tell nothing of this one. Of the `waits` count those past
     their service level, as misses, and those that outlast what was served, with their wait so far: a policy that lets
     some starve is not judged by those alone whom it serves.
     """
-    rows = list(
-        RequestRecord.objects.filter(model=model, finished_at__gte=since, finished_at__lt=until, arrived_at__gte=since)
-        .exclude(state="cancelled")
-        .defer("timeline")
-        .order_by("-finished_at")[:MAX_ROWS]
-    )
+    ended = RequestRecord.objects.filter(
+        model=model, finished_at__gte=since, finished_at__lt=until, arrived_at__gte=since
+    ).exclude(state="cancelled")
+    rows = list(ended.defer("timeline").order_by("-finished_at")[:MAX_ROWS])
+    num_ended = ended.count() if len(rows) == MAX_ROWS else len(rows)
+    each = num_ended / len(rows) if rows else 1.0
     levels = find_service_levels()
-    judged = [met for row in rows if (verdict := judge(row, levels)) is not None for met in [verdict[0]]]
-    judged += [False for wait in waits if allowed_if_late(wait, levels) is not None]
-    queued_s = [(row.claimed_at - row.arrived_at).total_seconds() for row in rows if row.claimed_at]
-    waited_s = [wait.waited_s for wait in waits]
+    judged = [(verdict[0], each) for row in rows if (verdict := judge(row, levels)) is not None]
+    judged += [(False, wait.stands_for) for wait in waits if allowed_if_late(wait, levels) is not None]
+    ttft_s = [(row.ttft_s, each) for row in rows if row.ttft_s is not None]
+    e2e_s = [(row.e2e_s, each) for row in rows if row.state == "finished"]
+    queued_s = [((row.claimed_at - row.arrived_at).total_seconds(), each) for row in rows if row.claimed_at]
     return {
-        "requests": len(rows),
-        "waiting": len(waits),
-        "judged": len(judged),
+        "requests": num_ended,
+        "waiting": round(sum(wait.stands_for for wait in waits)),
+        "judged": round(sum(weight for _, weight in judged)),
         "attainment": _share(judged),
-        "ttft_p99_s": _p99(_outlast([row.ttft_s for row in rows if row.ttft_s is not None], waited_s)),
-        "e2e_p99_s": _p99(_outlast([row.e2e_s for row in rows if row.state == "finished"], waited_s)),
-        "queue_p99_s": _p99(_outlast(queued_s, waited_s)),
-        "failed": _share([row.state == "failed" for row in rows]),
+        "ttft_p99_s": _p99(_outlast(ttft_s, waits)),
+        "e2e_p99_s": _p99(_outlast(e2e_s, waits)),
+        "queue_p99_s": _p99(_outlast(queued_s, waits)),
+        "failed": _share([(row.state == "failed", each) for row in rows]),
     }
 
 
@@ -263,20 +267,25 @@ def _waits_since(guard: GuardedSwitch) -> list[Wait]:
         return []
 
 
-def _outlast(served_s: list[float], waited_s: Sequence[float]) -> list[float]:
+def _outlast(served: Weighted, waits: Sequence[Wait]) -> Weighted:
     """What was served, and with it what waits longer than any of it did: that will not be less in the end."""
-    worst_s = max(served_s, default=0.0)
-    return [*served_s, *(wait_s for wait_s in waited_s if wait_s > worst_s)]
+    worst_s = max((seconds for seconds, _ in served), default=0.0)
+    return [*served, *((wait.waited_s, wait.stands_for) for wait in waits if wait.waited_s > worst_s)]
 
 
-def _share(values: Sequence[bool]) -> float | None:
-    return round(100 * sum(values) / len(values), 3) if values else None
+def _share(values: Sequence[tuple[bool, float]]) -> float | None:
+    total = sum(weight for _, weight in values)
+    return round(100 * sum(weight for met, weight in values if met) / total, 3) if values else None
 
 
-def _p99(values: Sequence[float]) -> float | None:
+def _p99(values: Weighted) -> float | None:
     """The 99th percentile, the nearest rank upwards."""
-    ordered = sorted(values)
-    return round(ordered[min(len(ordered) - 1, -(-99 * len(ordered) // 100) - 1)], 4) if ordered else None
+    left = 0.01 * sum(weight for _, weight in values)
+    for seconds, weight in sorted(values, reverse=True):
+        left -= weight
+        if left < -1e-6:
+            return round(seconds, 4)
+    return None
 
 
 def read_guard(form: Mapping[str, Any]) -> tuple[Guard | None, dict[str, str]]:

@@ -17,7 +17,7 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from controlplane.config import Config
-from dashboard import guard, what_if
+from dashboard import guard, overdue, what_if
 from dashboard.guard import Guard, check_guards, switch_under_guard
 from dashboard.models import GuardedSwitch, WhatIfRun
 from dashboard.what_if import WhatIfError, ask_what_if
@@ -156,6 +156,22 @@ def test_who_starves_is_judged_beside_those_who_are_served(
         fleet.enqueue("chat", age_s=90)
     assert check_guards() == turned_back
     assert GuardedSwitch.objects.get().after["waiting"] == waiting
+
+
+@pytest.mark.parametrize(("metric", "threshold"), [("attainment", "50"), ("queue_p99_s", "60")])
+def test_of_many_that_starve_each_that_is_looked_at_stands_for_as_many(
+    fleet: FleetWriter, monkeypatch: pytest.MonkeyPatch, metric: str, threshold: str
+) -> None:
+    monkeypatch.setattr(overdue, "MAX_WAITS", 1 if metric == "queue_p99_s" else 10)
+    for priority in range(6):
+        ServiceLevel.objects.create(priority=priority, ttft_ms=80_000)
+    switch_guarded(signed_in("operator"), **{"guard.metric": metric, "guard.threshold": threshold})
+    let_pass(200)
+    served(200 if metric == "queue_p99_s" else 40)
+    for _ in range(100):
+        fleet.enqueue("chat", age_s=90)
+    assert check_guards() == 1, "most wait, though few of them were looked at"
+    assert GuardedSwitch.objects.get().after["waiting"] == 100
 
 
 def test_an_operators_switch_in_the_moment_of_a_breach_stands(
