@@ -20,8 +20,9 @@ CODE = "cancelled_by_operator"
 def cancel_request(*, request_id: str, models: Sequence[str], actor: User, reason: str) -> str:
     """Where the request was: "queued" (it is over), "running" (its worker ends it at the next step) or "gone".
 
-    It is in the audit trail before anything is done, since nothing takes a cancelling back. Raises DatabaseError (then
-    nothing was done), RedisError or OSError; the same call may be repeated.
+    "cancelling": it runs, and a cancelling of it is on its way to its worker already, so nothing is done. Else it is in
+    the audit trail before anything is done, since nothing takes a cancelling back. Raises DatabaseError (then nothing
+    was done), RedisError or OSError; the same call may be repeated.
     """
     client = live_redis()
     for queue in (FleetQueue(live_keys(), model) for model in models):
@@ -31,6 +32,8 @@ def cancel_request(*, request_id: str, models: Sequence[str], actor: User, reaso
         request = msgspec.msgpack.decode(record.body, type=InferenceRequest)
         if record.state not in ("queued", "running") and not _is_owed(client, queue, request, record):
             continue
+        if record.state == "running" and execute(client, queue.is_cancelling(request_id)):
+            return "cancelling"
         before = {"state": record.state}
         after = {"state": "cancelled", "model": queue.model, "tenant": request.tenant}
         record_action(

@@ -201,6 +201,10 @@ class FleetQueue:
         """A request's record, or None once it is forgotten."""
         return self.script("record", _read_record, request_id)
 
+    def is_cancelling(self, request_id: str) -> Command[bool]:
+        """Whether a running request was cancelled and its owner has not ended it yet."""
+        return Command(("HEXISTS", self.keys.request(self.model, request_id), "cancel"), bool)
+
     def ended_s(self, request_id: str) -> Command[float | None]:
         """When a request ended (unix seconds), 0 for one no longer (or not yet) known, None while it waits or runs."""
         key = self.keys.request(self.model, request_id)

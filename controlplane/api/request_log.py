@@ -141,7 +141,9 @@ class Cancelled(Schema):
     """Where the request was."""
 
     id: str
-    was: str = Field(description="queued: it is over; running: its worker ends it at the next step")
+    was: str = Field(
+        description="queued: it is over; running: its worker ends it at the next step; cancelling: so it was already"
+    )
 
 
 @router.get("/operator/requests", response=RecordedRequests, summary="Search recorded requests")

@@ -172,6 +172,8 @@ def cancel(request: HttpRequest, *, request_id: str) -> JsonResponse:
         return refuse(503, "The queue's store does not answer, so the request could not be cancelled. Try again.")
     if was == "gone":
         return refuse(404, f"{request_id[:64]} neither waits nor runs; it may have ended meanwhile.")
+    if was == "cancelling":
+        return JsonResponse({"message": f"{request_id} is being cancelled already.", "was": was})
     done = "It has left the queue." if was == "queued" else "Its worker stops it at the next step."
     return JsonResponse({"message": f"{request_id} is cancelled. {done}", "was": was})
 

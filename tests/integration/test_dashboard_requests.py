@@ -203,6 +203,10 @@ def test_an_operator_cancels_what_waits_and_what_runs_and_nobody_else_does(fleet
     body = {"reason": "runaway"}
     answer = operator.post(f"/api/v1/operator/requests/{running}/cancel", body, content_type="application/json")
     assert answer.json() == {"id": running, "was": "running"}
+    again = operator.post(f"/api/v1/operator/requests/{running}/cancel", body, content_type="application/json")
+    assert again.json() == {"id": running, "was": "cancelling"}
+    told = operator.post(f"/requests/{running}/cancel/", {"reason": "again"}).json()["message"]
+    assert told == f"{running} is being cancelled already."
     assert execute(fleet.client, fleet.queue.take_cancels("gpu-0:1")) == [running]
     actions = list(OperatorAction.objects.values_list("action", "target", "reason", "address").order_by("id"))
     assert actions == [("request.cancel", id_, "runaway", "127.0.0.1") for id_ in (waiting, running)]
