@@ -123,10 +123,14 @@ class AdmissionDesk:
         max_depth = self._check_backpressure(draft)
         if _is_unlimited(draft.tenant):
             # The charge cannot be refused, so both go in one round trip; the charge is the first of them.
-            charging = self._pipeline.send(self._charge_command(draft))
+            charge = self._charge_command(draft)
+            charging = self._pipeline.send(charge)
             charging.add_done_callback(ignore_lost)
             await self._enqueue(draft, request, max_depth)
-            return await charging
+            try:
+                return await charging
+            except RedisUnavailable:  # as the enqueue at first; a slot taken after the request's end the sweeper frees
+                return await self._pipeline.send_within(charge, REDIS_WAIT_S)
         admission = await self._charge(draft)
         try:
             await self._enqueue(draft, request, max_depth)

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import msgspec
 import pytest
 import redis.asyncio
 
+from benchmarks.stack import RedisServer
+from inference.gateway import admission
 from inference.gateway.errors import DeadlineExceeded, NoReplica, Overloaded
 from inference.gateway.gateway import Gateway
 from inference.gateway.served import ServedModel
@@ -73,6 +76,30 @@ async def test_a_model_that_nobody_serves_is_refused_after_a_while_and_what_wait
         assert (await aexecute(astore, waiting.model.queue.snapshot())).depth == 2
         usage = await aexecute(astore, gateway.desk.limits.usage("alpha"))
         assert usage.running == 2
+
+
+async def test_a_redis_that_comes_back_soon_refuses_nobody(
+    keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "REDIS_WAIT_S", PATIENCE_S)
+    with TemporaryDirectory(prefix="psr-") as folder:
+        server = RedisServer(Path(folder))
+        server.start()
+        try:
+            async with open_gateway(server.url, keys, tmp_path) as gateway:
+                await gateway.submit(draft(gateway, 1))
+                server.stop()
+                limited = replace(TENANT, name="beta", rpm=9)
+                coming = [gateway.submit(draft(gateway, 2)), gateway.submit(draft(gateway, 3, tenant=limited))]
+                submitted = asyncio.gather(*coming)
+                await until(lambda: asyncio.sleep(0, not gateway.pipeline.connected))
+                await asyncio.to_thread(server.start)
+                await submitted
+                assert (await gateway.pipeline.send(gateway.find_model(MODEL).queue.snapshot())).depth == 3
+                usage = [gateway.pipeline.send(gateway.desk.limits.usage(tenant)) for tenant in ("alpha", "beta")]
+                assert [used.running for used in await asyncio.gather(*usage)] == [2, 1]
+        finally:
+            server.stop()
 
 
 async def test_an_expired_request_is_refused_where_its_tenant_wants_that(
