@@ -116,8 +116,7 @@ class UpstreamLoop(ServingLoop):
         if self._gate.time_is_up:
             for active in list(self._active.values()):
                 self._give_back(active)
-        if not self._active:
-            self._gate.emptied()
+        self._note_drained()
 
     def _give_back(self, active: ActiveRequest, *, failed: bool = False) -> None:
         (self._handover.failures if failed else self._handover.releases).append(active.request.id)

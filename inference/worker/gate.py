@@ -52,7 +52,12 @@ class Gate:
         """Whether a drain has used up its time."""
         return self.state == "draining" and self._clock() >= self._deadline_s
 
-    def emptied(self) -> None:
-        """Nothing runs any more."""
-        if self.state == "draining":
+    @property
+    def must_leave(self) -> bool:
+        """Whether the process should end, and has used up the time for it."""
+        return self._ends and self.time_is_up
+
+    def emptied(self, *, is_delivered: bool) -> None:
+        """Nothing runs any more. A process that ends delivers the rest when its loop has returned."""
+        if self.state == "draining" and (is_delivered or self._ends):
             self.state = "stopped"

@@ -85,6 +85,12 @@ class Intake(threading.Thread):
             self._room, self._is_idle, self._urgent = NO_ROOM, False, None
             self._changed.wait_for(lambda: not self._is_claiming, timeout_s)
 
+    @property
+    def is_shut(self) -> bool:
+        """Whether nothing was claimed that was not taken, nor can be by a claim on its way."""
+        with self._changed:
+            return not (self._claimed or self._is_claiming)
+
     def take(self) -> list[ActiveRequest]:
         """What was claimed since the last call; it has used up its room until the next `offer`."""
         if not self._claimed:

@@ -198,8 +198,7 @@ class EngineLoop(ServingLoop):
         for sequence in returned:
             self._handover.releases.append(sequence.id)
             self._forget(self._active[sequence.id])
-        if not self._active:
-            self._gate.emptied()
+        self._note_drained()
 
     def _move_blocks(self) -> None:
         """Copy what preempted sequences leave and take up again, before the step writes over it."""

@@ -92,6 +92,9 @@ class Outbox(threading.Thread):
         self._inbox = inbox
         self._waiting: queue.Queue[Handover | None] = queue.Queue(MAX_WAITING_STEPS)
         self._giving_up = threading.Event()
+        self._num_offered = 0
+        self._num_taken = 0
+        self._num_delivered = 0
         self._kept: dict[str, float] = {}
         self._complained_s = 0.0
 
@@ -101,7 +104,13 @@ class Outbox(threading.Thread):
             self._waiting.put(handover, timeout=timeout_s)
         except queue.Full:
             return False
+        self._num_offered += 1
         return True
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether all that was offered has reached Redis; asked by the thread that offers."""
+        return self._num_delivered == self._num_offered
 
     def close(self, timeout_s: float) -> bool:
         """Send what waits, and end; give up after `timeout_s`. Whether all was sent."""
@@ -122,6 +131,7 @@ class Outbox(threading.Thread):
             handovers, is_open = self._next()
             for handover in handovers:
                 self._persist(handover)
+            self._num_delivered = self._num_taken
             if not handovers and is_open:
                 self._persist(Handover(self._lease.owner))
 
@@ -131,6 +141,7 @@ class Outbox(threading.Thread):
         try:
             handover = self._waiting.get(timeout=CANCELS_PERIOD_S)
             while handover is not None:
+                self._num_taken += 1
                 if handovers and handovers[-1].owner == handover.owner:
                     merge(handovers[-1], handover)
                 else:

@@ -161,6 +161,11 @@ class ServingLoop(ABC):
         """It is held no more."""
         self._active.pop(active.request.id, None)
 
+    def _note_drained(self) -> None:
+        """While draining: where nothing is held, and what was given back is in the queue, the drain is over."""
+        if not self._active:
+            self._gate.emptied(is_delivered=self._intake.is_shut and not self._handover and self._outbox.is_clear)
+
     def _hand_over(self) -> None:
         """Give the step to the outbox. While that is full (Redis is slow or lost) wait, and obey commands meanwhile."""
         if not self._handover:
@@ -169,5 +174,5 @@ class ServingLoop(ABC):
         while not self._outbox.offer(handover, OFFER_WAIT_S):
             self._heed(self._inbox.read())
             self._board.update(self._reporter, self._active.values())
-            if self._gate.time_is_up or handover.owner != self._lease.owner:
+            if self._gate.must_leave or handover.owner != self._lease.owner:
                 return

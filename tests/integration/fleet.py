@@ -17,6 +17,7 @@ from scheduling.keys import Keys
 from tests.patience import PATIENCE_S
 
 Event = TypeVar("Event", RequestEvent, BatchEvent)
+Found = TypeVar("Found")
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
@@ -124,12 +125,13 @@ class FleetClient:
                 for update in msgspec.msgpack.decode(fields[b"m"], type=list[SequenceUpdate]):
                     self.answers[update.request_id].take(update)
 
-    def until(self, condition: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
-        """Read until the condition holds."""
+    def until(self, condition: Callable[[], Found], patience_s: float = PATIENCE_S) -> Found:
+        """Read until the condition holds, and return what it gave."""
         end = time.monotonic() + patience_s
-        while not condition():
+        while not (found := condition()):
             assert time.monotonic() < end, f"not in time: {self._progress()}"
             self.read()
+        return found
 
     def num_tokens(self) -> int:
         return sum(len(answer.token_ids) for answer in self.answers.values())
@@ -145,8 +147,8 @@ class FleetClient:
         return None if packed is None else msgspec.msgpack.decode(packed, type=ReplicaStatus)
 
     def until_state(self, replica: str, state: str) -> ReplicaStatus:
-        self.until(lambda: (found := self.status(replica)) is not None and found.state == state)
-        status = self.status(replica)
+        """What the replica says when it is in this state."""
+        status = self.until(lambda: s if (s := self.status(replica)) and s.state == state else None)
         assert status is not None
         return status
 

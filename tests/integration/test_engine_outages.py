@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from scheduling.store import execute
 from tests.conftest import _server_binary
 from tests.integration.engines import Engines
 from tests.integration.fleet import FleetClient
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
 
 
 class Server:
@@ -43,6 +44,14 @@ class Server:
         ]
         durable = ["--appendonly", "yes", "--appendfsync", "always"]
         self._process = subprocess.Popen([_server_binary(), *options, *durable], stdout=subprocess.DEVNULL)
+
+    @contextmanager
+    def held_up(self) -> Iterator[None]:
+        """Answer nothing for the length of the block."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        yield
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -82,6 +91,30 @@ def test_a_batch_waits_for_a_redis_that_was_killed_and_loses_nothing(
         assert all(len(answer.token_ids) == 150 for answer in fleet.answers.values())
         assert {attempt for answer in fleet.answers.values() for attempt in answer.attempts} == {1}
         fleet.until(lambda: {event.id for event in fleet.events(RequestEvent)} == set(fleet.answers))
+
+
+def test_a_drained_engine_is_stopped_only_once_what_it_gave_back_is_in_the_queue(
+    server: Server, checkpoint: Path, keys: Keys
+) -> None:
+    with (
+        redis.Redis.from_url(server.url, retry=Retry(ConstantBackoff(0.05), 400)) as client,
+        Engines(checkpoint, server.url, keys) as engines,
+    ):
+        fleet = FleetClient(client, keys, engines.model)
+        engine = engines.start()
+        for i in range(6):
+            fleet.submit(f"r{i}", [5 + i, 6], 240)
+        fleet.until(lambda: all(answer.token_ids for answer in fleet.answers.values()))
+
+        def state() -> str:
+            return engine.send("policy", {"name": "fifo", "revision": 0}, PATIENCE_S).state
+
+        with server.held_up():
+            assert engine.send("drain", {"drain_s": 0}, PATIENCE_S).state == "draining"
+            assert {state() for _ in range(5)} == {"draining"}
+        wait_until(lambda: state() == "stopped")
+        snapshot = execute(client, fleet.queue.snapshot())
+        assert (snapshot.running, snapshot.depth) == (0, 6)
 
 
 def test_an_engine_that_was_held_up_gives_up_what_others_took_over(

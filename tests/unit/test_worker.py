@@ -84,8 +84,10 @@ def test_a_gate_finishes_what_runs_and_then_is_stopped() -> None:
     assert (gate.is_open, gate.time_is_up) == (False, False)
     clock.now_s += 5
     assert gate.time_is_up
-    gate.emptied()
-    assert (gate.state, gate.is_over) == ("stopped", False)
+    gate.emptied(is_delivered=False)
+    assert gate.state == "draining"
+    gate.emptied(is_delivered=True)
+    assert (gate.state, gate.is_over, gate.must_leave) == ("stopped", False, False)
     gate.resume()
     assert gate.is_open
 
@@ -97,8 +99,8 @@ def test_a_gate_that_was_told_to_end_stays_closed() -> None:
     gate.pause()
     assert gate.state == "draining"
     gate.end(0.0)
-    assert gate.time_is_up
-    gate.emptied()
+    assert gate.must_leave
+    gate.emptied(is_delivered=False)
     assert gate.is_over
 
 
