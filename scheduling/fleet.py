@@ -174,6 +174,13 @@ class FleetQueue:
         """
         return self.script("renew", bool, owner, repr(lease_s), _time(now))
 
+    def end_lease(self, owner: str, within_s: float, now: float | None = None) -> Command[bool]:
+        """Move the end of a lease to `within_s` from now, unless it is sooner: its process has ended.
+
+        Then `expire` does the rest. False: there is no such lease.
+        """
+        return self.script("end_lease", bool, owner, repr(within_s), _time(now))
+
     def release(self, owner: str, request_ids: Iterable[str] | None = None, *, failed: bool = False) -> Command[int]:
         """Put requests (None: all that `owner` holds) back at their old rank. Answers how many.
 

@@ -50,12 +50,12 @@ class Pipe:
         except BrokenPipeError:
             logger.warning("The Celery worker does not read any more.")
 
-    def beat(self) -> None:
+    def beat(self, owner: str = "") -> None:
         """The loop turns: tell the parent once a second, whose watchdog kills an engine that is silent for long."""
         now_s = time.monotonic()
         if now_s - self._beat_s >= BEAT_S:
             self._beat_s = now_s
-            self.send(Beat())
+            self.send(Beat(owner=owner))
 
     def follow(self, inbox: Inbox) -> None:
         """Pass commands on from a thread; stop the engine when the pipe ends, for then the parent is gone."""

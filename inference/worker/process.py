@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import msgspec
 
-from inference.worker.spec import Ack, CommandName, ControlMessage, EngineSpec, Notice, Report
+from inference.worker.spec import Ack, Beat, CommandName, ControlMessage, EngineSpec, Notice, Report
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class EngineProcess:
         """The last one: what it serves, or why it cannot."""
         self.heard_s = time.monotonic()
         """When it last said anything; its loop does once a second. Before it is ready, when it was started."""
+        self.owner = ""
+        """Whose requests it holds; empty until it may have claimed some."""
         self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), name="engine", daemon=True)
         self._reader.start()
         with contextlib.suppress(EngineGoneError):  # it ended at once, which the reader notices
@@ -77,7 +79,7 @@ class EngineProcess:
             self._process.stdin.close()
 
     def kill(self) -> None:
-        """End it at once; its lease runs out and others take its requests."""
+        """End it at once; others take its requests when its lease ends."""
         self._process.kill()
 
     def wait(self, timeout_s: float | None = None) -> int | None:
@@ -119,6 +121,8 @@ class EngineProcess:
                 future = self._acks.get(report.id)
                 if future is not None and not future.done():
                     future.set_result(report)
+            case Beat():
+                self.owner = report.owner
             case Notice():
                 self.notice = report
                 if report.state == "ready":

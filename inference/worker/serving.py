@@ -69,7 +69,7 @@ class ServingLoop(ABC):
 
     def _heed(self, words: list[Word]) -> None:
         """Commands, cancelled and lost requests, a lost lease. Called in every turn, whatever the loop waits for."""
-        self._pipe.beat()
+        self._pipe.beat(self._lease.owner)
         for word in words:
             match word:
                 case Told():

@@ -66,6 +66,9 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True, tag="notice"):
 class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat"):
     """The loop turns; said once a second. Silence for long means that a step hangs."""
 
+    owner: str = ""
+    """Under what name it claims."""
+
 
 Report = Ack | Notice | Beat
 

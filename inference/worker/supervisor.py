@@ -19,6 +19,7 @@ from inference.worker.rollout import judge_change, overridden
 from inference.worker.spec import LOST_STATUS, CommandName, EngineSpec, find_sizing_problem
 from inference.worker.status import first_status
 from scheduling import store
+from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ STABLE_S = 30.0
 FAREWELL_S = 2.0
 """How long an engine may take to end beyond its drain."""
 ANSWER_S = 1.5
+LAST_WORDS_S = 1.0
+"""How long what a process sent before its end may take to reach Redis; then others have its requests."""
 REMEMBERED: dict[str, str] = {
     "pause": "gate",
     "resume": "gate",
@@ -100,6 +103,7 @@ class EngineSupervisor(threading.Thread):
                 self._rest(spec, pause_s, f"The engine process cannot be started: {error}. Next try in {pause_s:g} s.")
                 continue
             hung = self._attend(process, spec)
+            self._end_lease(process.owner, deployment)
             if self._closing.is_set():
                 return
             if self._replaced_by_s is not None and not hung:
@@ -113,6 +117,15 @@ class EngineSupervisor(threading.Thread):
             self._rest(
                 spec, pause_s, f"{hung or self._describe_end(process, status)} It is started again in {pause_s:g} s."
             )
+
+    def _end_lease(self, owner: str, deployment: DeploymentSpec) -> None:
+        """Nobody has to wait for the lease of a process that has ended."""
+        if not owner:
+            return
+        try:
+            store.execute(self._client, FleetQueue(self._keys, deployment.name).end_lease(owner, LAST_WORDS_S))
+        except redis.RedisError as error:
+            self._complain(f"The requests of {owner} come back when its lease has run out: {error}")
 
     def _command(self, deployment: DeploymentSpec) -> Sequence[str]:
         return self._options.upstream_command if deployment.is_upstream else self._options.command
@@ -271,7 +284,7 @@ class EngineSupervisor(threading.Thread):
     def _describe_hang(self, process: EngineProcess) -> str:
         what = "has ended no step" if process.ready.is_set() else "has not loaded its model"
         sentence = f"The engine process {process.pid} {what} for {self._bound_s(process):g} s and is killed."
-        logger.error("%s Its requests go on when their lease has run out.", sentence)
+        logger.error("%s Its requests go on elsewhere, or when it has started again.", sentence)
         return sentence
 
     @staticmethod

@@ -198,6 +198,12 @@ class FlowQueue:
             self._forgive(owner)
         return state is not None
 
+    def end_lease(self, owner: str, within_s: float, now: float | None = None) -> bool:
+        state = self._owners.get(owner)
+        if state is not None:
+            state.expires_s = min(state.expires_s, self._now(now) + within_s)
+        return state is not None
+
     def release(self, owner: str, request_ids: Iterable[str] | None = None, *, failed: bool = False) -> int:
         held = self._owners[owner].held if owner in self._owners else {}
         ids = sorted(held) if request_ids is None else list(request_ids)

@@ -47,7 +47,7 @@ def worker(redis_url: str, keys: Keys, request: pytest.FixtureRequest) -> Iterat
         redis_url=redis_url,
         key_prefix=keys.prefix,
         device="cpu",
-        lease_s=60.0,
+        lease_s=3600.0,  # so that none runs out by itself
         gpu=getattr(request, "param", ""),
         step_timeout_s=STEP_TIMEOUT_S,
     )

@@ -174,6 +174,10 @@ class BothQueues(RuleBasedStateMachine):
     def renew(self, owner: str) -> None:
         assert self.run(self.fleet.renew(owner, 5.0, self.now)) == self.memory.renew(owner, 5.0, self.now)
 
+    @rule(owner=OWNERS)
+    def end_lease(self, owner: str) -> None:
+        assert self.run(self.fleet.end_lease(owner, 1.0, self.now)) == self.memory.end_lease(owner, 1.0, self.now)
+
     @rule(owner=OWNERS, indexes=st.none() | st.lists(st.integers(0), max_size=3))
     def release(self, owner: str, indexes: list[int] | None) -> None:
         ids = None if indexes is None else [self.pick(index) for index in indexes]
