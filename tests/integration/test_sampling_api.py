@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 
 import openai
 import pytest
+import redis
 import torch
 import transformers
 
 from benchmarks.stack import MODEL, Stack, running_stack
 from inference.tokenization import Tokenizer
+from scheduling.store import execute
 from tests.integration.engines import Engines
-from tests.integration.gateway_support import KEYS, Api, code_of
-from tests.patience import wait_until
+from tests.integration.gateway_support import KEYS, QUEUE, Api, code_of
+from tests.patience import PATIENCE_S, wait_until
 
 PROMPT = [10, 300, 450, 12]
 CHAT: list[Any] = [{"role": "user", "content": "ba be"}]
@@ -209,7 +212,9 @@ def test_stop_tokens_end_an_answer_as_asked(client: openai.OpenAI, checkpoint: P
     assert shown.choices[0].text == "<|system|>" * 3
 
 
-def test_penalties_and_log_probabilities_outlive_the_engine(client: openai.OpenAI, engines: Engines) -> None:
+def test_penalties_and_log_probabilities_outlive_the_engine(
+    client: openai.OpenAI, engines: Engines, live: redis.Redis
+) -> None:
     options: dict[str, Any] = {"max_tokens": 1200, "logprobs": 2, "frequency_penalty": 0.3}
     options["extra_body"] = {"ignore_eos": True, "repetition_penalty": 1.2}
     expected = complete(client, **options).choices[0]
@@ -223,6 +228,8 @@ def test_penalties_and_log_probabilities_outlive_the_engine(client: openai.OpenA
                 values += choice.logprobs.token_logprobs
             if len(engines.started) == 1 and len(tokens) > 200:
                 engines.started[0].kill()
+                engines.started[0].wait(PATIENCE_S)
+                assert sum(num for _, num in execute(live, QUEUE.expire(now=time.time() + 3600))) == 1
                 engines.start(replica="gpu-1")
     assert len(engines.started) == 2
     assert texts == expected.text
