@@ -1,6 +1,6 @@
 """Filters that pages read from their address: what cannot be used is left out, and said at its field."""
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from django.http import QueryDict
 from django.utils import timezone
@@ -38,7 +38,8 @@ class Filters:
         if parsed is None or not 1971 < parsed.year < 9998:
             self.problems[name] = "Give a day and a time, such as 2026-03-01T12:00."
             return None
-        return parsed if timezone.is_aware(parsed) else timezone.make_aware(parsed)
+        # In UTC: PostgreSQL takes no zone further than 16 h.
+        return parsed.astimezone(UTC) if timezone.is_aware(parsed) else timezone.make_aware(parsed)
 
     def window(self) -> tuple[datetime | None, datetime | None]:
         """`since` and `until`, in their order."""

@@ -1,6 +1,6 @@
 """What queries of the operator's API share: texts, times and cursors as they come from outside."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 from dashboard.selectors.keyset import Cursor
 from inference.gateway.errors import InvalidRequest
@@ -12,10 +12,10 @@ def without_nul(value: str) -> str:
 
 
 def aware(when: datetime | None, param: str) -> datetime | None:
-    """A time that says its zone. Raises InvalidRequest."""
+    """A time that says its zone, in UTC: PostgreSQL takes no zone further than 16 h. Raises InvalidRequest."""
     if when is not None and (when.tzinfo is None or not 1971 < when.year < 9998):
         raise InvalidRequest(f"`{param}` needs a time zone, such as 2026-03-01T12:00:00Z.", param=param)
-    return when
+    return when and when.astimezone(UTC)
 
 
 def read_cursor(after: str) -> Cursor | None:
