@@ -13,7 +13,6 @@ from django.http import HttpResponse
 from django.test import Client
 from django.urls import URLPattern, URLResolver, get_resolver
 from django.utils import timezone
-from pytest_django.fixtures import Settings
 
 from controlplane.api.native import api
 from controlplane.config import Config
@@ -33,8 +32,7 @@ OPEN = {"login/", "logout/", "session/", "api/docs", "api/openapi.json"}
 
 
 @pytest.fixture(autouse=True)
-def users(db: None, settings: Settings) -> None:
-    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # these tests sign in often
+def users(db: None) -> None:
     for name in ("viewer", "operator", "administrator"):
         User.objects.create_user(name, password=PASSWORD).groups.add(Group.objects.get(name=name))
 

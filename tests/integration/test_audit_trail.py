@@ -13,7 +13,6 @@ from django.contrib.auth.models import Group, Permission, User
 from django.contrib.messages import get_messages
 from django.db import DatabaseError, connection
 from django.test import Client
-from pytest_django.fixtures import Settings
 
 from controlplane.config import Config
 from controlplane.tokens import create_token
@@ -31,8 +30,7 @@ FORBIDDEN = r"never changed or deleted"
 
 
 @pytest.fixture
-def admin(client: Client, settings: Settings) -> Client:
-    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+def admin(client: Client) -> Client:
     client.force_login(User.objects.create_superuser("ada", password="x"))
     return client
 
