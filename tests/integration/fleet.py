@@ -140,7 +140,13 @@ class FleetClient:
         return {name: len(answer.token_ids) for name, answer in self.answers.items() if not answer.finish}
 
     def until_finished(self, patience_s: float = PATIENCE_S) -> None:
-        self.until(lambda: all(answer.finish for answer in self.answers.values()), patience_s)
+        """Until all have their ends, and the queue knows: an engine tells it after the client."""
+        self.until(
+            lambda: all(answer.finish for answer in self.answers.values()) and not self.num_running(), patience_s
+        )
+
+    def num_running(self) -> int:
+        return store.execute(self.client, self.queue.snapshot()).running
 
     def status(self, replica: str) -> ReplicaStatus | None:
         packed = self.client.get(self.keys.replica(replica))

@@ -77,9 +77,9 @@ async def test_many_duplicates_at_once_over_two_processes_are_one_request(
     assert len(set(answers)) == 1
     assert len(answers[0][0].split()) == 50
     assert api.snapshot().enqueued_total == before + 1
-    usage = execute(live, TenantLimits(KEYS).usage("counted"))
-    assert usage.remaining_requests is not None
-    assert (usage.running, usage.remaining_requests) == (0, 5)
+    limits_of = TenantLimits(KEYS)
+    wait_until(lambda: execute(live, limits_of.usage("counted")).running == 0)  # the engine settles after its answer
+    assert (execute(live, limits_of.usage("counted")).remaining_requests or 0) >= 5  # more come with time
 
 
 def test_another_body_or_address_is_a_conflict_and_another_tenant_is_not(api: Api, stack: Stack) -> None:
