@@ -56,6 +56,9 @@ class PrefixCache:
             self._allocator.publish(sequence.block_table[index], self._name(sequence, index))
             sequence.num_published = index + 1
 
+    def leave(self, sequence: Sequence) -> None:
+        """A sequence is preempted, and lets go of its blocks now; what it filled is published by then."""
+
     def retract(self, sequence: Sequence) -> None:
         """After a sequence has failed: let nobody find what it computed."""
         self._allocator.retract(sequence.block_table)

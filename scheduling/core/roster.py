@@ -130,6 +130,8 @@ class Roster:
         insort(self.waiting, entry, key=by_order)
         if self.swap and keeps:
             self.swap.keep(sequence)
+        if self.prefix:
+            self.prefix.leave(sequence)
         self.allocator.free(sequence.block_table)
         sequence.num_computed = sequence.num_published = 0
         sequence.lookup = None  # what a draft model has computed stood in the blocks, too

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from scheduling.core.planner import StepOutput, StepPlanner
 from scheduling.core.room import Room, UrgentRoom
 from scheduling.core.sequence import PartResult, SamplingParams, Sequence, StepPart
+from scheduling.core.simulation.memory import OwnPrefix
 from scheduling.core.simulation.outcome import Outcome
 from scheduling.core.sizing.cost_model import StepCost, StepFeatures, SwapLink, cheaper_preemption, measure_parts
 from scheduling.core.swap import SwapSpace
@@ -88,12 +89,14 @@ class SimulatedReplica:
         pace: Items[float] = (),
         fast_forward: bool = True,
     ) -> None:
-        assert planner.prefix is None, "all simulated tokens are alike"
+        assert planner.prefix is None or isinstance(planner.prefix, OwnPrefix), "all simulated tokens are alike"
         self.planner = planner
         self.on_its_way: deque[OnItsWay] = deque()
         self.busy_until_s: float | None = None
-        self.urgent_due_s = 0.0
-        """Not before this does the engine look for a request that may take the place of a lower one."""
+        self.looked_s = 0.0
+        """When the engine claimed last, or tried to."""
+        self.look_s: float | None = None
+        """When it looks, full as it is, for a request that may take the place of a lower one; None: for nobody."""
         self.steps = 0
         self.busy_s = 0.0
         self.tokens = 0

@@ -30,6 +30,8 @@ class SimulationSettings:
     num_blocks: int = 16_384
     block_size: int = 16
     max_model_len: int = 1_000_000
+    prefix_cache: bool = True
+    """Whether a preempted sequence finds what it had computed, as far as its blocks were not taken since."""
     targets: ServiceTargets = field(default_factory=ServiceTargets)
     sizing: Callable[[int], Sizing] | None = None
     """Makes the controller of a replica from its number; None keeps the batch size."""

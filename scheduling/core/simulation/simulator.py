@@ -14,6 +14,7 @@ from scheduling.core.planner import RequestTooLongError, StepPlanner
 from scheduling.core.request import Priority
 from scheduling.core.room import URGENT_PERIOD_S
 from scheduling.core.simulation.control import SizingWatch
+from scheduling.core.simulation.memory import AgeingBlocks, OwnPrefix
 from scheduling.core.simulation.outcome import Outcome, SimulationResult, SizeChange
 from scheduling.core.simulation.replica import EOS, OnItsWay, SimulatedReplica, SimulatedSequence
 from scheduling.core.simulation.settings import SimulationSettings
@@ -32,7 +33,7 @@ SWEEP_S = 1.0
 STALL_S = 3600.0
 """Where nothing has begun or ended for so long and nothing comes, what waits waits for ever."""
 
-_CONTROL, _ASSESS, _JUDGE, _SWEEP, _STEP, _WAKE = range(6)
+_CONTROL, _ASSESS, _JUDGE, _SWEEP, _STEP, _WAKE, _LOOK = range(7)
 
 
 def simulate(
@@ -112,7 +113,7 @@ class Simulator:
         heappush(self._events, (self._now + after_s, kind, index))
 
     def _happen(self, time_s: float, kind: int, index: int) -> None:
-        if kind <= _SWEEP and self._is_over():
+        if (kind <= _SWEEP or kind == _LOOK) and self._is_over():
             return
         self._now = time_s
         if kind == _STEP:
@@ -120,6 +121,9 @@ class Simulator:
         elif kind == _WAKE:
             if self._wakes[index] == time_s and self._replicas[index].busy_until_s is None:
                 self._turn(index)
+        elif kind == _LOOK:
+            if self._replicas[index].look_s == time_s:
+                self._look(index)
         elif kind == _CONTROL:
             self._control()
         elif kind == _ASSESS:
@@ -213,7 +217,7 @@ class Simulator:
         if self._may_preempt() and (urgent := replica.urgent_room):
             is_here = self._queue.has_urgent(urgent)
             claimable_s = self._now if is_here else self._next_arrival_of(urgent.max_priority)
-            horizon_s = min(horizon_s, max(claimable_s, replica.urgent_due_s))
+            horizon_s = min(horizon_s, self._next_look_s(replica, claimable_s))
         if not replica.room.requests:
             return horizon_s
         if self._queue and (self._queue.policy.is_timed or self._drops):
@@ -231,29 +235,56 @@ class Simulator:
         """Claim what there is room for; it is on its way then."""
         if not self._queue:
             return
-        replica, sequences = self._replicas[index], list[SimulatedSequence]()
+        replica = self._replicas[index]
         if (room := replica.room).requests > 0:
             is_idle = not replica.planner.num_running and not replica.planner.num_waiting and not replica.on_its_way
-            sequences = self._queue.claim(str(index), room, is_idle=is_idle)
-        if not sequences and self._may_preempt() and self._now >= replica.urgent_due_s:
-            sequences = self._claim_urgent(index)
-        ready_s = self._now + self._settings.claim_s
-        for sequence in sequences:
-            outcome = sequence.outcome
-            outcome.state, outcome.claimed_s, outcome.replica = "running", ready_s, index
-            replica.on_its_way.append(OnItsWay(sequence, ready_s))
-        if sequences:
-            self._listening.remove(index)
-            self._listening.append(index)
+            self._expect(index, self._queue.claim(str(index), room, is_idle=is_idle) or self._claim_urgent(index))
+        elif self._has_urgent(replica):
+            due_s = self._next_look_s(replica, self._now)
+            if replica.look_s != due_s:
+                replica.look_s = due_s
+                heappush(self._events, (due_s, _LOOK, index))
+
+    def _look(self, index: int) -> None:
+        """A full engine looks whether anything may take the place of a lower one."""
+        replica = self._replicas[index]
+        replica.look_s = None
+        if replica.busy_until_s is not None and replica.room.requests <= 0:
+            replica.looked_s = self._now
+            self._expect(index, self._claim_urgent(index))
+            self._claim(index)
+
+    def _next_look_s(self, replica: SimulatedReplica, from_s: float) -> float:
+        """When a full engine looks first from then on: at intervals since it claimed last."""
+        if from_s == math.inf:
+            return math.inf
+        periods = max(1, math.ceil((from_s - replica.looked_s) / URGENT_PERIOD_S))
+        return max(from_s, replica.looked_s + periods * URGENT_PERIOD_S)
+
+    def _has_urgent(self, replica: SimulatedReplica) -> bool:
+        """Whether one waits that may take the place of a lower one there."""
+        if not self._may_preempt():
+            return False
+        urgent = replica.urgent_room
+        return urgent is not None and self._queue.has_urgent(urgent)
 
     def _claim_urgent(self, index: int) -> list[SimulatedSequence]:
-        """What may take the place of a lower one; a full engine looks for it now and then."""
+        """What may take the place of a lower one."""
         replica = self._replicas[index]
-        urgent = replica.urgent_room
-        if urgent is None or not self._queue.has_urgent(urgent):
-            return []
-        replica.urgent_due_s = self._now + URGENT_PERIOD_S
-        return self._queue.claim_urgent(str(index), urgent)
+        urgent = replica.urgent_room if self._has_urgent(replica) else None
+        return [] if urgent is None else self._queue.claim_urgent(str(index), urgent)
+
+    def _expect(self, index: int, claimed: list[SimulatedSequence]) -> None:
+        """What was claimed is on its way."""
+        ready_s = self._now + self._settings.claim_s
+        for sequence in claimed:
+            outcome = sequence.outcome
+            outcome.state, outcome.claimed_s, outcome.replica = "running", ready_s, index
+            self._replicas[index].on_its_way.append(OnItsWay(sequence, ready_s))
+        if claimed:
+            self._replicas[index].looked_s = self._now
+            self._listening.remove(index)
+            self._listening.append(index)
 
     def _take(self, index: int) -> None:
         """Give the planner what has arrived."""
@@ -311,15 +342,19 @@ class Simulator:
 
     def _new_replica(self) -> SimulatedReplica:
         settings = self._settings
-        swap = settings.swap
+        swap, allocator, prefix = settings.swap, BlockAllocator(settings.num_blocks, settings.block_size), None
+        if settings.prefix_cache:
+            allocator = AgeingBlocks(settings.num_blocks, settings.block_size)
+            prefix = OwnPrefix(allocator)
         planner = StepPlanner(
             settings.mode,
             settings.batch_size,
             settings.step_tokens,
-            BlockAllocator(settings.num_blocks, settings.block_size),
+            allocator,
             settings.max_model_len,
             lambda: self._now,
             eos_token_ids=frozenset({EOS}),
+            prefix=prefix,
             swap=swap.make_space(settings.block_size, self._cost) if swap else None,
             trigger=settings.trigger,
             long_prefill_threshold=settings.long_prefill_threshold,
