@@ -130,9 +130,11 @@ class Intake(threading.Thread):
         with self._changed:
             while not self._closing and self._left().requests <= 0:
                 looked_s = time.monotonic() - self._looked_s
-                if looked_s >= (URGENT_PERIOD_S if self._left_urgent() else LOOK_PERIOD_S):
+                left_s = (URGENT_PERIOD_S if self._left_urgent() else LOOK_PERIOD_S) - looked_s
+                if left_s <= 0:
                     break
-                self._changed.wait(URGENT_PERIOD_S)
+                # Of urgent room that is offered meanwhile nobody tells. Changes of the room put off no look.
+                self._changed.wait(min(left_s, URGENT_PERIOD_S))
             self._is_claiming = not self._closing
             return None if self._closing else self._left()
 
