@@ -123,6 +123,22 @@ def test_seconds_of_history_teach_the_same_as_steps() -> None:
     assert_close(model.cost, DEFAULT_COST, 0.01)
 
 
+def test_short_steps_are_told_by_themselves_however_much_the_long_ones_vary() -> None:
+    random = Random(3)
+    cost = StepCost(step_s=8e-4, prefill_token_s=8e-5, decode_sequence_s=2e-4, context_token_s=0.0)
+    model = StepTimeModel()
+    for _ in range(3000):
+        decodes = random.randint(1, 16)
+        chunk = random.randint(16, 256) if random.random() < 0.3 else 0
+        step = StepFeatures(1, chunk, decodes, 150 * decodes, chunk * chunk // 2)
+        # No line fits the long ones: a chunk beside many decodes takes longer.
+        slow = random.uniform(0.8, 1.2) * (1 + decodes / 32) if chunk else 1.0
+        model.observe(step, slow * cost.price(step))
+    for decodes in (1, 4, 16):
+        step = StepFeatures(1, 0, decodes, 150 * decodes, 0)
+        assert model.cost.price(step) == pytest.approx(cost.price(step), rel=0.15)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(

@@ -144,13 +144,22 @@ def cheaper_preemption(
     return "swap" if link.swap_s(num_tokens * kv_bytes_per_token) < cost.recompute_s(num_tokens) else "recompute"
 
 
+MIN_STEP_S = 1e-6
+"""No step is quicker."""
+
+
 class StepTimeModel:
-    """The step cost of a running engine, from the steps it takes: recursive least squares, never negative, robust."""
+    """The step cost of a running engine, from the steps it takes: recursive least squares, never negative, robust.
+
+    Errors count in proportion to a step's time: what disturbs a step grows with it, and the many short steps that only
+    decode would else be told by what is left of the few long ones.
+    """
 
     def __init__(self, initial: StepCost | None = None, *, forgetting: float = 0.999, confidence: float = 1e-6) -> None:
         """`initial` holds until measured otherwise; with a higher `confidence` for longer."""
-        start = None
+        start, typical_s = None, 1.0
         if initial is not None:
+            typical_s = initial.price(SCALES)
             start = (
                 initial.step_s,
                 initial.prefill_token_s,
@@ -158,9 +167,11 @@ class StepTimeModel:
                 initial.context_token_s,
                 initial.attention_pair_s,
             )
-        self._fit = RecursiveLeastSquares(SCALES, initial=start, forgetting=forgetting, confidence=confidence)
+        self._fit = RecursiveLeastSquares(
+            SCALES, initial=start, forgetting=forgetting, confidence=confidence / typical_s**2
+        )
         self._keep = forgetting
-        self._taken_s = self._expected_s = 0.0
+        self._taken_s = self._expected_s = self._error_s = 0.0
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         """Learn from steps that took `seconds` together. Raises ValueError for a time that is none."""
@@ -169,8 +180,12 @@ class StepTimeModel:
         if features.steps < 1:
             return
         # The mean step stands for them, or a summary of a second would outweigh a hundred single steps.
-        mean = [value / features.steps for value in features]
-        self._fit.observe(mean, seconds / features.steps)
+        mean, mean_s = [value / features.steps for value in features], seconds / features.steps
+        foreseen_s = self._fit.predict(mean)
+        # What was foreseen is no measure while little is learned.
+        unit_s = max(foreseen_s, mean_s / 4, MIN_STEP_S)
+        self._fit.observe([value / unit_s for value in mean], mean_s / unit_s)
+        self._error_s += max(0.02, 1 / self.num_observations) * (abs(mean_s - foreseen_s) - self._error_s)
         self._taken_s = self._keep * self._taken_s + seconds
         self._expected_s = self._keep * self._expected_s + features.steps * self._fit.predict(mean)
 
@@ -181,7 +196,7 @@ class StepTimeModel:
     @property
     def typical_error_s(self) -> float:
         """Mean absolute error of the latest predictions, each made before its step was known."""
-        return self._fit.typical_error
+        return self._error_s
 
     @property
     def cost(self) -> StepCost:
