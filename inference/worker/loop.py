@@ -127,9 +127,11 @@ class EngineLoop(ServingLoop):
         """Step until told to end. What is held then belongs to the caller to release. Raises DeviceStarved."""
         timeout_s = 0.0
         outputs: list[StepOutput] = []
+        ended = time.perf_counter()
         while not self._gate.is_over:
-            self._heed(self._inbox.read(timeout_s))
-            started = time.perf_counter()
+            words = self._inbox.read(timeout_s)
+            started = time.perf_counter() if timeout_s else ended
+            self._heed(words)
             self._take_claimed()
             self._drain()
             self._sizer.tick()
@@ -142,8 +144,9 @@ class EngineLoop(ServingLoop):
             self._hand_over()
             self._offer_room()
             outputs = self._finish(parts, step) if step else []
+            ended = time.perf_counter()
             if is_busy:
-                self._meters.count_busy(time.perf_counter() - started)
+                self._meters.count_busy(ended - started)
             self._board.update(self._reporter, self._active.values())
             timeout_s = 0.0 if is_busy else self._idle_s()
 
