@@ -50,6 +50,7 @@ class RecordedRun:
     batch_size: int
     step_tokens: int
     long_prefill_threshold: int
+    prefix_cache: bool
     triggers: Mapping[str, Any]
     """What started the batches of `dynamic` and `static`, see `parse_trigger`."""
     claim_s: float
@@ -112,6 +113,7 @@ def _read(model: str, found: list[RequestRecord]) -> RecordedRun:
         batch_size=_read_batch_size(deployment, batches),
         step_tokens=deployment.step_tokens if deployment else 2048,
         long_prefill_threshold=deployment.long_prefill_threshold if deployment else 0,
+        prefix_cache=deployment is None or deployment.prefix_cache != "off",
         triggers=deployment.triggers if deployment else {},
         targets=read_targets(),
     )

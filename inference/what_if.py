@@ -94,6 +94,7 @@ def settings_for(recorded: RecordedRun, policy: Policy) -> SimulationSettings:
         step_tokens=recorded.step_tokens,
         num_blocks=recorded.num_blocks,
         long_prefill_threshold=recorded.long_prefill_threshold,
+        prefix_cache=recorded.prefix_cache,
         trigger=parse_trigger(recorded.triggers),
         claim_s=recorded.claim_s,
         pace=recorded.pace,

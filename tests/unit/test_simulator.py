@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scheduling.core.backpressure import BackpressureLimits
 from scheduling.core.planner import Mode
 from scheduling.core.policies import POLICIES, build_policy
+from scheduling.core.room import URGENT_PERIOD_S
 from scheduling.core.rules import MAX_EXPIRED
 from scheduling.core.simulation.admission import AdmissionSettings
 from scheduling.core.simulation.limits import TenantLimit
@@ -101,6 +102,7 @@ fleets = st.builds(
     claim_s=st.sampled_from([0.0, 0.0, 0.004, 0.03]),
     pace=st.sampled_from([(), (), (1.5, 0.7, 3.0)]),
     long_prefill_threshold=st.sampled_from([0, 0, 8]),
+    prefix_cache=st.booleans(),
 )
 REASONS = {
     "overloaded", "queue_full", "shed", "too long", "deadline_exceeded",
@@ -313,6 +315,33 @@ def test_a_higher_request_takes_a_slot_under_priority_and_waits_for_one_under_fi
         assert (result.preemptions > 0) == (name == "priority")
         assert all(outcome.state == "finished" for outcome in result.outcomes)
     assert first["priority"] < 0.03 < 0.2 < first["fifo"]
+
+
+def test_a_full_engine_looks_for_an_urgent_request_at_intervals_since_its_last_claim() -> None:
+    full = [request(0.01, output=80, priority=5) for _ in range(4)]
+    for arrival_s, found_s in ((0.02, 0.06), (0.07, 0.11), (0.2, 0.21)):
+        trace = [*full, request(arrival_s, priority=0)]
+        result = simulate(trace, fleet(policy=build_policy("priority")), DEFAULT_COST)
+        assert result.outcomes[-1].claimed_s == pytest.approx(found_s)
+    # A claim for a slot that became free counts: the next look is later.
+    brief = [*full[1:], request(0.01, output=3, priority=5), request(0.015, priority=5, output=80)]
+    trace = [*brief, request(0.05, priority=0)]
+    outcomes = simulate(trace, fleet(policy=build_policy("priority")), DEFAULT_COST).outcomes
+    assert 0.015 < (claimed_s := outcomes[4].claimed_s or 0.0) < 0.05
+    assert outcomes[5].claimed_s == pytest.approx(claimed_s + URGENT_PERIOD_S)
+
+
+def test_a_preempted_request_computes_only_what_it_does_not_find_any_more() -> None:
+    cost = StepCost(step_s=0.01, prefill_token_s=1e-3, decode_sequence_s=0, context_token_s=0)
+    trace = [request(0.0, prompt=60, output=80, priority=5), request(0.3, prompt=10, output=5, priority=0)]
+    priority = build_policy("priority")
+    base = fleet(policy=priority, batch_size=1, step_tokens=256)
+    found, computed = (simulate(trace, replace(base, prefix_cache=is_on), cost) for is_on in (True, False))
+    assert found.preemptions == computed.preemptions == 1
+    # It lost its place with some 80 tokens, of which all but those of the last block were kept.
+    num_found = (computed.busy_s - found.busy_s) / cost.prefill_token_s
+    assert 64 <= num_found <= 96
+    assert num_found == pytest.approx(16 * round(num_found / 16), abs=0.01)
 
 
 def test_a_request_past_its_deadline_is_dropped_where_its_tenant_asks_for_that() -> None:
