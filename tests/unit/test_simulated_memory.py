@@ -1,30 +1,15 @@
-"""A simulated engine's KV blocks: taken in the order in which they were let go, found by their own sequence alone."""
+"""A simulated engine's KV blocks: a preempted sequence finds its own until others would have taken them."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduling.core.blocks import OutOfBlocksError
-from scheduling.core.simulation.memory import AgeingBlocks, OwnPrefix
+from scheduling.core.simulation.memory import CountingBlocks, OwnPrefix
 from tests.sequences import make_sequence
-
-
-def test_blocks_are_taken_in_the_order_in_which_they_were_let_go() -> None:
-    blocks = AgeingBlocks(6, 4)
-    first, second = blocks.allocate(2), blocks.allocate(2)
-    order = [*reversed(second), *reversed(first)]
-    blocks.free(second)
-    blocks.free(first)
-    assert not first
-    assert blocks.num_free == 6
-    assert blocks.allocate(6)[2:] == order
-    with pytest.raises(OutOfBlocksError):
-        blocks.allocate(1)
 
 
 @given(taken=st.integers(0, 20))
 def test_a_preempted_sequence_finds_its_first_blocks_until_others_take_them(taken: int) -> None:
-    blocks = AgeingBlocks(16, 4)
+    blocks = CountingBlocks(16, 4)
     prefix = OwnPrefix(blocks)
     one, other = make_sequence("one", prompt=30), make_sequence("other", prompt=30)
     one.block_table += blocks.allocate(8)
@@ -42,7 +27,7 @@ def test_a_preempted_sequence_finds_its_first_blocks_until_others_take_them(take
 
 
 def test_what_is_found_is_held_again_and_taken_by_nobody() -> None:
-    blocks = AgeingBlocks(8, 4)
+    blocks = CountingBlocks(8, 4)
     prefix = OwnPrefix(blocks)
     one = make_sequence("one", prompt=16)
     one.block_table += blocks.allocate(4)

@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 
 from scheduling.core.adaptation import PERIOD_S as LOOK_S
-from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import RequestTooLongError, StepPlanner
 from scheduling.core.request import Priority
 from scheduling.core.room import URGENT_PERIOD_S
 from scheduling.core.simulation.control import SizingWatch
-from scheduling.core.simulation.memory import AgeingBlocks, OwnPrefix
+from scheduling.core.simulation.memory import CountingBlocks, OwnPrefix
 from scheduling.core.simulation.outcome import Outcome, SimulationResult, SizeChange
 from scheduling.core.simulation.replica import EOS, OnItsWay, SimulatedReplica, SimulatedSequence
 from scheduling.core.simulation.settings import SimulationSettings
@@ -342,10 +341,7 @@ class Simulator:
 
     def _new_replica(self) -> SimulatedReplica:
         settings = self._settings
-        swap, allocator, prefix = settings.swap, BlockAllocator(settings.num_blocks, settings.block_size), None
-        if settings.prefix_cache:
-            allocator = AgeingBlocks(settings.num_blocks, settings.block_size)
-            prefix = OwnPrefix(allocator)
+        swap, allocator = settings.swap, CountingBlocks(settings.num_blocks, settings.block_size)
         planner = StepPlanner(
             settings.mode,
             settings.batch_size,
@@ -354,7 +350,7 @@ class Simulator:
             settings.max_model_len,
             lambda: self._now,
             eos_token_ids=frozenset({EOS}),
-            prefix=prefix,
+            prefix=OwnPrefix(allocator) if settings.prefix_cache else None,
             swap=swap.make_space(settings.block_size, self._cost) if swap else None,
             trigger=settings.trigger,
             long_prefill_threshold=settings.long_prefill_threshold,
