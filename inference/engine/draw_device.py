@@ -1,7 +1,7 @@
 """Tokens for many rows at once on an accelerator, given one upload and fetched by one transfer; as `draw` on the host.
 
 Random numbers, order of cuts and drawing are those of `draw.draw`. What is summed is summed in float64, so that neither
-rounding nor the other rows of a step move a boundary.
+rounding nor the other rows of a step move a boundary. Nothing asks how many tokens a cut leaves, which would be a wait.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +17,13 @@ from inference.engine.draw import BLOCK, is_greedy, uniforms
 from inference.engine.transfer import download, upload
 from scheduling.core.sequence import SamplingParams, TokenLogprob
 
-FEW_TOKENS = 256
-"""Likeliest tokens among which a nucleus is looked for first; one that reaches further costs another transfer."""
 ROWS_AT_ONCE = 64
 """Of those that are drawn or measured, so that what is computed in between stays small."""
-TOKEN, FINITE, UNSURE, LOGPROB, TOP = range(5)
+ORDER_OF_ONE = 0x3F800000
+"""The bits of the largest weight. As whole numbers, bits of floats that are not negative have the floats' order."""
+FINE_BITS = 15
+"""Of a weight's place in the order: those that tell apart what lies in one coarse bin."""
+TOKEN, FINITE, LOGPROB, TOP = range(4)
 """Columns of the table that is fetched; from the last one on the likeliest tokens, then their log probabilities."""
 
 
@@ -51,20 +53,8 @@ def choose(
 
     `raw` are the model's own logits, for log probabilities.
     """
-    table = download(_choose(logits, raw, params, positions, FEW_TOKENS))
-
-    def wait() -> list[Drawn]:
-        found = table()
-        drawn = [_read(row, each) for row, each in zip(found, params, strict=True)]
-        again: list[int] = np.flatnonzero(found[:, UNSURE] * found[:, FINITE]).tolist()
-        if again:
-            (rows,) = upload([np.array(again, np.int64)], logits.device)
-            some = [params[i] for i in again], [positions[i] for i in again]
-            for i, row in zip(again, download(_choose(logits[rows], raw[rows], *some, logits.shape[1]))(), strict=True):
-                drawn[i] = _read(row, params[i])
-        return drawn
-
-    return wait
+    table = download(_choose(logits, raw, params, positions))
+    return lambda: [_read(row, each) for row, each in zip(table(), params, strict=True)]
 
 
 def _read(row: npt.NDArray[np.float64], params: SamplingParams) -> Drawn:
@@ -78,10 +68,8 @@ def _read(row: npt.NDArray[np.float64], params: SamplingParams) -> Drawn:
     return Drawn(True, int(row[TOKEN]), TokenLogprob(int(row[TOKEN]), float(row[LOGPROB]), top))
 
 
-def _choose(
-    logits: torch.Tensor, raw: torch.Tensor, params: Seq[SamplingParams], positions: Seq[int], few: int
-) -> torch.Tensor:
-    """The table [N, columns]; nuclei are looked for among `few` likeliest tokens."""
+def _choose(logits: torch.Tensor, raw: torch.Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> torch.Tensor:
+    """The table [N, columns]."""
     num_rows, vocab = logits.shape
     groups = list(_groups(params, positions, vocab))
     told = np.array([i for i, p in enumerate(params) if p.logprobs is not None], np.int64)
@@ -93,9 +81,7 @@ def _choose(
     table[:, FINITE] = torch.isfinite(best)
     for group in groups:
         rows, *given = (next(moved) for _ in group.arrays)
-        drawn, unsure = _draw(logits[rows], group, *given, few=few)
-        tokens[rows] = drawn
-        table[rows, UNSURE] = unsure.double()
+        tokens[rows] = _draw(logits[rows], group, *given)
     table[:, TOKEN] = tokens
     for rows in measured.split(ROWS_AT_ONCE) if len(told) else ():
         table[rows, LOGPROB:] = measure_rows(raw[rows].float(), tokens[rows], most)
@@ -128,10 +114,8 @@ def _draw(
     top_p: torch.Tensor,
     min_p: torch.Tensor,
     uniform: torch.Tensor,
-    *,
-    few: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token for each row of logits [n, vocab], and whether it is none yet, as its nucleus reaches too far."""
+) -> torch.Tensor:
+    """A token for each row of logits [n, vocab]; of a row that is not finite, any."""
     scaled = (logits - logits.amax(-1, keepdim=True)) * scale[:, None]
     if group.most_k:
         ranked = scaled.topk(group.most_k).values
@@ -139,9 +123,8 @@ def _draw(
         scaled = scaled.masked_fill((scaled < least) & (top_k > 0)[:, None], -torch.inf)
     weights = scaled.exp_()
     if group.is_ranked:
-        return _draw_ranked(weights, top_p, min_p, uniform, few)
-    weights = weights.masked_fill_(weights < min_p[:, None], 0)
-    return _draw_in_order(weights, uniform), torch.zeros_like(top_k)
+        return _draw_ranked(weights, top_p, min_p, uniform)
+    return _draw_in_order(weights.masked_fill_(weights < min_p[:, None], 0), uniform)
 
 
 def _draw_in_order(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -161,18 +144,73 @@ def _draw_in_order(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor
 
 
 def _draw_ranked(
-    weights: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, uniform: torch.Tensor, few: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    weights: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, uniform: torch.Tensor
+) -> torch.Tensor:
     """The same among the likeliest that make up top_p, and of these those from min_p on, from the least likely on."""
-    count = min(few, weights.shape[1])
-    ranked, ids = rank_tokens(weights, count)
-    sums = ranked.cumsum(-1, dtype=torch.float64)
+    weights.nan_to_num_(0.0)
     needed = top_p * weights.sum(-1, dtype=torch.float64)
-    kept = (sums - ranked < needed[:, None]) & (ranked >= min_p[:, None])
-    num_kept = kept.sum(-1, keepdim=True).clamp_min_(1)  # a row that is not finite keeps none
-    target = sums.gather(-1, num_kept - 1) * (1 - uniform[:, None])
-    place = torch.minimum(torch.searchsorted(sums, target), num_kept - 1)
-    return ids.gather(-1, place)[:, 0], (num_kept[:, 0] == count) & (count < weights.shape[1])
+    order = Order(weights.masked_fill_(weights < min_p[:, None], 0))
+    return order.token(order.find(order.find(needed[:, None]).mass * (1 - uniform[:, None])))
+
+
+class Place(NamedTuple):
+    """Where a sum of weights in their order comes to what was looked for, for each row [n, 1]."""
+
+    key: torch.Tensor
+    """The weight's place in the order."""
+    number: torch.Tensor
+    """Which of equal weights it is, in the vocabulary's order, from 1 on."""
+    mass: torch.Tensor
+    """The sum up to it, itself included."""
+
+
+class Order:
+    """The order of weights [n, vocab] from 0 to 1, the largest first; of equal ones the vocabulary's first.
+
+    Sums in that order are looked up without sorting, as radix selection finds a rank (Alabi et al. 2012): weights are
+    summed up by coarse bins, then those of the bin that matters, value by value. What a bin holds has one exponent, so
+    that its sum in float64 is exact, in whatever order a device adds.
+    """
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self._weights = weights
+        self._keys = ORDER_OF_ONE - weights.view(torch.int32)
+        self._coarse = self._keys >> FINE_BITS
+        self._elsewhere = torch.arange(weights.shape[1], device=weights.device) % (1 << FINE_BITS)
+        self._ends = self._sum(self._coarse, weights > 0)
+
+    def find(self, mass: torch.Tensor) -> Place:
+        """The first at which the sum is at least `mass` [n, 1]; the last that has any weight where none is."""
+        mass = torch.minimum(mass, self._ends[:, -1:])
+        coarse, before = _reach(self._ends, mass)
+        ends = self._sum(self._keys & ((1 << FINE_BITS) - 1), self._coarse == coarse)
+        rest = torch.minimum(mass - before, ends[:, -1:])
+        fine, within = _reach(ends, rest)
+        # Sums that a device makes in parallel may waver in a last digit over the empty bins behind all weights.
+        key = ((coarse << FINE_BITS) + fine).clamp_max_(ORDER_OF_ONE - 1)
+        weight = (ORDER_OF_ONE - key).int().view(torch.float32).double()
+        number = ((rest - within) / weight).ceil_().clamp_min_(1)
+        found = before + (within + number * weight)
+        return Place(key, number, torch.minimum(found, self._ends.gather(-1, coarse)))
+
+    def token(self, place: Place) -> torch.Tensor:
+        """The tokens [n] that are there."""
+        counts = (self._keys == place.key).cumsum(-1, dtype=torch.int32)
+        at = torch.searchsorted(counts, torch.minimum(place.number.int(), counts[:, -1:]))
+        # Where nobody is, a last digit wavered over an empty bin, or the row is not finite.
+        return torch.where(counts[:, -1] > 0, at[:, 0], self._weights.argmax(-1))
+
+    def _sum(self, bins: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """Sums of what is counted, up to each bin's end [n, bins]; the rest adds zeros, all over lest they queue."""
+        sums = torch.zeros((len(bins), 1 << FINE_BITS), dtype=torch.float64, device=bins.device)
+        sums.scatter_add_(-1, torch.where(counted, bins, self._elsewhere), (self._weights * counted).double())
+        return sums.cumsum_(-1)
+
+
+def _reach(ends: torch.Tensor, mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first bin [n, 1] whose end is at least `mass`, and the end of the one before it."""
+    at = torch.searchsorted(ends, mass)
+    return at, ends.gather(-1, (at - 1).clamp_min(0)) * (at > 0)
 
 
 def rank_tokens(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,8 +223,7 @@ def rank_tokens(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.T
     bits = (values + 0.0).view(torch.int32)  # of two zeros one
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (ordered.long() << 32) + torch.arange(vocab - 1, -1, -1, device=values.device)
-    largest = keys.topk(count).values if count < vocab else keys.sort(descending=True).values
-    ids = vocab - 1 - (largest & 0xFFFFFFFF)
+    ids = vocab - 1 - (keys.topk(count).values & 0xFFFFFFFF)
     return values.gather(-1, ids), ids
 
 

@@ -1,6 +1,7 @@
 """Sampling depends on logits, seed and position of its own row only, and follows the distribution asked for."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from inference.engine import draw, draw_device
 from inference.engine.draw import uniforms
+from inference.engine.graphs import no_waiting
 from inference.engine.sampler import Ask, Choice, Chosen, Sampler
 from scheduling.core.sequence import SamplingParams, Sequence
 from tests.integration.test_engine_parity import gpu, make_sequence
@@ -298,13 +301,9 @@ def test_a_nucleus_is_what_sorting_all_tokens_gives(vocab: int, spread: float) -
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu), "cpu"])
-@pytest.mark.parametrize("few", [4, 256])
-@pytest.mark.parametrize("vocab", [5, 300, 1024])
-def test_a_device_chooses_what_the_host_chooses(
-    vocab: int, few: int, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever is asked for, for rows together; few likeliest tokens: nuclei that reach further are looked at again."""
-    monkeypatch.setattr(draw_device, "FEW_TOKENS", few)
+@pytest.mark.parametrize("vocab", [5, 300, 3000])
+def test_a_device_chooses_what_the_host_chooses(vocab: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is asked for, for rows together."""
     monkeypatch.setattr(draw_device, "ROWS_AT_ONCE", 7)
     rng = np.random.default_rng(vocab)
     sequences = [row(params_of(rng, seed), output=3, prompt=[1, 2, 3, 4]) for seed in range(300)]
@@ -323,6 +322,66 @@ def test_a_device_chooses_what_the_host_chooses(
             assert ours.logprob.logprob == pytest.approx(theirs.logprob.logprob, abs=1e-5)
             assert [i for i, _ in ours.logprob.top] == [i for i, _ in theirs.logprob.top]
             assert [p for _, p in ours.logprob.top] == pytest.approx([p for _, p in theirs.logprob.top], abs=1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 2.0, 8.0])
+@pytest.mark.parametrize("decimals", [1, 9])
+def test_a_device_draws_from_a_nucleus_of_any_size_what_sorting_all_tokens_gives(spread: float, decimals: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    logits = (torch.randn(200, 2000, generator=generator) * spread).round(decimals=decimals)
+    top_p, min_p, uniform = (torch.rand(200, generator=generator, dtype=torch.float64) for _ in range(3))
+    min_p = (min_p * 0.02 * (min_p < 0.5)).float()
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    ranked, order = weights.sort(dim=-1, descending=True, stable=True)
+    sums = ranked.double().cumsum(-1)
+    kept = (sums - ranked < (top_p * sums[:, -1])[:, None]) & (ranked >= min_p[:, None])
+    num_kept = kept.sum(-1, keepdim=True)
+    assert spread > 2 or int(num_kept.max()) > 256, "what one look at the likeliest would not reach"
+    place = torch.searchsorted(sums, sums.gather(-1, num_kept - 1) * (1 - uniform[:, None]))
+    found = draw_device._draw_ranked(weights.clone(), top_p, min_p, uniform)
+    assert found.tolist() == order.gather(-1, place)[:, 0].tolist()
+
+
+class Launched(TorchDispatchMode):
+    """Notes what a device is given to do, and what of it has the host wait for the device."""
+
+    READS = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launched: list[str] = []
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name != "detach":  # which a view in NumPy is
+            self.launched.append(name)
+        by_mask = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in args[1] or ()
+        )
+        if name in self.READS or by_mask:
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu), "cpu"])
+def test_whatever_is_asked_for_is_launched_at_once_and_waited_for_once(device: str) -> None:
+    rng = np.random.default_rng(1)
+    sequences = [row(params_of(rng, seed), output=3, prompt=[1, 2, 3, 4]) for seed in range(100)]
+    logits = torch.from_numpy(rng.standard_normal((len(sequences), 2000)).astype(np.float32))
+    asks, sampler, launch = [Ask(s) for s in sequences], Sampler(frozenset({EOS})), Launched()
+    there = logits.to(device)
+    with launch, no_waiting() if device == "cuda" else nullcontext():
+        wait = sampler._on_device(there, asks)
+    assert launch.launched
+    assert launch.waits == []
+    num_launched = len(launch.launched)
+    with launch:
+        found = wait()
+    assert len(launch.launched) == num_launched, "nuclei of more than a thousand tokens ask for nothing more"
+    for sequence in sequences:
+        sequence.notes = None
+    assert [c.token_id for (c,) in found] == [c.token_id for c in choose(sampler, logits, sequences)]
 
 
 def params_of(rng: np.random.Generator, seed: int) -> SamplingParams:
