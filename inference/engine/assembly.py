@@ -36,6 +36,8 @@ class Assembly:
     """Logits [N, vocab] of a batch's sample rows."""
     prepare: Callable[[StepBatch], None] | None
     """Sends a decode step's tables ahead of its tokens, where that is of use."""
+    extend: Callable[[int], int | None] | None
+    """Makes a size of decode steps ready that batches of so many sequences lack, where there are sizes; which."""
     cache: KVCache
     device: torch.device
     dtype: torch.dtype
@@ -88,8 +90,9 @@ def assemble(
     cache, why = _make_cache(spec, shape, place, max_model_len, num_blocks, num_host_blocks, draft, graph_bytes)
     forward, how = _build_forward(spec, model, kernels, kind, cache, max_model_len, vocab_size, fused)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
+    graphed = forward if isinstance(forward, GraphedForward) else None
     return Assembly(
-        forward=forward, prepare=forward.prepare if isinstance(forward, GraphedForward) else None,
+        forward=forward, prepare=graphed.prepare if graphed else None, extend=graphed.extend if graphed else None,
         cache=cache, device=place, dtype=dtype, max_model_len=max_model_len, vocab_size=vocab_size,
         eos_token_ids=info.eos_token_ids,
         description=f"{type(model).__name__} in {str(dtype).removeprefix('torch.')} on {name}, {how}; {why}",
@@ -227,21 +230,19 @@ def _cuda_forward(
     except Exception:
         logger.warning("Decode steps cannot use a Triton kernel here", exc_info=True)
         return ModulesForward(None, model, cache, cache.device, kind), f"{how} in plain torch"
-    graphed = GraphedForward(modules, model, cache, attend_decodes, max_model_len, largest_batch(spec))
-    graphed.capture()
-    keep_exact(graphed, expected, tolerance)
+    check = checker(cache, expected, tolerance)
+    graphed = GraphedForward(modules, model, cache, attend_decodes, max_model_len, check=check)
+    graphed.capture(largest_batch(spec))
     if not graphed.sizes:
         return graphed, f"{how}, decode steps by a Triton kernel, without graphs"
     return graphed, f"{how}, decode steps of up to {graphed.sizes[-1]} sequences as CUDA graphs over a Triton kernel"
 
 
-def keep_exact(graphed: GraphedForward, expected: torch.Tensor, tolerance: loading.Tolerance) -> None:
-    """Hold every captured size against the model's own logits, and drop those that differ or fail."""
-    for size in graphed.sizes:
-        try:
-            loading.verify(graphed.filled_up(size), expected, tolerance)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            logger.warning("Captured decode steps of %d sequences are not used", size, exc_info=True)
-            graphed.drop(size)
+def checker(cache: KVCache, expected: torch.Tensor, tolerance: loading.Tolerance) -> Callable[[Forward], None]:
+    """Holds a forward pass against the model's own logits; the cache is then as it was. See `loading.verify`."""
+
+    def check(forward: Forward) -> None:
+        with cache.kept(-(-len(expected) // BLOCK_SIZE)):
+            loading.verify(forward, expected, tolerance)
+
+    return check

@@ -66,9 +66,9 @@ class DecodeContext:
 
 
 class GraphedForward:
-    """A forward pass whose decode steps are replayed, in sizes up to what `max_batch_size` needs.
+    """A forward pass whose decode steps are replayed, in the sizes that were made ready.
 
-    All sizes have their inputs and their logits in the same place: those of a step are gone when the next one runs.
+    Sizes have their inputs and their logits in the same places: those of a step are gone when the next one runs.
     """
 
     def __init__(
@@ -78,22 +78,34 @@ class GraphedForward:
         cache: KVCache,
         attend: DecodeKernel,
         max_model_len: int,
-        max_batch_size: int = SIZES[-1],
+        *,
+        check: Callable[[Callable[[StepBatch], torch.Tensor]], object] = lambda _: None,
+        as_graphs: bool = True,
     ) -> None:
-        """Nothing is captured yet: all steps run as they come."""
+        """Nothing is ready yet: all steps run as they come.
+
+        `check` raises where a forward pass does not give the model's own logits, and leaves the cache as it was.
+        `as_graphs=False`: sizes are filled up to without graphs, on any device.
+        """
         self._modules, self._model, self._cache, self._attend = modules, model, cache, attend
-        self._wanted = sizes_for(max_batch_size)
+        self._check = check
+        self._make = _Recorder(cache.device).record if as_graphs else _plain
         self._runs: dict[int, Callable[[], None]] = {}
         """By size, what computes the logits of the inputs."""
-        most, self._width = self._wanted[-1], HEAD + -(-max_model_len // BLOCK_SIZE)
+        self._tried: set[int] = set()
+        """Sizes that are ready, and those that cannot be."""
+        self._ready_for = 0
+        """Batches of up to so many sequences lack no size that was not tried."""
+        most, self._width = SIZES[-1], HEAD + -(-max_model_len // BLOCK_SIZE)
         pinned = cache.device.type == "cuda"
         self._staging = [torch.zeros(most * self._width, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         """Host memory for the inputs, twice: the latter is filled next, while the former may still be read."""
         self._tokens = torch.zeros(most, dtype=torch.int32, pin_memory=pinned)
         self._inputs = torch.zeros((most, self._width), dtype=torch.int32, device=cache.device)
         """See DecodeContext."""
-        self._inputs[:, : HEAD + 1] = torch.from_numpy(self._idle_row()).to(cache.device)
-        self._logits = torch.empty(0)
+        self._rows = torch.empty(0)
+        self._logits: dict[int, torch.Tensor] = {}
+        """By size, where they go: the first of `_rows`, or of those before that were too few for a later size."""
         self._prepared: tuple[StepBatch, int] | None = None
         """Whose tables are on the device, or on their way there, and in which size."""
 
@@ -118,26 +130,55 @@ class GraphedForward:
             self._send(batch, size)
             self._prepared = batch, size
 
-    def capture(self, *, as_graphs: bool = True) -> None:
-        """Make all sizes ready, the largest first, whose memory the others share. Runs on idle rows only.
+    def capture(self, max_batch_size: int) -> None:
+        """Make all sizes ready that batches of so many sequences need, the largest first; others use its memory."""
+        while self._lacks(max_batch_size):
+            self.extend(max_batch_size)
 
-        Steps of a size that cannot be captured, which is said, run as they come. `as_graphs=False`: sizes are filled up
-        to without graphs, on any device.
+    def extend(self, max_batch_size: int) -> int | None:
+        """Make the largest size ready that such batches lack; which, if it is served now. Not while a step runs.
+
+        Runs on idle rows and forgets what was prepared. Where a size cannot be made ready, which is said, its steps run
+        in a larger one or as they come.
         """
-        make = _Recorder(self._cache.device).record if as_graphs else _plain
-        for at, size in enumerate(reversed(self._wanted), 1):
-            try:
-                self._runs[size] = make(partial(self._compute, size))
-                logger.info("Captured decode steps of %d sequences, %d of %d sizes", size, at, len(self._wanted))
-            except torch.OutOfMemoryError:
-                logger.warning("There is no memory to capture decode steps of %d sequences", size)
-            except Exception:
-                logger.warning("Decode steps cannot be captured here", exc_info=True)
-                return
+        if not (lacking := self._lacks(max_batch_size)):
+            return None
+        size = lacking[-1]
+        self._tried.add(size)
+        self._prepared = None
+        try:
+            self._inputs[:, : HEAD + 1] = torch.from_numpy(self._idle_row()).to(self._cache.device)
+            if self._record(size):
+                self._check(self.filled_up(size))
+                logger.info("Captured decode steps of %d sequences, %d sizes to go", size, len(lacking) - 1)
+                return size
+        except torch.OutOfMemoryError:
+            logger.warning("There is no memory to capture decode steps of %d sequences", size)
+        except Exception:
+            logger.warning("Captured decode steps of %d sequences are not used", size, exc_info=True)
+        self._runs.pop(size, None)
+        return None
 
-    def drop(self, size: int) -> None:
-        """Replay steps of this size no more."""
-        del self._runs[size]
+    def _lacks(self, max_batch_size: int) -> list[int]:
+        """Sizes, ascending, that are to be tried for batches of up to so many sequences."""
+        if max_batch_size <= self._ready_for:
+            return []
+        lacking = [size for size in sizes_for(max_batch_size) if size not in self._tried]
+        if not lacking:
+            self._ready_for = max_batch_size
+        return lacking
+
+    def _record(self, size: int) -> bool:
+        """Whether steps can be replayed here; else no other size is tried. Raises OutOfMemoryError."""
+        try:
+            self._runs[size] = self._make(partial(self._compute, size))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            logger.warning("Decode steps cannot be captured here", exc_info=True)
+            self._tried.update(SIZES)
+            return False
+        return True
 
     def _run(self, least: int, batch: StepBatch) -> torch.Tensor:
         num_parts = len(batch.context_lens)
@@ -151,7 +192,7 @@ class GraphedForward:
             self._send(batch, size)
         self._prepared = None
         self._runs[size]()
-        logits = self._logits[:num_parts]
+        logits = self._logits[size][:num_parts]
         if len(batch.sample_rows) == num_parts:
             return logits
         (rows,) = upload([batch.sample_rows], logits.device)
@@ -182,15 +223,17 @@ class GraphedForward:
         return np.array([0, 0, spare * BLOCK_SIZE, 1, spare], np.int32)
 
     def _compute(self, size: int) -> None:
-        """The logits of the first rows of the inputs, into those of `_logits`."""
+        """The logits of the first rows of the inputs, to their place."""
         context = DecodeContext(self._inputs[:size], self._cache, self._attend)
         logits: torch.Tensor = self._model(
             input_ids=context.token_ids[None], position_ids=context.positions[None], use_cache=False, paged=context
         ).logits[0]
-        if not self._logits.numel():  # while the largest size warms up
-            shape = (self._wanted[-1], logits.shape[1])
-            self._logits = torch.zeros(shape, dtype=torch.float32, device=logits.device)
-        self._logits[:size] = logits
+        if size not in self._logits:  # while it warms up
+            if len(self._rows) < size:  # at first the largest comes first; what comes later may grow again
+                shape = (SIZES[-1] if len(self._rows) else size, logits.shape[1])
+                self._rows = torch.zeros(shape, dtype=torch.float32, device=logits.device)
+            self._logits[size] = self._rows[:size]
+        self._logits[size][:] = logits
 
 
 def _plain(compute: Callable[[], None]) -> Callable[[], None]:

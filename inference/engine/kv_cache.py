@@ -1,7 +1,9 @@
 """The paged KV cache: its tensors, their copies in host memory, and how large both are made."""
 
 import logging
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +74,15 @@ class KVCache:
             logger.warning("There is no host memory for %d blocks, and nothing is swapped: %s", num_blocks, error)
             self._host = torch.empty((0, *size[1:]), dtype=self.shape.dtype)
         self.num_host_blocks = len(self._host)
+
+    @contextmanager
+    def kept(self, num_blocks: int) -> Iterator[None]:
+        """What the first blocks hold is there again afterwards."""
+        before = self._blocks[:, :, :num_blocks].clone()
+        try:
+            yield
+        finally:
+            self._blocks[:, :, :num_blocks] = before
 
     def swap_out(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy (device block, host block) pairs out. Raises IndexError for a block that is not there.

@@ -68,7 +68,8 @@ class ModelRunner:
         # Configurations name ids, of a tokenizer's added tokens, that the model has no logit for.
         self._sampler = Sampler(frozenset(i for i in self.eos_token_ids if i < self.vocab_size))
         self._cache, self._forward, self._description = assembly.cache, assembly.forward, assembly.description
-        self._prepare = assembly.prepare
+        self._prepare, self._extend = assembly.prepare, assembly.extend
+        self._most_captured = 0
         self.runs_ahead = self.device.type == "cuda" if runs_ahead is None else runs_ahead
         self.num_foreseen = 0
         """Steps that began as they were foreseen."""
@@ -76,8 +77,20 @@ class ModelRunner:
         self.swap_bytes_per_s = self._measure_swap()
 
     def describe(self) -> str:
-        """What was chosen at load, and why."""
-        return self._description
+        """What was chosen at load, and why, and what became ready since."""
+        if not self._most_captured:
+            return self._description
+        return f"{self._description}; since then decode steps of up to {self._most_captured} sequences"
+
+    @torch.inference_mode()
+    def make_ready(self, batch_size: int) -> bool:
+        """Capture a size of decode steps that batches of up to so many sequences lack; whether one is new.
+
+        One a call, the largest first, which takes about as long as a few steps. Not while a step runs.
+        """
+        size = self._extend(batch_size) if self._extend is not None else None
+        self._most_captured = max(self._most_captured, size or 0)
+        return size is not None
 
     def step(self, parts: Seq[StepPart]) -> list[PartResult]:
         """One forward pass over all parts; writes their keys and values, samples where a part samples.

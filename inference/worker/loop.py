@@ -66,6 +66,14 @@ class Runner(Protocol):
         """Make ready, while a step runs, for one in which these decode."""
         ...
 
+    def make_ready(self, batch_size: int) -> bool:
+        """Between two steps, do a part of what batches of so many sequences lack; whether `describe` says more now."""
+        ...
+
+    def describe(self) -> str:
+        """How the model is computed."""
+        ...
+
 
 class Step(NamedTuple):
     """A forward pass that was begun."""
@@ -135,6 +143,7 @@ class EngineLoop(ServingLoop):
             self._take_claimed()
             self._drain()
             self._sizer.tick()
+            self._make_ready()
             parts = self._planner.plan(time.monotonic())
             self._note_turns(parts)
             self._move_blocks()
@@ -191,6 +200,11 @@ class EngineLoop(ServingLoop):
                 self._stopped.discard(part.sequence.id)
                 active = self._active[part.sequence.id]
                 active.mark("resumed" if active.timeline.marks else "started", now_s)
+
+    def _make_ready(self) -> None:
+        """A part of what the runner lacks for batches as large as they may be now, so that no stream waits long."""
+        if self._runner.make_ready(self._planner.max_batch_size):
+            self._board.describe(self._runner.describe())
 
     def _drain(self) -> None:
         """While draining, give back what has not begun, and when the time is up the rest."""

@@ -97,6 +97,10 @@ class StatusBoard:
         """Say from now on that these settings are taken up."""
         self._first = msgspec.structs.replace(self._first, settings=settings_digest(deployment))
 
+    def describe(self, detail: str) -> None:
+        """Say from now on that the model is computed like this."""
+        self._first = msgspec.structs.replace(self._first, detail=detail)
+
     def update(self, reporter: Reporter, active: Collection[ActiveRequest]) -> None:
         """Publish what is due; called once a step."""
         now = time.time()

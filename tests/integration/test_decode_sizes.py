@@ -1,11 +1,14 @@
 """Decode steps filled up to sizes: which are made ready, what becomes of those that cannot be, and that tokens stay."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import redis
 import torch
+import transformers
 
 from inference.engine import assembly, loading
 from inference.engine.attention import split
@@ -16,9 +19,13 @@ from inference.engine.kv_cache import BLOCK_SIZE, KVCache
 from inference.engine.modules import ModulesForward
 from inference.messages import DeploymentSpec
 from scheduling.core.sequence import StepPart
+from scheduling.keys import Keys
 from tests.checkpoints import VOCAB, make_checkpoint
-from tests.integration.test_engine_parity import make_sequence
+from tests.integration.engines import Engines, make_tiny_checkpoint
+from tests.integration.fleet import FleetClient
+from tests.integration.test_engine_parity import generate_alone, make_sequence
 from tests.integration.test_running_ahead import attend
+from tests.patience import PATIENCE_S
 
 CPU = torch.device("cpu")
 
@@ -27,12 +34,17 @@ class Limited:
     """In place of the Triton kernel: raises `error` in steps of more than `most` sequences while it is `strict`."""
 
     def __init__(self, most: int, error: type[Exception]) -> None:
-        self.most, self.error, self.strict = most, error, True
+        self.most, self.error, self.strict, self.num_refused = most, error, True, 0
 
     def __call__(self, query: torch.Tensor, *rest: Any) -> torch.Tensor:
         if self.strict and len(query) > self.most:
+            self.num_refused += 1
             raise self.error
         return attend(query, *rest)
+
+
+def attend_wrongly_to_four(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return attend(query, *rest) + (len(query) == 4)
 
 
 class Model:
@@ -45,9 +57,10 @@ class Model:
         self.expected = loading.reference_logits(self.model, VOCAB, assembly.PROBE_TOKENS, CPU)
         self.cache = KVCache(loading.kv_shape(config, torch.float32), 12, CPU)
 
-    def forward(self, kernel: Any = attend, max_batch_size: int = 6) -> GraphedForward:
+    def forward(self, kernel: Any = attend) -> GraphedForward:
         modules = ModulesForward(None, self.model, self.cache, CPU, decode=kernel)
-        return GraphedForward(modules, self.model, self.cache, kernel, 96, max_batch_size)
+        check = assembly.checker(self.cache, self.expected, loading.PROBE_TOLERANCE[torch.float32])
+        return GraphedForward(modules, self.model, self.cache, kernel, 96, check=check, as_graphs=False)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +91,7 @@ def test_sizes_reach_as_far_as_batches_may() -> None:
 def test_a_step_has_the_same_logits_in_every_size_and_as_it_comes(model: Model) -> None:
     forward = model.forward()
     as_it_comes = forward(decodes(3))
-    forward.capture(as_graphs=False)
+    forward.capture(6)
     assert forward.sizes == [1, 2, 4, 8]
     for least in (1, 4, 8):
         torch.testing.assert_close(forward.filled_up(least)(decodes(3)), as_it_comes, atol=1e-4, rtol=1e-4)
@@ -94,7 +107,10 @@ def test_steps_whose_size_cannot_be_made_ready_run_as_they_come(
 ) -> None:
     kernel = Limited(2, error)
     forward = model.forward(kernel)
-    forward.capture(as_graphs=False)
+    forward.capture(6)
+    num_refused = kernel.num_refused
+    assert forward.extend(6) is None
+    assert kernel.num_refused == num_refused, "what cannot be made ready is not tried again"
     kernel.strict = False
     assert forward.sizes == sizes
     forward.prepare(decodes(3))
@@ -105,23 +121,51 @@ def test_steps_whose_size_cannot_be_made_ready_run_as_they_come(
 
 @torch.inference_mode()
 def test_a_size_with_other_logits_than_the_model_s_is_not_used(model: Model) -> None:
-    forward = model.forward()
-    forward.capture(as_graphs=False)
-    right = forward._runs[4]
-
-    def wrong() -> None:
-        right()
-        forward._logits[0] += 1
-
-    forward._runs[4] = wrong
-    assembly.keep_exact(forward, model.expected, loading.PROBE_TOLERANCE[torch.float32])
+    forward = model.forward(attend_wrongly_to_four)
+    forward.capture(6)
     assert forward.sizes == [1, 2, 8]
+
+
+@torch.inference_mode()
+def test_sizes_for_larger_batches_are_made_ready_one_by_one_beside_what_is_served(model: Model) -> None:
+    forward = model.forward()
+    expected = forward(decodes(7)).clone()
+    forward.capture(3)
+    assert forward.sizes == [1, 2, 4]
+    torch.testing.assert_close(forward(decodes(3)), expected[:3], atol=1e-4, rtol=1e-4)
+    forward.prepare(decodes(2))
+    before = model.cache._blocks[:, :, :-1].clone()
+    assert [forward.extend(20) for _ in range(4)] == [32, 16, 8, None]
+    assert forward.extend(12) is None
+    assert torch.equal(model.cache._blocks[:, :, :-1], before), "sequences that are served keep what they have computed"
+    assert forward.sizes == [1, 2, 4, 8, 16, 32]
+    torch.testing.assert_close(forward(decodes(7)), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(forward.filled_up(32)(decodes(5)), expected[:5], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(forward(decodes(2)), expected[:2], atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_that_is_made_larger_while_streams_run_gets_its_sizes_without_a_reload(
+    store: redis.Redis, redis_url: str, keys: Keys, tmp_path: Path
+) -> None:
+    fleet, prompts = FleetClient(store, keys, Engines.model), [[5 + i, 6, 7] for i in range(6)]
+    with Engines(make_tiny_checkpoint(tmp_path), redis_url, keys) as engines:
+        command = [sys.executable, "-m", "tests.integration.padded_worker"]
+        engine = engines.start(command=command, max_batch_size=4)
+        for i, prompt in enumerate(prompts):
+            fleet.submit(str(i), prompt, 40)
+        fleet.until(lambda: len(fleet.answers["0"].token_ids) > 5)
+        assert engine.send("set_batch_size", {"max_batch_size": 12}, PATIENCE_S).ok
+        fleet.until(lambda: (s := fleet.status("gpu-0")) is not None and s.detail.endswith("up to 16 sequences"))
+        fleet.until_finished()
+    generator = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for i, prompt in enumerate(prompts):
+        assert [*prompt, *fleet.answers[str(i)].token_ids] == generate_alone(generator, prompt, 40)
 
 
 @torch.inference_mode()
 def test_tables_that_were_sent_ahead_are_not_taken_for_another_step_s(model: Model) -> None:
     forward = model.forward()
-    forward.capture(as_graphs=False)
+    forward.capture(6)
     expected = forward(decodes(3)).clone()
     foreseen = decodes(2)
     forward.prepare(foreseen)

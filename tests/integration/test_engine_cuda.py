@@ -92,14 +92,14 @@ def check_padded_decodes(folder: Path, tokens: list[list[int]]) -> None:
     model = load_model(folder, config, torch.float32, device)
     cache = KVCache(kv_shape(config, torch.float32), 40, device)
     modules = ModulesForward(None, model, cache, device, "float32", attend_decodes)
-    forward = GraphedForward(modules, model, cache, attend_decodes, 256, max_batch_size=5)
+    forward = GraphedForward(modules, model, cache, attend_decodes, 256, as_graphs=False)
     sequences: list[Sequence] = []
     for i, expected in enumerate(tokens):
         sequence = make_sequence(str(i), expected[:-3], 3)
         sequence.block_table = list(range(i * 8, i * 8 + 8))
         sequences.append(sequence)
     with torch.inference_mode():
-        forward.capture(as_graphs=False)
+        forward.capture(5)
         assert forward.sizes == [1, 2, 4, 8], "five sequences are filled up to eight"
         ahead = None
         for _ in range(3):
@@ -190,6 +190,21 @@ def test_captured_decode_steps_give_the_tokens_of_generate(architecture: str, tm
     sequences = [make_sequence(str(i), prompt, n) for i, (prompt, n) in enumerate(make_prompts(1))]
     Traffic(runner, sequences, seed=5).run()
     assert [s.tokens for s in sequences] == [generate_alone(model, prompt, n) for prompt, n in make_prompts(1)]
+
+
+@pytest.mark.parametrize("architecture", [pytest.param(name, marks=gpu) for name in ("llama", "gemma2")])
+def test_sizes_captured_after_steps_give_the_tokens_of_generate(architecture: str, tmp_path: Path) -> None:
+    model = make_checkpoint(architecture, tmp_path)
+    spec = DeploymentSpec(name="m", path=str(tmp_path), dtype="float32", max_batch_size=1)
+    runner = ModelRunner(spec, "cuda", num_blocks=40)
+    expected = [generate_alone(model, prompt, n) for prompt, n in make_prompts(1)]
+    for batch_size in (1, 8, 20):
+        while runner.make_ready(batch_size):
+            pass
+        sequences = [make_sequence(str(i), prompt, n) for i, (prompt, n) in enumerate(make_prompts(1))]
+        Traffic(runner, sequences, seed=5).run()
+        assert [s.tokens for s in sequences] == expected
+    assert runner.describe().endswith("decode steps of up to 32 sequences")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])

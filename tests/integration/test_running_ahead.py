@@ -11,6 +11,7 @@ from benchmarks.roofline import MeteredRunner, Rates, Work
 from inference.engine.attention import Rule
 from inference.engine.batch import StepBatch
 from inference.engine.graphs import GraphedForward
+from inference.engine.kv_cache import BLOCK_SIZE
 from inference.engine.loading import load_config, load_model
 from inference.engine.modules import ModulesForward
 from inference.engine.runner import ModelRunner
@@ -37,7 +38,8 @@ def attend(
 ) -> torch.Tensor:
     """In place of the Triton kernel: one sequence after the other."""
     found = []
-    for q, table, context in zip(query, tables, contexts.tolist(), strict=True):
+    for q, whole, context in zip(query, tables, contexts.tolist(), strict=True):
+        table = whole[: -(-context // BLOCK_SIZE)]  # behind it may stand anything
         k = keys[table].permute(1, 0, 3, 2).flatten(1, 2)[:, :context]
         v = values[table].transpose(0, 1).flatten(1, 2)[:, :context]
         group = q.unflatten(0, (len(k), -1))
@@ -50,10 +52,10 @@ def as_on_cuda(runner: ModelRunner, path: Path) -> None:
     cpu = torch.device("cpu")
     model = load_model(path, load_config(path), torch.float32, cpu)
     modules = ModulesForward(None, model, runner._cache, cpu, "float32", attend)
-    forward = GraphedForward(modules, model, runner._cache, attend, runner.max_model_len, max_batch_size=4)
+    forward = GraphedForward(modules, model, runner._cache, attend, runner.max_model_len, as_graphs=False)
     with torch.inference_mode():
-        forward.capture(as_graphs=False)
-    runner._forward, runner._prepare = forward, forward.prepare
+        forward.capture(4)
+    runner._forward, runner._prepare, runner._extend = forward, forward.prepare, forward.extend
     runner._sampler.__class__ = DeviceSampler
 
 
