@@ -6,10 +6,11 @@ from typing import Any, TypeVar
 
 import redis.asyncio
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from inference.gateway.errors import RedisUnavailable
+from inference.gateway.link import Link
 from scheduling.store import Command
 
 T = TypeVar("T")
@@ -34,6 +35,7 @@ class CommandPipeline:
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
         self._client = client
+        self._link = Link(client)
         self._waiting: list[tuple[Command[Any], asyncio.Future[Any]]] = []
         self._task: asyncio.Task[None] | None = None
         self.connected = True
@@ -94,26 +96,15 @@ class CommandPipeline:
 
     async def _execute(self, commands: list[Command[Any]]) -> list[Any]:
         """One round trip; one more for the commands whose script the server did not know."""
-        replies = await self._round_trip(commands)
+        replies = await self._link.run([command.words() for command in commands])
         missed = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if missed:
             for source in {script.source for i in missed if (script := commands[i].script)}:
                 await self._client.script_load(source)
-            again = await self._round_trip([commands[i] for i in missed])
+            again = await self._link.run([commands[i].words() for i in missed])
             for i, reply in zip(missed, again, strict=True):
                 replies[i] = reply
         return replies
-
-    async def _round_trip(self, commands: list[Command[Any]]) -> list[Any]:
-        if len(commands) == 1:
-            try:
-                return [await self._client.execute_command(*commands[0].words())]
-            except ResponseError as error:
-                return [error]
-        async with self._client.pipeline(transaction=False) as pipe:
-            for command in commands:
-                pipe.execute_command(*command.words())
-            return list(await pipe.execute(raise_on_error=False))
 
 
 def _resolve(command: Command[Any], future: asyncio.Future[Any], reply: Any) -> None:

@@ -10,6 +10,7 @@ import redis
 import redis.asyncio
 
 from inference.gateway.errors import GatewayError
+from inference.gateway.link import Link
 from inference.gateway.pipeline import FIRST_PAUSE_S, LONGEST_PAUSE_S, LOST
 from inference.messages import Finish, SequenceUpdate
 from scheduling.core.sequence import TokenLogprob
@@ -135,7 +136,7 @@ class StreamReader(ABC):
     """
 
     def __init__(self, client: redis.asyncio.Redis, on_return: Callable[[], None]) -> None:
-        self._client = client
+        self._link = Link(client)
         self._on_return = on_return
 
     @abstractmethod
@@ -158,7 +159,9 @@ class StreamReader(ABC):
             words = ("XREAD", "COUNT", MAX_MESSAGES, "BLOCK", BLOCK_MS, "STREAMS", *streams, *streams.values())
             try:
                 async with asyncio.timeout(SILENT_S):
-                    reply = await self._client.execute_command(*words)
+                    [reply] = await self._link.run([words])
+                if isinstance(reply, redis.ResponseError):
+                    raise reply
             except (redis.RedisError, OSError) as error:
                 if not isinstance(error, LOST):
                     log.error("A reply stream cannot be read: %s", error)
