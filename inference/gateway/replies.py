@@ -20,10 +20,12 @@ BLOCK_MS = 2000
 SILENT_S = 15.0
 """A server that does not even answer that nothing came counts as lost."""
 MAX_MESSAGES = 1000
+GATHER_S = 0.001
+"""While answers are under way, updates are taken at most this often: steps that are faster than this share a read and a
+write to their client. Who waits for a first update, or for the next of slower steps, waits no longer for it."""
 CROWD = 16
-GATHER_S = 0.002
-"""With a crowd of requests, updates are taken at most this often: a client's tokens of several steps then share a
-write, which costs more than all else that is done for a token."""
+CROWD_GATHER_S = 0.004
+"""The same with a crowd of requests. A write to a client costs more than all else that is done for a token."""
 
 
 class Mailbox:
@@ -177,8 +179,14 @@ class StreamReader(ABC):
                     self.take(name, streams[name], entries[-1][0], [fields[1] for _, fields in entries])
                 except Exception:  # what is lost by it is found missing and read from the journal
                     log.exception("Updates could not be delivered")
-            if reply and self.num_waiting() >= CROWD:
-                await asyncio.sleep(GATHER_S)
+            if reply:
+                await self._pause()
+
+    async def _pause(self) -> None:
+        """Let those who were woken write to their clients, and while more is to come, let some of it gather."""
+        await asyncio.sleep(0)
+        if num_waiting := self.num_waiting():
+            await asyncio.sleep(CROWD_GATHER_S if num_waiting >= CROWD else GATHER_S)
 
 
 class ReplyReader(StreamReader):
