@@ -1,6 +1,7 @@
 """What starts and stops with a web process: the directory, the gateway, the dashboard's aggregator."""
 
 import asyncio
+import gc
 import logging
 import signal
 import threading
@@ -54,6 +55,8 @@ class Lifespan:
                 return
             scope["state"].update(gateway=gateway, directory=directory)
             _end_replies_on_sigterm(gateway)
+            gc.collect()
+            gc.freeze()  # what is there now stays; to look for garbage in it would hold up every request now and then
             await send({"type": "lifespan.startup.complete"})
             await receive()
             await self._aggregator.stop()
