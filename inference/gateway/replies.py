@@ -21,8 +21,8 @@ SILENT_S = 15.0
 """A server that does not even answer that nothing came counts as lost."""
 MAX_MESSAGES = 1000
 GATHER_S = 0.001
-"""While answers are under way, updates are taken at most this often: steps that are faster than this share a read and a
-write to their client. Who waits for a first update, or for the next of slower steps, waits no longer for it."""
+"""While answers are under way, updates are taken at most this often, so that fast steps share a read and a write to
+their client. An update waits only where another one came just before it."""
 CROWD = 16
 CROWD_GATHER_S = 0.004
 """The same with a crowd of requests. A write to a client costs more than all else that is done for a token."""

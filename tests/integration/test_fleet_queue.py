@@ -145,7 +145,7 @@ def test_a_journal_append_that_is_repeated_or_overlaps_adds_each_token_once(
 ) -> None:
     fill(store, queue, 1)
     claim(store, queue, "gpu", 1)
-    for start, tokens in [(0, (1, 2)), (0, (1, 2)), (1, (2, 3)), (3, (4,))]:
+    for start, tokens in [(0, (1, 2)), (0, (1, 2)), (1, (2, 3)), (3, (4,)), (1, (2,)), (4, ())]:
         assert execute(store, queue.journal("gpu", [("r00000", 1, start, tokens_of(*tokens))])) == []
     assert execute(store, queue.tokens("r00000")) == [1, 2, 3, 4]
 
@@ -153,8 +153,10 @@ def test_a_journal_append_that_is_repeated_or_overlaps_adds_each_token_once(
 def test_a_gap_in_the_journal_sends_the_request_back_to_the_queue(store: redis.Redis, queue: FleetQueue) -> None:
     fill(store, queue, 1)
     claim(store, queue, "gpu", 1)
+    execute(store, queue.journal("gpu", [("r00000", 1, 0, tokens_of(7, 8))]))
     assert execute(store, queue.journal("gpu", [("r00000", 1, 5, tokens_of(1))])) == ["r00000"]
-    assert claim(store, queue, "gpu", 1).requests[0].attempt == 2
+    [again] = claim(store, queue, "gpu", 1).requests
+    assert (again.attempt, again.tokens) == (2, [7, 8])
 
 
 def test_a_claim_repeated_under_its_number_gives_the_same_requests_and_claims_no_more(
