@@ -4,9 +4,10 @@
 
 Claimers are processes of their own, as engines are. A claim waits for the server's one thread, and beside that for a
 processor, on whichever side; so beside the longest claim that a claimer saw stands what the server itself says that
-held it up: its longest command (SLOWLOG), which no claim could come before the end of, and its longest other work
-(LATENCY: a fork for its append-only file, a write of it). Both are by the clock, so beside them stands for how long in
-all the server had to wait for a processor: where that is little, they are its own.
+held it up: the longest step of the switch and the longest command of all (SLOWLOG; another claim's, where the server
+lost its processor in the midst of it), and its longest other work (LATENCY: a fork for its append-only file, a write of
+it). All are by the clock, so beside them stands for how long in all the server had to wait for a processor: where that
+is little, they are its own.
 """
 
 import argparse
@@ -30,11 +31,12 @@ from benchmarks.stack import RedisServer
 from scheduling.core.policies import build_policy
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
-from scheduling.store import execute, execute_many
+from scheduling.store import execute, execute_many, load_script
 from scheduling.switch import switch_policy
 
 POLICIES = ("fair", "priority", "edf", "size", "fifo")
 PREFIX = "bench"
+STEPS = {load_script(f"switch_{name}").sha.encode() for name in ("begin", "build", "flip", "end")}
 PAUSE_S = 0.005
 """Between two claims of one claimer: about the length of an engine step."""
 
@@ -135,11 +137,11 @@ def measure(server: RedisServer, num_queued: int, num_claimers: int, revision: i
 
 def _watch(client: redis.Redis) -> None:
     """Have the server note what holds it up from now on: commands of 0.1 ms and more, other work of 1 ms and more."""
-    client.config_set("slowlog-log-slower-than", 100)
     client.config_set("slowlog-max-len", 100_000)
     client.slowlog_reset()
-    client.config_set("latency-monitor-threshold", 1)
     client.execute_command("LATENCY", "RESET")
+    client.config_set("latency-monitor-threshold", 1)
+    client.config_set("slowlog-log-slower-than", 100)
 
 
 def _waited_s(pid: int) -> float:
@@ -149,11 +151,13 @@ def _waited_s(pid: int) -> float:
 
 def _held_up_ms(client: redis.Redis) -> dict[str, float]:
     """For how long the server did nothing else, at most."""
-    commands = client.slowlog_get(-1)
-    other = [event for event in client.execute_command("LATENCY", "LATEST") if not event[0].endswith(b"command")]
     client.config_set("slowlog-log-slower-than", -1)
     client.config_set("latency-monitor-threshold", 0)
+    commands = client.slowlog_get(-1)
+    steps = [command for command in commands if command["command"].split(b" ")[1] in STEPS]
+    other = [event for event in client.execute_command("LATENCY", "LATEST") if not event[0].endswith(b"command")]
     return {
+        "server_step_ms": max((step["duration"] for step in steps), default=0) / 1000,
         "server_command_ms": max((command["duration"] for command in commands), default=0) / 1000,
         "server_other_ms": max((float(event[3]) for event in other), default=0.0),
     }

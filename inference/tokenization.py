@@ -47,9 +47,8 @@ class Tokenizer:
     ):
         self._backend = backend
         self._template = _environment().from_string(template) if template is not None else None
-        if (
-            self._template is not None
-        ):  # a render copies them; from jinja's chain of maps that takes longer than the rest
+        if self._template is not None:
+            # A render copies them; from jinja's chain of maps that takes longer than the rest.
             self._template.globals = dict(self._template.globals)
         self._special = special
         self.eos_token_ids = eos_token_ids

@@ -348,7 +348,7 @@ class Launched(TorchDispatchMode):
     READS = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal"})
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.launched: list[str] = []
         self.waits: list[str] = []
 

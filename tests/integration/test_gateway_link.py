@@ -20,8 +20,8 @@ async def test_replies_come_in_order_and_as_the_client_gives_them(astore: redis.
 async def test_every_kind_of_word_is_sent_as_the_client_sends_it(astore: redis.asyncio.Redis) -> None:
     words = ("RPUSH", "ours", "text", "ä", b"\x00\xff", 7, 0.1 + 0.2, -1e22)
     await Link(astore).run([words])
-    await astore.rpush("theirs", *words[2:])  # type: ignore[misc]
-    assert await astore.lrange("ours", 0, -1) == await astore.lrange("theirs", 0, -1)  # type: ignore[misc]
+    await astore.rpush("theirs", *words[2:])
+    assert await astore.lrange("ours", 0, -1) == await astore.lrange("theirs", 0, -1)
 
 
 async def test_who_gives_up_leaves_no_reply_to_the_next_call(astore: redis.asyncio.Redis) -> None:
@@ -35,7 +35,7 @@ async def test_who_gives_up_leaves_no_reply_to_the_next_call(astore: redis.async
 async def test_a_connection_that_the_server_closed_is_opened_anew(astore: redis.asyncio.Redis) -> None:
     link = Link(astore)
     [own] = await link.run([("CLIENT", "ID")])
-    assert await astore.client_kill_filter(_id=own) == 1  # type: ignore[no-untyped-call]
+    assert await astore.client_kill_filter(_id=own) == 1
     while True:  # until word of it has come; then nobody notices
         try:
             [other] = await link.run([("CLIENT", "ID")])
