@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+import hiredis
 import redis
 import redis.asyncio
 from redis.exceptions import NoScriptError
@@ -156,7 +157,30 @@ def execute_many(client: redis.Redis, commands: Sequence[Command[Any]]) -> list[
 
 
 def _pipeline(client: redis.Redis, commands: Sequence[Command[Any]]) -> list[Any]:
-    with client.pipeline(transaction=False) as pipe:
-        for command in commands:
-            pipe.execute_command(*command.words())
-        return list(pipe.execute(raise_on_error=False))
+    """Replies as the client gives them, or ResponseErrors. By the client's own pipeline it would take twice as long."""
+    if not commands:
+        return []
+    pool, read = client.connection_pool, client.response_callbacks
+    words = [command.words() for command in commands]
+    packed = [b"".join(map(hiredis.pack_command, words))]
+    connection = pool.get_connection()
+
+    def round_trip() -> list[Any]:
+        connection.send_packed_command(packed)
+        return [_read_reply(connection) for _ in words]
+
+    try:
+        replies = connection.retry.call_with_retry(round_trip, lambda error: connection.disconnect())
+    finally:
+        pool.release(connection)
+    return [
+        reply if isinstance(reply, Exception) or word[0] not in read else read[word[0]](reply)
+        for word, reply in zip(words, replies, strict=True)
+    ]
+
+
+def _read_reply(connection: redis.Connection) -> Any:
+    try:
+        return connection.read_response()
+    except redis.ResponseError as error:
+        return error
