@@ -138,6 +138,14 @@ async def aexecute(client: redis.asyncio.Redis, command: Command[T]) -> T:
         return command.read(await client.execute_command(*command.words()))
 
 
+def load_scripts(client: redis.Redis, names: Sequence[str]) -> None:
+    """Make scripts known to the server before they are needed, in one round trip."""
+    with client.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.script_load(load_script(name).source)
+        pipe.execute()
+
+
 def execute_many(client: redis.Redis, commands: Sequence[Command[Any]]) -> list[Any]:
     """Run commands in one round trip, in order, not as a transaction. Raises the first error after all were tried.
 
