@@ -14,7 +14,7 @@ from scheduling.core.policies import Policy, build_policy
 from scheduling.core.request import QueueEntry
 from scheduling.fleet import FleetQueue
 from scheduling.keys import Keys
-from scheduling.store import execute, execute_many
+from scheduling.store import execute, execute_many, load_script
 from scheduling.switch import StaleRevision, SwitchInProgress, SwitchLost, place_unplaced, switch_policy
 
 
@@ -212,6 +212,13 @@ def test_two_switches_at_once_are_refused_and_one_that_died_blocks_nobody(
     assert drain(store, queue) == expected_order(build_policy("priority"), range(1300))
     epochs = {key.decode().removeprefix(f"{queue.base}:").split(":")[0] for key in store.scan_iter(f"{queue.base}:e*")}
     assert epochs <= {"e2", "epochs"}, "what the dead switch had built is gone"
+
+
+def test_the_scripts_of_a_switch_are_loaded_before_its_first_step(store: redis.Redis, queue: FleetQueue) -> None:
+    store.script_flush()
+    with pytest.raises(StaleRevision):
+        switch_policy(store, queue, build_policy("fair"), 0)
+    assert all(store.script_exists(*(load_script(name).sha for name in switch.SCRIPTS)))
 
 
 def test_a_revision_must_grow_and_repeating_the_active_one_does_nothing(store: redis.Redis, queue: FleetQueue) -> None:
