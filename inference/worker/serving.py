@@ -25,6 +25,8 @@ OFFER_WAIT_S = 0.02
 """While the outbox is full, commands are obeyed this often."""
 SHUT_WAIT_S = 0.05
 """How long an acknowledgement waits for a claim on its way; longer only while Redis does not answer."""
+RESIZING = frozenset({"set_mode", "set_batch_size", "sizing", "deployment"})
+"""Commands after which a replica may have less room."""
 
 
 class ServingLoop(ABC):
@@ -88,8 +90,8 @@ class ServingLoop(ABC):
             self._controls.obey(message)
         except CommandRefusedError as refusal:
             error = str(refusal)
-        if not self._gate.is_open:
-            self._intake.shut(SHUT_WAIT_S)
+        if not self._gate.is_open or message.command in RESIZING:
+            self._intake.shut(SHUT_WAIT_S)  # what it had been offered may be too much; this turn offers anew
         if message.id:
             applied_ms = 1000 * (time.monotonic() - told.read_s)
             ack = Ack(id=message.id, ok=not error, error=error, applied_ms=applied_ms, state=self._gate.state)
