@@ -165,7 +165,7 @@ def execute_many(client: redis.Redis, commands: Sequence[Command[Any]]) -> list[
 
 
 def _pipeline(client: redis.Redis, commands: Sequence[Command[Any]]) -> list[Any]:
-    """Replies as the client gives them, or ResponseErrors. By the client's own pipeline it would take twice as long."""
+    """Replies as the client gives them, or ResponseErrors. The client's own pipeline takes longer."""
     if not commands:
         return []
     pool, read = client.connection_pool, client.response_callbacks

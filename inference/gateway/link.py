@@ -14,8 +14,8 @@ Words = Sequence[Any]
 class Link:
     """Speaks over a connection of the client's, past the client itself.
 
-    What that does around each call (taking the connection from a pool and putting it back, retries, metrics) costs a
-    web process more than all else that it does for the call. A lost connection is opened anew by the next call.
+    What that does around each call (taking the connection from a pool and putting it back, retries, metrics) costs
+    about as much again as the call itself. A lost connection is opened anew by the next call.
     """
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
