@@ -69,89 +69,89 @@ def server() -> Iterator[Server]:
         server.kill()
 
 
+@pytest.fixture
+def own_engines(server: Server, checkpoint: Path, keys: Keys) -> Iterator[Engines]:
+    """Like `engines`, with a Redis that the test may kill."""
+    with Engines(checkpoint, server.url, keys) as engines:
+        yield engines
+
+
+@pytest.fixture
+def own_fleet(server: Server, keys: Keys) -> Iterator[FleetClient]:
+    """Like `fleet`, for `own_engines`; calls wait for the Redis to come back."""
+    with redis.Redis.from_url(server.url, retry=Retry(ConstantBackoff(0.05), 400)) as client:
+        yield FleetClient(client, keys, Engines.model)
+
+
 def test_a_batch_waits_for_a_redis_that_was_killed_and_loses_nothing(
-    server: Server, checkpoint: Path, keys: Keys
+    server: Server, own_engines: Engines, own_fleet: FleetClient
 ) -> None:
-    with (
-        redis.Redis.from_url(server.url, retry=Retry(ConstantBackoff(0.05), 400)) as client,
-        Engines(checkpoint, server.url, keys) as engines,
-    ):
-        fleet = FleetClient(client, keys, engines.model)
-        engine = engines.start()
-        for i in range(12):
-            fleet.submit(f"r{i}", [5 + i, 6], 150)
-        fleet.until(lambda: len(fleet.answers["r0"].token_ids) > 20)
-        for _ in range(2):
-            server.kill()
-            assert engine.send("policy", {"name": "fifo", "revision": 0}, PATIENCE_S).ok
-            server.start()
-            num_tokens = fleet.num_tokens()
-            fleet.until(lambda n=num_tokens: fleet.num_tokens() > n)  # type: ignore[misc]
-        fleet.until_finished()
-        assert all(len(answer.token_ids) == 150 for answer in fleet.answers.values())
-        assert {attempt for answer in fleet.answers.values() for attempt in answer.attempts} == {1}
-        fleet.until(lambda: {event.id for event in fleet.events(RequestEvent)} == set(fleet.answers))
+    engine = own_engines.start()
+    for i in range(12):
+        own_fleet.submit(f"r{i}", [5 + i, 6], 150)
+    own_fleet.until(lambda: len(own_fleet.answers["r0"].token_ids) > 20)
+    for _ in range(2):
+        server.kill()
+        assert engine.send("policy", {"name": "fifo", "revision": 0}, PATIENCE_S).ok
+        server.start()
+        num_tokens = own_fleet.num_tokens()
+        own_fleet.until(lambda n=num_tokens: own_fleet.num_tokens() > n)  # type: ignore[misc]
+    own_fleet.until_finished()
+    assert all(len(answer.token_ids) == 150 for answer in own_fleet.answers.values())
+    assert {attempt for answer in own_fleet.answers.values() for attempt in answer.attempts} == {1}
+    own_fleet.until(lambda: {event.id for event in own_fleet.events(RequestEvent)} == set(own_fleet.answers))
 
 
 def test_a_drained_engine_is_stopped_only_once_what_it_gave_back_is_in_the_queue(
-    server: Server, checkpoint: Path, keys: Keys
+    server: Server, own_engines: Engines, own_fleet: FleetClient
 ) -> None:
-    with (
-        redis.Redis.from_url(server.url, retry=Retry(ConstantBackoff(0.05), 400)) as client,
-        Engines(checkpoint, server.url, keys) as engines,
-    ):
-        fleet = FleetClient(client, keys, engines.model)
-        engine = engines.start()
-        for i in range(6):
-            fleet.submit(f"r{i}", [5 + i, 6], 240)
-        fleet.until(lambda: all(answer.token_ids for answer in fleet.answers.values()))
+    engine = own_engines.start()
+    for i in range(6):
+        own_fleet.submit(f"r{i}", [5 + i, 6], 240)
+    own_fleet.until(lambda: all(answer.token_ids for answer in own_fleet.answers.values()))
 
-        def state() -> str:
-            return engine.send("policy", {"name": "fifo", "revision": 0}, PATIENCE_S).state
+    def state() -> str:
+        return engine.send("policy", {"name": "fifo", "revision": 0}, PATIENCE_S).state
 
-        with server.held_up():
-            assert engine.send("drain", {"drain_s": 0}, PATIENCE_S).state == "draining"
-            assert {state() for _ in range(5)} == {"draining"}
-        wait_until(lambda: state() == "stopped")
-        snapshot = execute(client, fleet.queue.snapshot())
-        assert (snapshot.running, snapshot.depth) == (0, 6)
+    with server.held_up():
+        assert engine.send("drain", {"drain_s": 0}, PATIENCE_S).state == "draining"
+        assert {state() for _ in range(5)} == {"draining"}
+    wait_until(lambda: state() == "stopped")
+    snapshot = execute(own_fleet.client, own_fleet.queue.snapshot())
+    assert (snapshot.running, snapshot.depth) == (0, 6)
 
 
 def test_an_engine_that_was_held_up_gives_up_what_others_took_over(
-    redis_url: str, store: redis.Redis, checkpoint: Path, keys: Keys
+    store: redis.Redis, engines: Engines, fleet: FleetClient
 ) -> None:
-    with Engines(checkpoint, redis_url, keys) as engines:
-        fleet = FleetClient(store, keys, engines.model)
-        held_up = engines.start("gpu-0")
-        for i in range(8):
-            fleet.submit(f"r{i}", [5 + i, 6], 240)
-        fleet.until(lambda: all(answer.token_ids for answer in fleet.answers.values()))
-        os.kill(held_up.pid, signal.SIGSTOP)
-        other = engines.start("gpu-1")
-        assert [num for _, num in execute(store, fleet.queue.expire(now=time.time() + 3600))] == [8]
-        fleet.until(lambda: any(2 in answer.attempts for answer in fleet.answers.values()))
-        os.kill(held_up.pid, signal.SIGCONT)
-        fleet.until_finished()
-        assert all(len(answer.token_ids) == 240 for answer in fleet.answers.values())
-        fleet.until(lambda: (s := fleet.status("gpu-0")) is not None and not s.slots)
-        other.kill()
-        other.wait(PATIENCE_S)
-        fleet.submit("afterwards", [5, 6], 10)
-        fleet.until_finished()
-        assert fleet.status("gpu-0") is not None
+    held_up = engines.start("gpu-0")
+    for i in range(8):
+        fleet.submit(f"r{i}", [5 + i, 6], 240)
+    fleet.until(lambda: all(answer.token_ids for answer in fleet.answers.values()))
+    os.kill(held_up.pid, signal.SIGSTOP)
+    other = engines.start("gpu-1")
+    assert [num for _, num in execute(store, fleet.queue.expire(now=time.time() + 3600))] == [8]
+    fleet.until(lambda: any(2 in answer.attempts for answer in fleet.answers.values()))
+    os.kill(held_up.pid, signal.SIGCONT)
+    fleet.until_finished()
+    assert all(len(answer.token_ids) == 240 for answer in fleet.answers.values())
+    fleet.until(lambda: (s := fleet.status("gpu-0")) is not None and not s.slots)
+    other.kill()
+    other.wait(PATIENCE_S)
+    fleet.submit("afterwards", [5, 6], 10)
+    fleet.until_finished()
+    assert fleet.status("gpu-0") is not None
 
 
 def test_an_engine_claims_again_what_an_unnoticed_end_of_its_lease_took_from_it(
-    redis_url: str, store: redis.Redis, checkpoint: Path, keys: Keys
+    store: redis.Redis, engines: Engines, fleet: FleetClient
 ) -> None:
-    with Engines(checkpoint, redis_url, keys) as engines:
-        fleet = FleetClient(store, keys, engines.model)
-        engines.start()
-        for i in range(3):
-            fleet.submit(f"r{i}", [5 + i, 6], 240)
-        fleet.until(lambda: all(answer.token_ids for answer in fleet.answers.values()))
-        assert [num for _, num in execute(store, fleet.queue.expire(now=time.time() + 3600))] == [3]
-        fleet.until_finished()
-        assert all(len(answer.token_ids) == 240 for answer in fleet.answers.values())
-        assert {max(answer.attempts) for answer in fleet.answers.values()} == {2}
-        assert execute(store, fleet.queue.snapshot()).running == 0
+    engines.start()
+    for i in range(3):
+        fleet.submit(f"r{i}", [5 + i, 6], 240)
+    fleet.until(lambda: all(answer.token_ids for answer in fleet.answers.values()))
+    assert [num for _, num in execute(store, fleet.queue.expire(now=time.time() + 3600))] == [3]
+    fleet.until_finished()
+    assert all(len(answer.token_ids) == 240 for answer in fleet.answers.values())
+    assert {max(answer.attempts) for answer in fleet.answers.values()} == {2}
+    assert execute(store, fleet.queue.snapshot()).running == 0
