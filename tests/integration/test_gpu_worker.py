@@ -95,7 +95,10 @@ def test_a_gpu_worker_serves_answers_commands_and_drains(
     for i in range(16):
         fleet.submit(f"r{i}", [5, 6 + i], 2000)
     fleet.until(lambda: fleet.answers["r0"].token_ids)
-    assert 0 < tell("policy", revision=3, name="fair")["applied_ms"] < SLOW_MS
+    applied_ms = [tell("policy", revision=3, name="fair")["applied_ms"] for _ in range(9)]
+    assert 0 < min(applied_ms) < 100
+    assert max(applied_ms) < SLOW_MS
+    fleet.read()
     assert not all(answer.finish for answer in fleet.answers.values()), "it waited for the batch"
     assert not tell("set_mode", mode="warp")["ok"]
     assert control.send_control(["gpu-7", "gpu-8"], "pause", timeout_s=0.3)["gpu-8"]["error"]
