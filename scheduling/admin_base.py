@@ -18,6 +18,7 @@ from unfold.paginator import InfinitePaginator
 from scheduling.admin_reason import REASON, AsksWhy, reason_of
 from scheduling.audit import record_action
 from scheduling.services import config_changed
+from scheduling.wording import say_value
 
 UNTOLD = ("digest", "password")
 """Fields that the audit trail, which viewers read, does not hold."""
@@ -159,5 +160,5 @@ def _former(form: "BaseModelForm[Any]", name: str) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    text = say_value(value)
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -7,8 +7,8 @@ from typing import Any
 from dashboard.selectors.alerts import count_firing
 from dashboard.selectors.service import ServiceWatch
 from dashboard.state import Document, prune
-from dashboard.wording import say_value
 from scheduling.models import OperatorAction, PolicyRevision, Tenant
+from scheduling.wording import say_value
 
 NUM_ACTIONS = 12
 MAX_TENANTS = 200

@@ -13,7 +13,8 @@ from dashboard.alerts.judging import span as alert_span
 from dashboard.guard import COUNTS
 from dashboard.guard import METRICS as GUARDS
 from dashboard.models import GuardedSwitch
-from dashboard.wording import NONE, duration, say_value
+from dashboard.wording import NONE, duration
+from scheduling.wording import say_value
 
 register = Library()
 register.filter("duration", duration)

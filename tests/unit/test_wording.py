@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from dashboard.wording import duration, say_value
+from dashboard.wording import duration
+from scheduling.wording import say_value
 
 
 @pytest.mark.parametrize(
