@@ -23,6 +23,7 @@ class OperatorToken(models.Model):
     revoked_at = models.DateTimeField(null=True, blank=True, editable=False)
 
     class Meta:
+        verbose_name = "API token"
         ordering = ["-created_at", "-id"]
         permissions = [("use_admin", "Can use the administration")]
 

@@ -169,7 +169,7 @@ class ModelDeployment(models.Model):
     updated_at = models.DateTimeField(auto_now=True)
 
     class Meta:
-        verbose_name = "model deployment"
+        verbose_name = "deployment"
         ordering = ["name"]
         constraints = [
             models.CheckConstraint(
@@ -318,6 +318,7 @@ class RequestRecord(models.Model):
     )
 
     class Meta:
+        verbose_name = "request"
         ordering = ["-finished_at", "-id"]
         indexes = [
             models.Index(fields=["finished_at"], name="inference_request_finished"),
@@ -399,6 +400,8 @@ class BatchRecord(models.Model):
     step_cost = models.JSONField(default=list, help_text="Seconds by the fields of StepCost, as learned by then.")
 
     class Meta:
+        verbose_name = "second of a replica"
+        verbose_name_plural = "batches"
         ordering = ["-second", "replica"]
         indexes = [
             models.Index(fields=["second"], name="inference_batch_second"),

@@ -203,6 +203,7 @@ class ServiceLevel(models.Model):
     )
 
     class Meta:
+        verbose_name = "latency target"
         ordering = ["tenant__name", "priority"]
         constraints = [
             models.UniqueConstraint(
@@ -273,6 +274,8 @@ class PolicyRevision(models.Model):
     error = models.TextField(blank=True)
 
     class Meta:
+        verbose_name = "policy switch"
+        verbose_name_plural = "policy switches"
         ordering = ["-created_at", "-id"]
         indexes = [models.Index(fields=["state"], name="scheduling_revision_state")]
         constraints = [
@@ -340,6 +343,8 @@ class OperatorAction(models.Model):
     objects = models.Manager.from_queryset(AppendOnlyQuerySet)()
 
     class Meta:
+        verbose_name = "operator's action"
+        verbose_name_plural = "audit trail"
         ordering = ["-created_at", "-id"]
         indexes = [
             models.Index(fields=["-created_at"], name="scheduling_action_created"),

@@ -290,7 +290,8 @@ class Delivery(models.Model):
 
     class Meta:
         ordering = ["-id"]
-        verbose_name_plural = "deliveries"
+        verbose_name = "alert delivery"
+        verbose_name_plural = "alert deliveries"
         indexes = [
             models.Index(fields=["state", "next_try_at"], name="dashboard_delivery_due"),
             models.Index(fields=["channel", "state"], name="dashboard_delivery_channel"),
