@@ -147,8 +147,16 @@ class OperatorTokenAdmin(AsksWhy, ModelAdmin):
     list_select_related = ["user"]
     search_fields = ["name", "user__username", "prefix"]
     search_help_text = "Name, user, or the eight characters after pso-"
-    fields = ["user", "name", "expires_at"]
+    list_filter = [("revoked_at", admin.EmptyFieldListFilter)]
     actions = ["revoke"]
+
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        made = ["shown", "status", "created_at", "last_used_at", "revoked_at"] if obj else []
+        return ["user", "name", *made, "expires_at"]
+
+    @display(description="token", ordering="prefix")
+    def shown(self, token: OperatorToken) -> str:
+        return token.shown
 
     @display(description="status", label={"active": "success", "ended": "danger"})
     def status(self, token: OperatorToken) -> str:

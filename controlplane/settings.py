@@ -271,6 +271,7 @@ UNFOLD = {
     "SHOW_HISTORY": True,
     "SHOW_VIEW_ON_SITE": True,
     "BORDER_RADIUS": "6px",
+    "STYLES": [lambda request: static("css/admin.css")],
     "COLORS": {"primary": _BLUE},
     "SIDEBAR": {
         "show_search": False,

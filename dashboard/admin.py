@@ -34,6 +34,7 @@ class AlertRuleAdmin(AuditedAdmin):
     list_display = ["name", "status", "grade", "condition", "hold", "models"]
     list_filter = ["kind", "severity", "enabled"]
     search_fields = ["name", "model"]
+    search_help_text = "Name or model"
     fields = [
         ("name", "enabled"),
         ("kind", "severity"),
@@ -116,6 +117,7 @@ class AlertChannelAdmin(AuditedAdmin):
     list_display = ["name", "status", "kind", "target", "min_severity", "signed"]
     list_filter = ["kind", "enabled"]
     search_fields = ["name"]
+    search_help_text = "Name"
     fields = [
         ("name", "enabled"),
         ("kind", "min_severity"),
@@ -200,9 +202,22 @@ def _shown(channel: AlertChannel, name: str) -> Any:
 class AlertAdmin(ReadOnlyAdmin):
     """What fired; the dashboard's page acknowledges."""
 
-    list_display = ["started_at", "rule_name", "grade", "about", "status", "value", "threshold", "acknowledged_by"]
+    list_display = ["started_at", "rule_name", "grade", "about", "status", "figure", "bound", "acknowledged_by"]
     list_filter = ["state", "severity", "kind"]
     search_fields = ["=rule_name", "=model", "=subject"]
+    search_help_text = "A rule, model, tenant or replica, in full"
+    fields = [
+        "rule_name", "severity", "model", "subject", "state", "figure", "bound", "reason", "started_at", "fired_at",
+        "seen_at", "clear_at", "resolved_at", "ending", "acknowledged_at", "acknowledged_by", "note",
+    ]  # fmt: skip
+
+    @display(description="value", ordering="value")
+    def figure(self, alert: Alert) -> str:
+        return f"{alert.value:.4g} {alert.unit}"
+
+    @display(description="threshold", ordering="threshold")
+    def bound(self, alert: Alert) -> str:
+        return f"{'under' if alert.falls else 'over'} {alert.threshold:g} {alert.unit}"
 
     @display(description="severity", ordering="severity", label=SEVERITIES)
     def grade(self, alert: Alert) -> str:
@@ -220,7 +235,14 @@ class DeliveryAdmin(ReadOnlyAdmin):
     list_display = ["created_at", "channel", "event", "alert", "status", "attempts", "next_try_at", "error"]
     list_filter = ["state", "channel"]
     list_select_related = ["channel", "notice__alert"]
+    search_fields = ["=notice__alert__rule_name", "=notice__alert__model", "error"]
+    search_help_text = "A rule or a model in full, or an error"
+    fields = ["channel", "event", "alert", "told_at", "state", "attempts", "next_try_at", "delivered_at", "error"]
     actions = ["again"]
+
+    @display(description="created at")
+    def told_at(self, delivery: Delivery) -> str:
+        return f"{delivery.created_at:%Y-%m-%d %H:%M:%S}"
 
     @display(description="event", ordering="notice__event")
     def event(self, delivery: Delivery) -> str:

@@ -7,7 +7,9 @@ from typing import Any, get_args
 
 from django.contrib import admin, messages
 from django.db.models import QuerySet
+from django.forms import ModelForm
 from django.http import HttpRequest
+from django.urls import reverse
 from unfold.contrib.filters.admin import DropdownFilter, FieldTextFilter, RangeDateTimeFilter
 from unfold.decorators import action, display
 
@@ -47,7 +49,7 @@ class TenantFilter(_NameFilter):
 
 
 class ModelFilter(_NameFilter):
-    """History of one model."""
+    """What is of one model."""
 
     title = parameter_name = "model"
     names = ModelDeployment.objects.values_list("name", flat=True)
@@ -91,6 +93,7 @@ class ModelDeploymentAdmin(ReadOnlyAdmin):
         "created_at",
     ]
     search_fields = ["name", "path", "architecture"]
+    search_help_text = "Name, path or architecture"
     list_filter = ["enabled", "backend", "mode"]
     actions = ["offer", "withdraw"]
 
@@ -108,7 +111,14 @@ class ModelDeploymentAdmin(ReadOnlyAdmin):
     def get_fields(self, request: HttpRequest, obj: ModelDeployment | None = None) -> Any:
         if obj is None or obj.is_upstream:
             return FIELDS
-        return [field.name for field in ModelDeployment._meta.fields if not field.name.startswith("upstream")]
+        names = [field.name for field in ModelDeployment._meta.fields if not field.primary_key]
+        return [name for name in names if not name.startswith("upstream")]
+
+    def get_form(self, request: HttpRequest, obj: Any = None, change: bool = False, **kwargs: Any) -> Any:
+        """A checkpoint's fields are called what they are."""
+        if obj is not None and not obj.is_upstream:
+            kwargs["form"] = ModelForm
+        return super().get_form(request, obj, change=change, **kwargs)
 
     def save_model(self, request: HttpRequest, obj: ModelDeployment, form: Any, change: bool) -> None:
         """Audited and published as by the command."""
@@ -155,6 +165,8 @@ class ReplicaAdmin(ReadOnlyAdmin):
 
     list_display = ["name", "status", "model", "host", "device", "started_at", "last_seen_at"]
     search_fields = ["name", "host", "model"]
+    search_help_text = "Name, host or model"
+    list_filter = ["state", ModelFilter]
 
     @display(description="state", ordering="state", label=STATES)
     def status(self, row: Replica) -> str:
@@ -176,6 +188,11 @@ class RequestRecordAdmin(ReadOnlyAdmin):
         ("error_code", FieldTextFilter),
     ]  # fmt: skip
     list_filter_submit = True
+    exclude = ["timeline"]
+
+    def view_on_site(self, row: RequestRecord) -> str:
+        """The dashboard's page of the request, which draws its timeline."""
+        return reverse("request", args=[row.request_id])
 
     @display(
         description="ended",
@@ -207,6 +224,10 @@ class BatchRecordAdmin(ReadOnlyAdmin):
     ]  # fmt: skip
     list_filter = [("second", RangeDateTimeFilter), ReplicaFilter, ModelFilter]
     list_filter_submit = True
+    fields = [
+        "second", "replica", "model", "mode", "policy", "policy_revision", "steps", "batch", "max_batch_size", "sizing",
+        "trigger_reason", "tokens", "prefix", "drafts", "step_time", "kv", "preemptions", "device", "utilization",
+    ]  # fmt: skip
 
     @display(description="tokens in, out", ordering="output_tokens")
     def tokens(self, row: BatchRecord) -> str:
@@ -223,6 +244,18 @@ class BatchRecordAdmin(ReadOnlyAdmin):
     @display(description="KV cache")
     def kv(self, row: BatchRecord) -> str:
         return f"{row.kv_blocks_used / row.kv_blocks_total:.0%}" if row.kv_blocks_total else "-"
+
+    @display(description="prompt tokens found in the cache")
+    def prefix(self, row: BatchRecord) -> str:
+        return f"{row.prefix_hit_tokens:,} of {row.prefix_tokens:,}"
+
+    @display(description="guessed tokens that were right")
+    def drafts(self, row: BatchRecord) -> str:
+        return f"{row.accepted_tokens:,} of {row.draft_tokens:,}"
+
+    @display(description="utilization")
+    def utilization(self, row: BatchRecord) -> str:
+        return "-" if row.utilization_percent is None else f"{row.utilization_percent:.0f} %"
 
 
 @admin.register(HistoryCheckpoint)

@@ -65,6 +65,7 @@ class WantedReplicaAdmin(AuditedAdmin):
     list_filter = ["wanted", "machine"]
     list_select_related = ["deployment"]
     search_fields = ["name", "machine"]
+    search_help_text = "Name or machine"
     readonly_fields = ["told"]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[WantedReplica]:

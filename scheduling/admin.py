@@ -8,6 +8,7 @@ from django.contrib import admin, messages
 from django.db.models import Count, Q, QuerySet
 from django.http import HttpRequest
 from unfold.admin import ModelAdmin, StackedInline, TabularInline
+from unfold.contrib.filters.admin import AutocompleteSelectFilter, RangeDateTimeFilter
 from unfold.decorators import action, display
 
 from scheduling import services
@@ -163,20 +164,23 @@ class ApiKeyAdmin(AuditedAdmin):
     """Keys of all tenants."""
 
     list_display = ["shown_key", "tenant", "name", "ceiling", "status", "created_at", "revoked_at"]
-    list_filter = ["tenant", ("revoked_at", admin.EmptyFieldListFilter)]
+    list_filter = [("tenant", AutocompleteSelectFilter), ("revoked_at", admin.EmptyFieldListFilter)]
+    list_filter_submit = True
     list_select_related = ["tenant"]
     search_fields = ["prefix", "name", "tenant__name"]
     search_help_text = "The eight characters after ps-, name, tenant"
-    fields = ["tenant", "name", "max_priority", "shown_key", "created_at", "revoked_at"]
     autocomplete_fields = ["tenant"]
     actions = ["rotate", "revoke"]
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
-        return ["shown_key", "created_at", "revoked_at", *(["tenant"] if obj else [])]
+        return ["tenant", "shown_key", "created_at", "revoked_at"] if obj else []
+
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> list[str]:
+        return ["tenant", "name", "max_priority", *(["shown_key", "created_at", "revoked_at"] if obj else [])]
 
     @display(description="key", ordering="prefix")
     def shown_key(self, key: ApiKey) -> str:
-        return key.shown if key.pk else "shown once, after saving"
+        return key.shown
 
     @display(description="ceiling", ordering="max_priority")
     def ceiling(self, key: ApiKey) -> str:
@@ -213,10 +217,17 @@ class ApiKeyAdmin(AuditedAdmin):
 class ServiceLevelAdmin(AuditedAdmin):
     """Latency targets of all tenants, and the defaults."""
 
-    list_display = ["__str__", "tenant", "priority", "ttft_ms", "tpot_ms", "e2e_ms", "objective_percent"]
-    list_filter = ["priority", "tenant"]
+    list_display = ["owner", "priority", "ttft_ms", "tpot_ms", "e2e_ms", "objective_percent"]
+    list_filter = [("tenant", AutocompleteSelectFilter), "priority"]
+    list_filter_submit = True
     list_select_related = ["tenant"]
+    search_fields = ["tenant__name", "tenant__display_name"]
+    search_help_text = "Tenant"
     autocomplete_fields = ["tenant"]
+
+    @display(description="tenant", ordering="tenant__name")
+    def owner(self, level: ServiceLevel) -> str:
+        return str(level.tenant or "all without their own")
 
 
 @admin.register(PolicyRevision)
@@ -226,6 +237,11 @@ class PolicyRevisionAdmin(ReadOnlyAdmin):
     list_display = ["created_at", "model", "revision", "change", "actor_name", "reason", "status", "moved", "acks"]
     list_filter = ["state", "name"]
     search_fields = ["model", "name", "actor_name", "reason"]
+    search_help_text = "Model, policy, who, or why"
+    fields = [
+        "created_at", "model", "revision", "change", "former", "new", "actor_name", "reason", "state", "applied_at",
+        "moved", "told", "error",
+    ]  # fmt: skip
 
     @display(description="policy")
     def change(self, row: PolicyRevision) -> str:
@@ -238,6 +254,18 @@ class PolicyRevisionAdmin(ReadOnlyAdmin):
     )
     def status(self, row: PolicyRevision) -> str:
         return row.state
+
+    @display(description="parameters before")
+    def former(self, row: PolicyRevision) -> str:
+        return show_values(row.previous_params)
+
+    @display(description="parameters")
+    def new(self, row: PolicyRevision) -> str:
+        return show_values(row.params)
+
+    @display(description="workers")
+    def told(self, row: PolicyRevision) -> str:
+        return show_values(row.acknowledgements)
 
     @display(description="requests moved", ordering="num_moved")
     def moved(self, row: PolicyRevision) -> str:
@@ -256,8 +284,10 @@ class OperatorActionAdmin(ReadOnlyAdmin):
     """The audit trail."""
 
     list_display = ["created_at", "actor_name", "origin", "action", "target", "changes", "reason"]
-    list_filter = ["action"]
+    list_filter = [("created_at", RangeDateTimeFilter), "action"]
+    list_filter_submit = True
     search_fields = ["actor_name", "action", "target", "reason", "=address", "=token"]
+    search_help_text = "Who, action, target or why; an address or a token in full"
     fields = ["created_at", "actor_name", "address", "token", "action", "target", "old", "new", "reason"]
 
     @display(description="from", ordering="address")
