@@ -24,7 +24,7 @@ from scheduling.core.backpressure import BackpressureLimits, Level
 from scheduling.keys import Keys
 from scheduling.store import TIME, aexecute, connect
 from tests.integration.gateway_support import TENANT, draft, open_gateway
-from tests.patience import PATIENCE_S, until
+from tests.patience import PATIENCE_S, until, wait_until
 
 MODEL = "tiny"
 
@@ -92,7 +92,7 @@ async def test_a_redis_that_comes_back_soon_refuses_nobody(
                 limited = replace(TENANT, name="beta", rpm=9)
                 coming = [gateway.submit(draft(gateway, 2)), gateway.submit(draft(gateway, 3, tenant=limited))]
                 submitted = asyncio.gather(*coming)
-                await until(lambda: asyncio.sleep(0, not gateway.pipeline.connected))
+                await asyncio.to_thread(wait_until, lambda: not gateway.pipeline.connected)
                 await asyncio.to_thread(server.start)
                 await submitted
                 assert (await gateway.pipeline.send(gateway.find_model(MODEL).queue.snapshot())).depth == 3
