@@ -13,6 +13,7 @@ from scheduling.core.admission import Bucket
 from scheduling.keys import Keys
 from scheduling.limits import Admission, TenantLimits
 from scheduling.store import execute
+from tests.patience import PATIENCE_S
 
 UNLIMITED: dict[str, int | None] = {"rpm": None, "tpm": None, "concurrency": None}
 
@@ -47,10 +48,10 @@ def test_many_processes_together_get_exactly_what_the_limits_allow(
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE_S)
     assert [process.exitcode for process in processes] == [0] * num_processes
     usage = execute(store, TenantLimits(keys).usage("ada", now=1000.0))
-    tokens = [admitted.get(timeout=10) for _ in range(usage.running)]
+    tokens = [admitted.get(timeout=PATIENCE_S) for _ in range(usage.running)]
     assert admitted.empty()
     assert usage.remaining_requests == 500 - len(tokens)
     assert usage.remaining_tokens == 10_000 - sum(tokens)

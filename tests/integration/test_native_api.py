@@ -17,7 +17,7 @@ from inference.messages import Slot
 from scheduling.keys import Keys
 from tests.fleet_data import FleetWriter
 from tests.integration.gateway_support import Api, code_of
-from tests.patience import wait_until
+from tests.patience import PATIENCE_S, wait_until
 
 PASSWORD = "gate-keeper-1"
 USERS = """
@@ -42,7 +42,7 @@ def submit(api: Api, tenant: str = "alpha", **fields: object) -> httpx.Response:
 
 @contextmanager
 def signed_in(stack: Stack, name: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=stack.url, timeout=30) as session:
+    with httpx.Client(base_url=stack.url, timeout=PATIENCE_S) as session:
         session.get("/login/")
         token = session.cookies["csrftoken"]
         answer = session.post("/login/", data={"username": name, "password": PASSWORD, "csrfmiddlewaretoken": token})
