@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from controlplane.config import Config
 from inference.directory import load_directory
+from inference.management.commands.add_model import OPTIONS
 from inference.messages import DeploymentSpec
 from inference.models import ModelDeployment
 from scheduling.keys import Keys
@@ -96,6 +97,13 @@ def test_add_model_registers_and_publishes(checkpoint: Path, store: redis.Redis,
     assert (row.mode, row.max_batch_size, row.num_parameters) == ("continuous", 4, 128)
     actions = list(OperatorAction.objects.order_by("id").values_list("action", flat=True))
     assert actions == ["deployment.create", "deployment.update"]
+
+
+def test_add_model_has_an_option_for_whatever_of_a_deployment_concerns_a_checkpoint() -> None:
+    fields = {field.name for field in ModelDeployment._meta.fields}
+    set_otherwise = {"id", "name", "path", "enabled", "created_at", "updated_at", "architecture", "num_parameters"}
+    upstream = {name for name in fields if name.startswith("upstream_")} | {"backend"}
+    assert set(OPTIONS.values()) == fields - set_otherwise - upstream
 
 
 def _without(name: str) -> Callable[[Path], None]:

@@ -15,6 +15,7 @@ from inference.services import register_deployment
 OPTIONS = {
     "mode": "mode",
     "dtype": "dtype",
+    "quantization": "quantization",
     "batch_size": "max_batch_size",
     "max_model_len": "max_model_len",
     "step_tokens": "step_tokens",
@@ -38,6 +39,9 @@ class Command(BaseCommand):
         parser.add_argument("path", type=Path, help="the checkpoint's directory")
         parser.add_argument("--mode", choices=ModelDeployment.Mode.values, help="how batches form (continuous)")
         parser.add_argument("--dtype", choices=ModelDeployment.Dtype.values, help="arithmetic of the weights (auto)")
+        parser.add_argument(
+            "--quantization", choices=ModelDeployment.Quantization.values, help="weights in fewer bits (none)"
+        )
         parser.add_argument("--batch-size", type=int, help="most sequences in a batch (16)")
         parser.add_argument("--max-model-len", type=int, help="context length (the checkpoint's own)")
         parser.add_argument("--step-tokens", type=int, help="most tokens in one engine step (2048)")
