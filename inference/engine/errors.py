@@ -21,7 +21,7 @@ class DeviceStarved(EngineError):  # noqa: N818
 
 
 class DeviceLost(EngineError):  # noqa: N818
-    """The device failed and takes no more work from this process. Restart the process."""
+    """The device failed and takes no more work from this process."""
 
 
 class InvalidPart(EngineError):  # noqa: N818

@@ -179,13 +179,23 @@ class ModelRunner:
         except Exception as error:
             if is_out_of_memory(error):
                 raise OutOfDeviceMemory from error
-            if isinstance(error, torch.AcceleratorError):
+            if isinstance(error, torch.AcceleratorError) or self._is_lost():
                 raise DeviceLost from error
             if len(parts) == 1:
                 logger.exception("Request %s failed in the forward pass", parts[0].sequence.id)
                 return [PartResult(error=f"The forward pass failed ({type(error).__name__}).")]
         half = len(parts) // 2
         return self.step(parts[:half]) + self.step(parts[half:])
+
+    def _is_lost(self) -> bool:
+        """Whether the device fails at whatever it is asked. Libraries beside torch say so by errors of their own."""
+        if self.device.type != "cuda":
+            return False
+        try:
+            torch.cuda.synchronize(self.device)
+        except torch.AcceleratorError:
+            return True
+        return False
 
     def swap_out(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy (device block, host block) pairs to host memory, of which there are `num_host_blocks` blocks.

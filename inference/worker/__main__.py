@@ -10,7 +10,7 @@ import msgspec
 
 from inference.checkpoint import CheckpointError
 from inference.engine.draft import load_draft
-from inference.engine.errors import DeviceStarved, ModelLoadError
+from inference.engine.errors import DeviceLost, DeviceStarved, ModelLoadError
 from inference.engine.runner import ModelRunner
 from inference.logs import make_formatter
 from inference.tokenization import Tokenizer
@@ -64,11 +64,11 @@ def main() -> int:
         pipe.send(Notice(state="failed", detail=str(error)))
         await_stop(inbox)
         return 1
-    except DeviceStarved as error:
-        logger.error("%s The requests go back to the queue.", error)
+    except (DeviceLost, DeviceStarved) as error:
+        logger.error("%s The requests go back to the queue.", error, exc_info=error.__cause__)
         reporter.publish(msgspec.structs.replace(status, state="failed", detail=str(error)))
         pipe.send(Notice(state="failed", detail=str(error)))
-        return 1  # at once, which gives the memory of the model back
+        return 1  # at once, which gives the device's memory back
     except Exception:
         logger.exception("The engine ends; its requests go back to the queue")
         pipe.send(Notice(state="failed", detail="The engine failed; its log says why."))

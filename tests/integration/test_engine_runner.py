@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inference import host_memory
 from inference.checkpoint import CheckpointError
 from inference.engine import loading, native
-from inference.engine.errors import ModelLoadError, OutOfDeviceMemory
+from inference.engine.errors import DeviceLost, ModelLoadError, OutOfDeviceMemory
 from inference.engine.memory import explaining
 from inference.engine.native import load_kernels
 from inference.engine.runner import ModelRunner
@@ -178,6 +178,24 @@ def test_memory_that_runs_out_is_an_error_of_its_own(runner: ModelRunner, error:
             runner.step([prefill("a", [5], [0])])
     finally:
         runner._forward = forward
+
+
+def test_a_device_that_a_kernel_of_another_library_finds_lost_costs_no_request(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(batch: Any) -> torch.Tensor:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    def synchronize(device: torch.device) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner, "_forward", fail)
+    monkeypatch.setattr(runner, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert runner.step([prefill("a", [5], [0])])[0].error == "The forward pass failed (RuntimeError)."
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(DeviceLost):
+        runner.step([prefill("a", [5], [0])])
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": False}, {"native": False}])

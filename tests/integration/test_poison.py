@@ -33,7 +33,7 @@ def supervisor(redis_url: str, keys: Keys) -> Iterator[EngineSupervisor]:
 
 
 def test_a_poisoned_request_alone_is_given_up(
-    supervisor: EngineSupervisor, store: redis.Redis, keys: Keys, tmp_path: Path
+    supervisor: EngineSupervisor, store: redis.Redis, keys: Keys, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fleet = FleetClient(store, keys, Engines.model)
     fleet.submit("poison", [POISON, 6], 100)
@@ -47,3 +47,4 @@ def test_a_poisoned_request_alone_is_given_up(
     assert codes == dict.fromkeys(codes, "") | {"poison": "too_many_attempts"}
     assert all(len(fleet.answers[f"r{i}"].token_ids) == 100 for i in range(NUM_INNOCENT))
     fleet.until(lambda: (s := fleet.status("gpu-0")) is not None and s.restarts == {"failed": 3})
+    assert caplog.text.count("The device failed and takes no more work") == 3, "its end is said with its reason"
