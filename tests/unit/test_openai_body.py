@@ -176,6 +176,8 @@ def test_unsupported_options_are_refused_by_name(name: str, value: Any) -> None:
         ({"presence_penalty": 2.1}, "presence_penalty", "invalid_value"),
         ({"frequency_penalty": -2.1}, "frequency_penalty", "invalid_value"),
         ({"logit_bias": {"5": 101}}, "logit_bias[...]", "invalid_value"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "invalid_value"),
         ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "invalid_value"),
         ({"min_tokens": -1}, "min_tokens", "invalid_value"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "invalid_value"),

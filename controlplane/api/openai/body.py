@@ -130,7 +130,7 @@ T = TypeVar("T", CompletionBody, ChatBody)
 _DECODERS: dict[type, Any] = {kind: msgspec.json.Decoder(kind) for kind in (CompletionBody, ChatBody)}
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What the decoder raises for bytes that are no JSON: malformed, no UTF-8, nested too deep."""
-_WHERE = re.compile(r" - at `\$\.?([^`]*)`")
+_WHERE = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`")
 
 
 def read_body(raw: bytes | bytearray, kind: type[T]) -> T:
