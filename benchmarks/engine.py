@@ -1,14 +1,14 @@
 """The engine beside its peers and its limits, in one run.
 
-    python -m benchmarks.engine [--sizes demo,100m] [--parts modes,scaling,prefix,long,precision] [--rounds 3]
-                                [--requests 64] [--threads N] [--peers] [--json FILE] [--device cuda]
+    python -m benchmarks.engine [--sizes demo,100m] [--parts modes,profile,scaling,prefix,long,precision]
+                                [--rounds 3] [--requests 64] [--threads N] [--peers] [--json FILE] [--device cuda]
 
 `modes`: one workload through our four modes, transformers' `generate` one by one and in batches, its continuous
 batching, and with `--peers` vLLM for CPUs and llama.cpp's server, which are installed in environments of their own.
-`scaling`: decode steps of 1 to 32 sequences. `prefix`: prompts that share beginnings. `long`: a long prompt beside
-running streams. `precision`: what weights in fewer bits cost and bring. Rounds are interleaved; medians, with the
-smallest and largest, and ratios of medians. Shares of the limit are those of benchmarks/roofline.py. `--device cuda`
-runs benchmarks/cuda.py in place of all that.
+`profile`: where the time of our modes goes, by kinds of steps. `scaling`: decode steps of 1 to 32 sequences. `prefix`:
+prompts that share beginnings. `long`: a long prompt beside running streams. `precision`: what weights in fewer bits
+cost and bring. Rounds are interleaved; medians, with the smallest and largest, and ratios of medians. Shares of the
+limit are those of benchmarks/roofline.py. `--device cuda` runs benchmarks/cuda.py in place of all that.
 """
 
 import argparse
@@ -24,12 +24,13 @@ import transformers
 
 from benchmarks import cuda, engine_parts, precision
 from benchmarks.comparison import compare_systems, report_systems
-from benchmarks.modes import SIZES, STEP_TOKENS, make_checkpoint, processor_name
+from benchmarks.modes import SIZES, STEP_TOKENS, make_checkpoint, make_workload, processor_name
 from benchmarks.roofline import MeteredRunner, Rates, Work, measure_rates
+from benchmarks.step_profile import measure_profile
 from inference.engine.runner import ModelRunner
 from inference.messages import DeploymentSpec
 
-PARTS = ("modes", "scaling", "prefix", "long", "precision")
+PARTS = ("modes", "profile", "scaling", "prefix", "long", "precision")
 
 
 def load(path: Path, size: str, rates: Rates, max_batch_size: int = 32) -> MeteredRunner:
@@ -49,6 +50,7 @@ def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
     print(f"  one thread: {rates.flops_per_s / 1e9:.0f} GFLOP/s, {rates.bytes_per_s / 1e9:.1f} GB/s")
     found: dict[str, Any] = {"rates": rates._asdict()}
     parts: dict[str, Callable[[MeteredRunner], Any]] = {
+        "profile": lambda runner: measure_profile(runner, make_workload(options.requests, SIZES[size]["vocab_size"])),
         "scaling": lambda runner: engine_parts.measure_scaling(runner, size),
         "prefix": lambda runner: engine_parts.measure_prefix(runner, size, options.requests),
         "long": lambda runner: engine_parts.measure_long_prompt(runner, size),

@@ -54,6 +54,18 @@ class Work(NamedTuple):
         return max(flops / rates.flops_per_s, weight_bytes * (read + cached) / rates.bytes_per_s)
 
 
+class StepNote(NamedTuple):
+    """A step that was computed."""
+
+    sequences: int
+    sampled: int
+    prompt_tokens: int
+    seconds: float
+    cpu_s: float
+    """Processor time of all threads."""
+    least_s: float
+
+
 class MeteredRunner:
     """A runner that adds up the least time of the steps it is given, and where their time goes."""
 
@@ -71,6 +83,7 @@ class MeteredRunner:
         """Begin to count."""
         self.least_s = self.elapsed_s = self.turns_s = 0.0
         self.steps_s: list[float] = []
+        self.notes: list[StepNote] = []
         self.spent_s = {"forward": 0.0, "sampling": 0.0}
 
     def step(self, parts: Sequence[StepPart]) -> list[PartResult]:
@@ -79,13 +92,20 @@ class MeteredRunner:
 
     def start(self, parts: Sequence[StepPart]) -> Callable[[], list[PartResult]]:
         """Pass on to the model; a step lasts from here to its results."""
-        self.least_s += self._work.least_seconds(parts, self._rates, self._weight_bytes)
-        start = time.perf_counter()
+        least_s = self._work.least_seconds(parts, self._rates, self._weight_bytes)
+        self.least_s += least_s
+        prompt_tokens = sum(
+            part.num_tokens for part in parts if part.sequence.num_computed < part.sequence.num_prompt_tokens
+        )
+        sampled = sum(part.samples for part in parts)
+        start, used = time.perf_counter(), time.process_time()
         wait = self.runner.start(parts)
 
         def timed_wait() -> list[PartResult]:
             results = wait()
-            self.steps_s.append(time.perf_counter() - start)
+            seconds, cpu_s = time.perf_counter() - start, time.process_time() - used
+            self.steps_s.append(seconds)
+            self.notes.append(StepNote(len(parts), sampled, prompt_tokens, seconds, cpu_s, least_s))
             return results
 
         return timed_wait
