@@ -72,7 +72,7 @@ def assemble(
         kernels.set_threads(torch.get_num_threads())
     kind = _choose_kind(spec, info, kernels)
     dtype = torch.float32 if kernels is not None else _choose_dtype(spec.dtype, place)
-    with memory.explaining(f"The configuration of {path} cannot be served"):
+    with memory.explaining(f"The configuration of {path} cannot be served", loading.MEND):
         max_model_len = loading.longest_sequence(config, spec.max_model_len)
         shape = loading.kv_shape(config, dtype)
         vocab_size = int(config.get_text_config().vocab_size)
@@ -169,7 +169,7 @@ def _draft_needs(spec: DeploymentSpec, dtype: torch.dtype) -> DraftNeeds | None:
     path = Path(spec.draft_path)
     num_parameters = inspect_checkpoint(path, needs_tokenizer=False).num_parameters
     config = loading.load_config(path)
-    with memory.explaining(f"The configuration of {path} cannot be served"):
+    with memory.explaining(f"The configuration of {path} cannot be served", loading.MEND):
         return DraftNeeds(loading.kv_shape(config, dtype).block_bytes, num_parameters * dtype.itemsize)
 
 
@@ -202,7 +202,7 @@ def _build_forward(
         tolerance = loading.PROBE_TOLERANCE[torch.bfloat16 if kind == "amx" else cache.shape.dtype]
         found = loading.verify(forward, expected, tolerance)
     except Exception as error:
-        why = memory.describe(error) if memory.is_out_of_memory(error) else str(error)
+        why = str(error) if isinstance(error, ModelLoadError) else memory.describe(error)
         raise ModelLoadError(f"{type(model).__name__} cannot be served by this engine: {why}") from error
     if kind != "float32":
         off = float((found - exact).square().mean().sqrt() / exact.std().clamp_min(1e-6))

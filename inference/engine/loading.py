@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from scheduling.core.sequence import SamplingParams, Sequence, StepPart
 logger = logging.getLogger(__name__)
 
 PROGRESS_S = 2.0
+MEND = "Download it again, or mend its config.json."
 
 
 class Tolerance(NamedTuple):
@@ -44,7 +46,7 @@ and what is really wrong (a mask, a layer's cache) far more. Float16 rounds an e
 
 def load_config(path: Path) -> Any:
     """Read the checkpoint's configuration; never runs code of the checkpoint's own."""
-    with explaining(f"The configuration of {path} cannot be read"):
+    with explaining(f"The configuration of {path} cannot be read", MEND):
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
 
 
@@ -58,7 +60,7 @@ def load_model(path: Path, config: Any, dtype: torch.dtype, device: torch.device
     former = transformers.logging.set_tqdm_hook(partial(_tell_progress, path.name))
     cannot = f"The checkpoint {path} cannot be loaded"
     try:
-        with explaining(cannot):
+        with explaining(cannot, MEND), _naming_other_shapes():
             loaded = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
                 output_loading_info=True,
@@ -72,6 +74,17 @@ def load_model(path: Path, config: Any, dtype: torch.dtype, device: torch.device
         )
     with explaining(cannot):
         return model.eval().requires_grad_(False).to(device)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _naming_other_shapes() -> Iterator[None]:
+    """In place of transformers' advice, which is to a programmer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise ValueError("its weights have other shapes than its configuration asks for") from error
+        raise
 
 
 def _tell_progress(name: str, bar: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:

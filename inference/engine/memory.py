@@ -37,13 +37,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is short; torch has no one class for it."""
     said = str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in said or "DefaultCPUAllocator" in said)
+        isinstance(error, RuntimeError)
+        and any(words in said for words in ("out of memory", "DefaultCPUAllocator", "STATUS_ALLOC_FAILED"))
     )
 
 
 @contextmanager
-def explaining(what: str) -> Iterator[None]:
-    """Turn what fails here into a ModelLoadError that begins with `what`.
+def explaining(what: str, mend: str = "") -> Iterator[None]:
+    """Turn what fails here into a ModelLoadError that begins with `what`, and ends with what mends it.
 
     Whatever it is: what libraries raise over the content of a checkpoint derives from nothing in particular.
     """
@@ -52,11 +53,14 @@ def explaining(what: str) -> Iterator[None]:
     except ModelLoadError:
         raise
     except Exception as error:
-        raise ModelLoadError(f"{what}: {describe(error)}") from error
+        raise ModelLoadError(f"{what}: {describe(error, mend)}") from error
 
 
-def describe(error: Exception) -> str:
-    """What an error says, in one line, or what to do where memory is short."""
+def describe(error: Exception, mend: str = "") -> str:
+    """What an error says, in one line, and what to do: `mend`, or what helps where memory is short."""
     if is_out_of_memory(error):
         return f"Memory is short. {MEND}"
-    return " ".join(str(error).split())[:MAX_SAID] or type(error).__name__
+    said, kind = " ".join(str(error).split())[:MAX_SAID].rstrip("."), type(error).__name__
+    if " " not in said:  # the name of something that is missing, or nothing
+        said = f"{kind}: {said}" if said else kind
+    return f"{said}. {mend}".rstrip()

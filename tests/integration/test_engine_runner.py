@@ -161,6 +161,7 @@ def test_an_exception_in_the_forward_pass_fails_its_culprit_only(runner: ModelRu
     [
         torch.OutOfMemoryError("CUDA out of memory"),
         torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory"),
         MemoryError(),
     ],
@@ -318,6 +319,7 @@ def test_a_hostile_configuration_is_refused_with_a_sentence(
     with pytest.raises((CheckpointError, ModelLoadError)) as refusal:
         ModelRunner(DeploymentSpec(name="m", path=str(tmp_path / "m")), "cpu")
     assert len(str(refusal.value).splitlines()) == 1
+    assert str(refusal.value).endswith(".")
 
 
 @pytest.mark.parametrize(
@@ -373,13 +375,14 @@ def test_memory_that_is_short_while_loading_is_said_in_a_sentence(folder: Path, 
         (torch.OutOfMemoryError("CUDA out of memory"), r"^It failed: Memory is short\. End what else takes memory"),
         (RuntimeError("CUDA error: out of memory"), "Memory is short"),
         (MemoryError(), "Memory is short"),
-        (SafetensorError("header too large"), "^It failed: header too large$"),
-        (KeyError("a\n  b"), r"^It failed: 'a\\n b'$"),
-        (RecursionError(), "^It failed: RecursionError$"),
+        (SafetensorError("header too large"), r"^It failed: header too large\. Mend it\.$"),
+        (KeyError("a\n  b"), r"^It failed: 'a\\n b'\. Mend it\.$"),
+        (KeyError("yarn"), r"^It failed: KeyError: 'yarn'\. Mend it\.$"),
+        (RecursionError(), r"^It failed: RecursionError\. Mend it\.$"),
     ],
 )
 def test_whatever_libraries_raise_becomes_a_sentence(error: Exception, sentence: str) -> None:
-    with pytest.raises(ModelLoadError, match=sentence), explaining("It failed"):
+    with pytest.raises(ModelLoadError, match=sentence), explaining("It failed", "Mend it."):
         raise error
 
 
@@ -388,5 +391,6 @@ def test_weights_that_do_not_belong_to_the_configuration_are_refused(folder: Pat
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 77}))
-    with pytest.raises(ModelLoadError, match="cannot be loaded"):
+    sentence = r"cannot be loaded: its weights have other shapes than its configuration asks for\. Download it again"
+    with pytest.raises(ModelLoadError, match=sentence):
         ModelRunner(DeploymentSpec(name="m", path=str(tmp_path)), "cpu")
