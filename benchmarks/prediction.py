@@ -331,7 +331,7 @@ def measure(engine: LiveEngine | InProcess, predictor: Predictor, options: argpa
     ]
     requests, batches = ([one for run in taught for one in getattr(run, name)] for name in ("requests", "batches"))
     before, error_s = learn_cost(requests, batches)
-    claim_s, most = learn_claim_s(requests), predictor.capacity(before)
+    claim_s, most = learn_claim_s(requests, SLOTS), predictor.capacity(before)
     print(f"Learned from {sum(b.steps for b in batches)} steps in {len(batches)} s, off by {1000 * error_s:.2f} ms:")
     print(f"{before}\nClaims take {format_seconds(claim_s)}; capacity: {most:.1f} requests/s\n")
     rows = []
@@ -350,7 +350,7 @@ def judge(served: Served, policy: Policy, predictor: Predictor, before: StepCost
 
     real, targets = served.result, ServiceTargets()
     trace, report = [outcome.request for outcome in real.outcomes], build_report("real", real, targets)
-    claim_s = learn_claim_s(served.requests)
+    claim_s = learn_claim_s(served.requests, SLOTS)
     cost, _ = learn_cost(served.requests, served.batches, prior=before)
     print(
         f"{name}: {len(trace)} requests in {real.steps} steps of {format_seconds(real.busy_s / real.steps)}", flush=True

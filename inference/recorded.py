@@ -96,6 +96,8 @@ def _read(model: str, found: list[RequestRecord]) -> RecordedRun:
         raise HistoryError(f"The steps of {model!r} are another server's: nothing is known to replay them by.")
     policy, revision = Counter((row.policy or "fifo", row.policy_revision) for row in rows).most_common(1)[0][0]
     deployment = ModelDeployment.objects.filter(name=model).first()
+    num_replicas, batch_size = _count_replicas(batches), _read_batch_size(deployment, batches)
+    mode: Mode = Counter(batch.mode for batch in batches).most_common(1)[0][0]  # type: ignore[assignment]
     return RecordedRun(
         model=model,
         start=start,
@@ -103,14 +105,14 @@ def _read(model: str, found: list[RequestRecord]) -> RecordedRun:
         num_assumed=sum(not row.completion_tokens for row in rows),
         cost=cost,
         typical_error_s=error_s,
-        num_replicas=_count_replicas(batches),
+        num_replicas=num_replicas,
         num_blocks=num_blocks,
-        claim_s=learn_claim_s(rows),
+        claim_s=learn_claim_s(rows, num_replicas * batch_size if mode == "continuous" else 1),
         pace=learn_pace(cost, batches, start),
         policy=policy,
         params=_read_params(model, revision, policy),
-        mode=Counter(batch.mode for batch in batches).most_common(1)[0][0],  # type: ignore[arg-type]
-        batch_size=_read_batch_size(deployment, batches),
+        mode=mode,
+        batch_size=batch_size,
         step_tokens=deployment.step_tokens if deployment else 2048,
         long_prefill_threshold=deployment.long_prefill_threshold if deployment else 0,
         prefix_cache=deployment is None or deployment.prefix_cache != "off",

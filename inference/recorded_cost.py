@@ -1,11 +1,11 @@
 """What an engine's steps cost, learned from the seconds and requests that it recorded."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
-from statistics import median
+from heapq import heappop, heappush
+from statistics import fmean, median
 
 from inference.models import BatchRecord, RequestRecord
 from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost, StepFeatures, StepTimeModel
@@ -14,6 +14,8 @@ GUESS_WEIGHT = 1e-5
 """Recorded seconds that a guess at the cost counts for."""
 MIN_BUSY_SECONDS = 5
 """From fewer seconds of steps no cost is learned."""
+MOST_CLAIMS = 8
+"""A busy engine's claim takes at most so many times as long as that of one that waits for it."""
 
 
 class HistoryError(Exception):
@@ -87,21 +89,29 @@ def learn_pace(cost: StepCost, batches: Iterable[BatchRecord], start: datetime) 
     return [took_s[second] / expected_s[second] if took_s[second] > 0 else 1.0 for second in range(last + 1)]
 
 
-def learn_claim_s(requests: Iterable[RequestRecord]) -> float:
-    """Seconds from an arrival to its claim where an engine waits for it: of requests that found nobody else there.
+def learn_claim_s(requests: Iterable[RequestRecord], places: int) -> float:
+    """Seconds from an arrival to its claim where an engine has room for it, on average.
 
-    Where none did, others waited for room and not for their way, and the least that was seen is taken.
+    Told by requests that found fewer others there than the fleet has `places` (1 where a batch takes nobody in while it
+    runs). An engine that computes takes longer to claim than one that waits for the bell; what took many times as long
+    waited for something else, as for memory. Where none found nobody there, the least that was seen is the measure.
     """
-    waits, unhurried = [], []
-    empty_s = -math.inf
+    waits, unhurried, welcome = [], [], []
+    ends_s: list[float] = []
+    """A heap: when those that are there will end."""
     for row in sorted(requests, key=lambda row: row.arrived_at):
+        while ends_s and ends_s[0] <= row.arrived_at.timestamp():
+            heappop(ends_s)
         if row.claimed_at is not None:
             wait_s = max(0.0, (row.claimed_at - row.arrived_at).total_seconds())
-            waits.append(wait_s)
-            if row.arrived_at.timestamp() >= empty_s > -math.inf:
+            if waits and not ends_s:
                 unhurried.append(wait_s)
-        empty_s = max(empty_s, row.finished_at.timestamp())
-    return median(unhurried) if unhurried else min(waits, default=0.0)
+            if len(ends_s) < places:
+                welcome.append(wait_s)
+            waits.append(wait_s)
+        heappush(ends_s, row.finished_at.timestamp())
+    least_s = median(unhurried) if unhurried else min(waits, default=0.0)
+    return fmean([wait_s for wait_s in welcome if wait_s <= MOST_CLAIMS * least_s] or [least_s])
 
 
 def _features(batch: BatchRecord) -> StepFeatures:

@@ -12,6 +12,7 @@ from django.db.models import F
 
 from inference.models import BatchRecord, ModelDeployment, RequestRecord
 from inference.recorded import HistoryError, read_history
+from inference.recorded_cost import learn_claim_s
 from inference.what_if import Candidate, run_what_if
 from scheduling.core.simulation.trace import TraceRequest
 from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost
@@ -147,6 +148,21 @@ def test_seconds_in_which_the_machine_was_slow_are_slow_in_the_replay_too() -> N
     ModelDeployment.objects.create(name="demo", path="/models/demo", max_batch_size=8, step_tokens=256)
     error = run_what_if(read_history("demo"), [Candidate(policy="fifo")])["replayed"]["error"]
     assert error == dict.fromkeys(error, pytest.approx(0, abs=0.1))
+
+
+@pytest.mark.parametrize(("places", "claim_ms"), [(1, 1.5), (3, 2.0)])
+def test_the_way_through_the_queue_is_told_by_requests_that_found_a_place(places: int, claim_ms: float) -> None:
+    # (arrival, end) in s, and the wait in ms: two found nobody there, two a place, one a full engine, one no memory
+    seen = [(0.0, 0.5, 1), (1.0, 2.0, 2), (1.1, 2.2, 3), (1.2, 2.4, 2), (1.3, 2.5, 10), (2.3, 2.7, 200)]
+    rows = [
+        RequestRecord(
+            arrived_at=(arrival := START + timedelta(seconds=arrival_s)),
+            claimed_at=arrival + timedelta(milliseconds=wait_ms),
+            finished_at=START + timedelta(seconds=end_s),
+        )
+        for arrival_s, end_s, wait_ms in seen
+    ]
+    assert learn_claim_s(rows, places) == pytest.approx(claim_ms / 1000)
 
 
 @pytest.mark.django_db
