@@ -1,7 +1,7 @@
 """The simulator against the real engine: what an engine process just served, beside its replay.
 
     python -m benchmarks.prediction [--size demo] [--learn 15] [--seconds 10] [--loads 0.5,0.8,1.2]
-        [--policies fifo,fair,priority] [--processor-time] [--json FILE]
+        [--policies fifo,fair,priority] [--rounds 1] [--processor-time] [--json FILE]
 
 A real engine process claims seeded random traffic of three tenants and three priorities from a real Redis queue, under
 each policy and at several shares of its capacity, and records what it did. Each record is replayed as
@@ -9,7 +9,8 @@ each policy and at several shares of its capacity, and records what it did. Each
 other traffic before it, which is also off by what else the machine did meanwhile. With `--processor-time` the same
 engine runs inside this process on a queue in memory, by the processor time it takes: for busy machines. Printed: the
 error of the predicted mean and p99 of time to first token and end to end. The aim is 10 % on the mean and 20 % on the
-p99.
+p99. With several `--rounds` all is served as often, and printed are the median error and its range, beside the real
+system's own: how far its figures for the same requests lie from the median of them.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import django
@@ -65,6 +68,7 @@ STEP_TOKENS = 512
 LONG_PREFILL = 256
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 AIM_MEAN, AIM_P99 = 0.10, 0.20
+FIGURES = ("TTFT mean", "TTFT p99", "end to end mean", "end to end p99")
 PATIENCE_S = 120.0
 
 
@@ -285,6 +289,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="seconds of traffic in each run")
     parser.add_argument("--loads", default="0.5,0.8,1.2", help="shares of the engine's capacity")
     parser.add_argument("--policies", default="fifo,fair,priority")
+    parser.add_argument("--rounds", type=int, default=1, help="serve everything as often")
     parser.add_argument("--processor-time", action="store_true", help="run in this process, by processor time")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -305,16 +310,32 @@ def main() -> None:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Errors by run and cost, and how many aims are met."""
-    header = ["run", "cost learned", "TTFT mean", "(real)", "TTFT p99", "end to end mean", "(real)", "end to end p99"]
-    table = []
-    for first in range(0, len(rows), 4):
-        four = rows[first : first + 4]
-        ttft, ttft_99, e2e, e2e_99 = (f"{row['error']:+.1%}{'' if row['met'] else ' !'}" for row in four)
-        real = [format_seconds(four[i]["real_s"]) for i in (0, 2)]
-        table.append([four[0]["run"], four[0]["cost"], ttft, real[0], ttft_99, e2e, real[1], e2e_99])
+    cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        cells.setdefault((row["run"], row["cost"]), {}).setdefault(row["figure"], []).append(row)
+    header, table = ["run", "cost learned", *FIGURES, "real means"], []
+    for (run, kind), figures in cells.items():
+        found = [figures[figure] for figure in FIGURES]
+        means = " ".join(format_seconds(median(row["real_s"] for row in found[i])) for i in (0, 2))
+        table.append([run, kind, *(_spread([row["error"] for row in some], some[0]["aim"]) for some in found), means])
+        if kind == "before it" and len(found[0]) > 1:
+            table.append([run, "real again", *(_spread(_from_median(some), some[0]["aim"]) for some in found), means])
     print(format_table(header, table))
     met = sum(row["met"] for row in rows)
     print(f"{met} of {len(rows)} within the aim ({AIM_MEAN:.0%} on the mean, {AIM_P99:.0%} on the p99); ! is not.")
+
+
+def _spread(errors: Sequence[float], aim: float) -> str:
+    """The median, and of several the least and the most; marked where the median is outside the aim."""
+    middle = median(errors)
+    many = f" {min(errors):+.1%}..{max(errors):+.1%}" if len(errors) > 1 else ""
+    return f"{middle:+.1%}{many}{'' if abs(middle) <= aim else ' !'}"
+
+
+def _from_median(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """How far each real figure lies from the median of them."""
+    middle = median(row["real_s"] for row in rows)
+    return [row["real_s"] / middle - 1 for row in rows]
 
 
 def measure(engine: LiveEngine | InProcess, predictor: Predictor, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -335,11 +356,12 @@ def measure(engine: LiveEngine | InProcess, predictor: Predictor, options: argpa
     print(f"Learned from {sum(b.steps for b in batches)} steps in {len(batches)} s, off by {1000 * error_s:.2f} ms:")
     print(f"{before}\nClaims take {format_seconds(claim_s)}; capacity: {most:.1f} requests/s\n")
     rows = []
-    for name in options.policies.split(","):
+    loads = [float(text) for text in options.loads.split(",")]
+    for number, name, load in product(range(options.rounds), options.policies.split(","), loads):
         policy = build_policy(name)
-        for load in (float(text) for text in options.loads.split(",")):
-            served = engine.serve(make_trace(load * most, options.seconds, seed=round(1000 * load)), policy)
-            rows += judge(served, policy, predictor, before, f"{name}, load {load:g}")
+        served = engine.serve(make_trace(load * most, options.seconds, seed=round(1000 * load)), policy)
+        found = judge(served, policy, predictor, before, f"{name}, load {load:g}")
+        rows += [{**row, "round": number + 1} for row in found]
     print()
     return rows
 
