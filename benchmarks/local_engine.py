@@ -12,8 +12,10 @@ from inference.worker.costs import StepCosts
 from scheduling.core.blocks import BlockAllocator
 from scheduling.core.planner import StepPlanner
 from scheduling.core.policy import Policy
+from scheduling.core.prefix import PrefixCache
 from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
+from scheduling.core.room import URGENT_PERIOD_S
 from scheduling.core.sequence import SamplingParams, Sequence, StepPart
 from scheduling.core.simulation.trace import TraceRequest
 from scheduling.core.sizing.cost_model import NO_STEPS, StepCost, StepFeatures, measure_parts
@@ -47,6 +49,7 @@ class _Second:
     step_s: float = 0.0
     sequences: int = 0
     tokens: int = 0
+    preemptions: int = 0
     cost: StepCost | None = None
 
 
@@ -81,31 +84,36 @@ class _Run:
         self._clock = ProcessorClock()
         self._queue = FlowQueue(clock=self._clock.now)
         self._queue.init_policy(policy.name, policy.params, 1)
+        allocator = BlockAllocator(runner.num_blocks, runner.block_size)
         self._planner = StepPlanner(
-            "continuous", engine.slots, engine.step_tokens, BlockAllocator(runner.num_blocks, runner.block_size),
-            runner.max_model_len, self._clock.now, long_prefill_threshold=engine.long_prefill,
+            "continuous", engine.slots, engine.step_tokens, allocator, runner.max_model_len, self._clock.now,
+            prefix=PrefixCache(allocator, key=b""), long_prefill_threshold=engine.long_prefill,
         )  # fmt: skip
+        self._looked_s = 0.0
+        """When it claimed last, or tried to."""
         self._claimed: list[Sequence] = []
         self._stays: dict[str, _Stay] = {}
         self._seconds: dict[int, _Second] = defaultdict(_Second)
-        self._num_arrived = 0
+        self._num_arrived = self._num_preempted = 0
 
     def drive(self) -> None:
         """Until all have ended."""
         trace, planner, clock = self._trace, self._planner, self._clock
+        began_s = clock.now()
         while self._num_arrived < len(trace) or self._claimed or planner.sequences or self._queue.snapshot().depth:
-            began_s = clock.now()
             self._take()
-            parts = planner.plan(began_s)
+            parts = planner.plan(clock.now())
             if not parts:
                 self._claim()
                 if not self._claimed:
                     clock.wait_until(trace[self._num_arrived].arrival_s)
+                    began_s = clock.now()
                 continue
             self._claim()
-            self._step(parts, began_s)
+            began_s = self._step(parts, began_s)
 
-    def _step(self, parts: list[StepPart], began_s: float) -> None:
+    def _step(self, parts: list[StepPart], began_s: float) -> float:
+        """Compute what was planned; when the turn that began then is over, and the next begins."""
         features, started_s = measure_parts(parts), self._clock.now()
         results = self._runner.step(parts)
         step_s = self._clock.now() - started_s
@@ -124,11 +132,15 @@ class _Run:
         second = self._seconds[int(now_s)]
         second.features = second.features.plus(features)
         second.step_s += step_s
-        second.busy_s += self._clock.now() - began_s
         second.sequences += len(parts)
         second.tokens += len(outputs)
+        second.preemptions += self._planner.num_preemptions - self._num_preempted
+        self._num_preempted = self._planner.num_preemptions
         self._costs.note(features, step_s)
         second.cost = self._costs.cost
+        ended_s = self._clock.now()
+        second.busy_s += ended_s - began_s
+        return ended_s
 
     def _take(self) -> None:
         for sequence in self._claimed:
@@ -143,9 +155,11 @@ class _Run:
             self._num_arrived += 1
         room, urgent = self._planner.room(), self._planner.urgent_room()
         free = room.requests - len(self._claimed)
-        is_urgent = free <= 0 and urgent is not None and not self._claimed
+        is_due = now_s >= self._looked_s + URGENT_PERIOD_S
+        is_urgent = free <= 0 and urgent is not None and is_due and not self._claimed
         if free <= 0 and not is_urgent:
             return
+        self._looked_s = now_s
         claimed = self._queue.claim(
             OWNER, max_requests=1 if is_urgent else free,
             max_tokens=urgent.tokens if is_urgent and urgent else room.tokens,
@@ -198,7 +212,7 @@ class _Run:
                 replica=REPLICA, second=_moment(second), steps=did.features.steps, output_tokens=did.tokens,
                 prompt_tokens=did.features.prefill_tokens, batch_size_mean=did.sequences / did.features.steps,
                 step_ms_mean=1000 * did.step_s / did.features.steps, busy_ms=1000 * did.busy_s,
-                preemptions=0, prefill_tokens=did.features.prefill_tokens,
+                preemptions=did.preemptions, prefill_tokens=did.features.prefill_tokens,
                 decode_sequences=did.features.decode_sequences, context_tokens=did.features.context_tokens,
                 attention_pairs=did.features.attention_pairs, step_cost=list(astuple(did.cost)) if did.cost else [],
             )
