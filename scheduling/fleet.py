@@ -181,13 +181,14 @@ class FleetQueue:
         """
         return self.script("end_lease", bool, owner, repr(within_s), _time(now))
 
-    def release(self, owner: str, request_ids: Iterable[str] | None = None, *, failed: bool = False) -> Command[int]:
+    def release(self, owner: str, attempts: Mapping[str, int] | None = None, *, failed: bool = False) -> Command[int]:
         """Put requests (None: all that `owner` holds) back at their old rank. Answers how many.
 
-        `failed` counts it as a failure of each, as the end of a lease does.
+        `attempts` says of each id which attempt is given back: where `owner` has claimed it anew meanwhile, a repeated
+        call (a lost reply) leaves it alone. `failed` counts it as a failure of each, as the end of a lease does.
         """
-        ids = () if request_ids is None else tuple(request_ids)
-        return self.script("release", int, owner, "all" if request_ids is None else "some", int(failed), *ids)
+        words = [word for given in (attempts or {}).items() for word in given]
+        return self.script("release", int, owner, "all" if attempts is None else "some", int(failed), *words)
 
     def expire(self, now: float | None = None) -> Command[list[tuple[str, int]]]:
         """Put back the requests of owners whose lease ended: (owner, how many). It counts as a failure of each.

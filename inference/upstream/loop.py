@@ -119,7 +119,7 @@ class UpstreamLoop(ServingLoop):
         self._note_drained()
 
     def _give_back(self, active: ActiveRequest, *, failed: bool = False) -> None:
-        (self._handover.failures if failed else self._handover.releases).append(active.request.id)
+        (self._handover.failures if failed else self._handover.releases)[active.request.id] = active.attempt
         self._forget(active)
 
     def _collect(self) -> None:

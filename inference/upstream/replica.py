@@ -100,7 +100,7 @@ class UpstreamReplica:
         """Serve. However the loop ends, what came is sent and the requests are released, where Redis answers."""
         self._streams.start()
         try:
-            self._member.serve(self._loop.run, lambda: list(self._slots.active))
+            self._member.serve(self._loop.run, self._slots.attempts)
         finally:
             self._streams.close()
 

@@ -42,6 +42,10 @@ class Slots:
     def sequences(self) -> list[Sequence]:
         return [active.sequence for active in self.active.values()]
 
+    def attempts(self) -> dict[str, int]:
+        """Of each request that is held here, which attempt it is."""
+        return {id_: active.attempt for id_, active in self.active.items()}
+
     @property
     def num_running(self) -> int:
         return len(self.active)

@@ -159,10 +159,11 @@ class EngineLoop(ServingLoop):
             self._board.update(self._reporter, self._active.values())
             timeout_s = 0.0 if is_busy else self._idle_s()
 
-    def suspects(self) -> list[str]:
-        """Requests that may be to blame where `run` fails: those that run, and those that found no memory alone."""
+    def suspects(self) -> dict[str, int]:
+        """Who may be to blame where `run` fails (id -> attempt): who runs, and who found no memory alone."""
         running = self._planner.sequences[: self._planner.num_running]
-        return list({*self._starved, *(sequence.id for sequence in running)})
+        ids = {*self._starved, *(sequence.id for sequence in running)}
+        return {id_: self._active[id_].attempt for id_ in ids if id_ in self._active}
 
     def _admit(self, active: ActiveRequest) -> None:
         """Give a request to the planner, unless what its journal has is all."""
@@ -213,7 +214,7 @@ class EngineLoop(ServingLoop):
         sequences = self._planner.sequences
         returned = sequences if self._gate.time_is_up else sequences[self._planner.num_running :]
         for sequence in returned:
-            self._handover.releases.append(sequence.id)
+            self._handover.releases[sequence.id] = sequence.attempt
             self._forget(self._active[sequence.id])
         self._note_drained()
 

@@ -45,10 +45,10 @@ class Membership:
         self.outbox = Outbox(connect(spec), keys, queue, lease=self.lease, inbox=inbox)
         self._heartbeat = Heartbeat(connect(spec), queue, self.lease, inbox)
 
-    def serve(self, serve: Callable[[], None], suspects: Callable[[], list[str]]) -> None:
+    def serve(self, serve: Callable[[], None], suspects: Callable[[], dict[str, int]]) -> None:
         """Run `serve`. However it ends, its last steps are sent and its requests released, where Redis answers.
 
-        Where it fails, those that `suspects` names then are suspect, and nobody else: see `may_join`.
+        Where it fails, those that `suspects` names (by attempt) are suspect, and nobody else: see `may_join`.
         """
         for thread in (self.intake, self.outbox, self._heartbeat):
             thread.start()
@@ -58,10 +58,10 @@ class Membership:
             failed = False
         finally:
             self.outbox.close(FAREWELL_S)
-            self._release(suspects() if failed else [])
+            self._release(suspects() if failed else {})
             self._heartbeat.close()
 
-    def _release(self, suspects: list[str]) -> None:
+    def _release(self, suspects: dict[str, int]) -> None:
         """Give everything back: what was claimed and not begun, and what an unfinished drain left."""
         self.intake.close()
         commands = [

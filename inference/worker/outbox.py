@@ -61,8 +61,9 @@ class Handover:
 
     owner: str
     outputs: list[Output] = field(default_factory=list)
-    releases: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+    releases: dict[str, int] = field(default_factory=dict)
+    """Request id -> the attempt that is given back: a repeated handover may find that the next has begun here."""
+    failures: dict[str, int] = field(default_factory=dict)
     """Given back as well, and counted as failed: they may be to blame."""
 
     def __bool__(self) -> bool:
@@ -290,5 +291,5 @@ def merge(earlier: Handover, later: Handover) -> None:
             before.texts += output.texts
             before.logprobs += output.logprobs
             before.finish, before.event = output.finish, output.event
-    earlier.releases += later.releases
-    earlier.failures += later.failures
+    earlier.releases |= later.releases
+    earlier.failures |= later.failures

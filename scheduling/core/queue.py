@@ -7,7 +7,7 @@ than most), so that waiting costs little memory.
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import Any
@@ -204,10 +204,10 @@ class FlowQueue:
             state.expires_s = min(state.expires_s, self._now(now) + within_s)
         return state is not None
 
-    def release(self, owner: str, request_ids: Iterable[str] | None = None, *, failed: bool = False) -> int:
+    def release(self, owner: str, attempts: Mapping[str, int] | None = None, *, failed: bool = False) -> int:
         held = self._owners[owner].held if owner in self._owners else {}
-        ids = sorted(held) if request_ids is None else list(request_ids)
-        records = [held[id_] for id_ in dict.fromkeys(ids) if id_ in held]
+        given = {id_: held[id_].attempt for id_ in sorted(held)} if attempts is None else attempts
+        records = [held[id_] for id_, attempt in given.items() if id_ in held and held[id_].attempt == attempt]
         for record in records:
             record.failures += failed
             self._requeue(record)

@@ -178,10 +178,19 @@ class BothQueues(RuleBasedStateMachine):
     def end_lease(self, owner: str) -> None:
         assert self.run(self.fleet.end_lease(owner, 1.0, self.now)) == self.memory.end_lease(owner, 1.0, self.now)
 
-    @rule(owner=OWNERS, indexes=st.none() | st.lists(st.integers(0), max_size=3))
-    def release(self, owner: str, indexes: list[int] | None) -> None:
-        ids = None if indexes is None else [self.pick(index) for index in indexes]
-        assert self.run(self.fleet.release(owner, ids)) == self.memory.release(owner, ids)
+    @rule(
+        owner=OWNERS,
+        chosen=st.none() | st.lists(st.tuples(st.integers(0), st.sampled_from([0, 0, 0, 1])), max_size=3),
+        failed=st.booleans(),
+    )
+    def release(self, owner: str, chosen: list[tuple[int, int]] | None, failed: bool = False) -> None:
+        attempts: dict[str, int] | None = None if chosen is None else {}
+        for index, behind in chosen or ():
+            record = self.memory.record(self.pick(index))
+            attempts[self.pick(index)] = record.attempt - behind if record else 1  # type: ignore[index]
+        num_released = self.memory.release(owner, attempts, failed=failed)
+        assert self.run(self.fleet.release(owner, attempts, failed=failed)) == num_released
+        assert self.run(self.fleet.release(owner, attempts, failed=failed)) == 0, "a lost reply changes nothing"
 
     @rule(elapsed_s=st.floats(0, 10))
     def expire(self, elapsed_s: float) -> None:

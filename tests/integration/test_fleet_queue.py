@@ -108,6 +108,21 @@ def test_a_cancel_whose_reply_was_lost_gives_the_same_answer_again_and_another_o
     assert execute(store, queue.snapshot()).cancelled_total == 1
 
 
+def test_a_release_that_is_repeated_leaves_a_new_attempt_alone_and_counts_one_failure(
+    store: redis.Redis, queue: FleetQueue
+) -> None:
+    fill(store, queue, 1)
+    claim(store, queue, "gpu", 1)
+    command = queue.release("gpu", {"r00000": 1, "nobody": 1}, failed=True)
+    assert execute(store, command) == 1
+    [again] = claim(store, queue, "gpu", 1).requests
+    assert (again.attempt, again.failures) == (2, 1)
+    assert execute(store, command) == 0, "its reply was lost, and the same engine has the request again"
+    assert execute(store, queue.snapshot()).running == 1
+    assert execute(store, queue.release("gpu", {"r00000": 2})) == 1
+    assert claim(store, queue, "gpu", 1).requests[0].failures == 1
+
+
 def test_renewing_keeps_the_lease(store: redis.Redis, queue: FleetQueue) -> None:
     fill(store, queue, 1)
     claim(store, queue, "gpu", 1, now=100.0)

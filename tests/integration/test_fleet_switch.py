@@ -108,7 +108,7 @@ def test_enqueues_claims_cancels_and_releases_during_switches_lose_and_double_no
             for turn in range(10**6):
                 got = execute(client, queue.claim(owner, max_requests=3, max_tokens=10**6, lease_s=60))
                 if turn % 3 == 0:
-                    execute(client, queue.release(owner, [request.id for request in got.requests]))
+                    execute(client, queue.release(owner, {request.id: request.attempt for request in got.requests}))
                 else:
                     claimed.update(request.id for request in got.requests)
                 yield

@@ -120,11 +120,11 @@ def test_steps_that_wait_for_redis_become_one_with_each_requests_tokens_in_order
     a, b = make_active("a"), make_active("b")
     waiting = Handover("o", [Output(a, 0, [65], ["A"], journals=False)])
     merge(waiting, Handover("o", [Output(a, 1, [66], ["B"]), Output(b, 0, [67], ["C"])]))
-    merge(waiting, Handover("o", [Output(a, 2, [68], ["D"], Finish("length", 2, 3))], releases=["b"]))
+    merge(waiting, Handover("o", [Output(a, 2, [68], ["D"], Finish("length", 2, 3))], releases={"b": 1}))
     joined = [(o.active.request.id, o.start, o.token_ids, o.texts, o.journals) for o in waiting.outputs]
     assert joined == [("a", 0, [65], ["A"], False), ("a", 1, [66, 68], ["B", "D"], True), ("b", 0, [67], ["C"], True)]
     assert waiting.outputs[1].finish is not None
-    assert waiting.releases == ["b"]
+    assert waiting.releases == {"b": 1}
 
 
 def test_latencies_fall_into_the_bucket_that_holds_them() -> None:
