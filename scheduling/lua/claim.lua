@@ -152,6 +152,7 @@ if not repeated() then
     end
   end
   save(queue)
-  if vanished then recount(queue) end
+  if vanished then begin_recount(queue) end
+  go_on_recounting(queue)
 end
 return { queue.revision, queue.policy, queue.depth, rows, dropped, more and 1 or 0 }

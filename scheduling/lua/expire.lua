@@ -18,4 +18,5 @@ for _, owner in ipairs(owners) do
   expired[#expired + 1] = { owner, #ids }
 end
 save(queue)
+go_on_recounting(queue)
 return expired

@@ -16,5 +16,6 @@ for _, p in ipairs(cmsgpack.unpack(ARGV[2])) do
   end
 end
 save(queue)
-if vanished then recount(queue) end
+if vanished then begin_recount(queue) end
+go_on_recounting(queue)
 return placed

@@ -1,7 +1,7 @@
 -- Shared by the scripts of a queue, put behind the prelude. Its keys:
 --
 --   :meta          revision, policy, params, rules (packed, absent for plain ones), epoch, vt (system virtual time),
---                  building (epoch of a switch), last_epoch, totals and counts, t:TENANT and p:PRIORITY waiting requests, w:EPOCH:FLOW weights of backlogged flows
+--                  building (epoch of a switch), last_epoch, recounting, recount_again, totals and counts, t:TENANT and p:PRIORITY waiting requests, w:EPOCH:FLOW weights of backlogged flows
 --   :arrivals      waiting ids by arrival        :unplaced   waiting ids in no flow
 --   :right         waiting ids that were never claimed, by priority, then arrival: the last has the least right to stay
 --   :shed          ids dropped while they waited whose clients have not been told, by the time of it
@@ -28,22 +28,25 @@ local FLOW, RANK, WEIGHT, EPOCH, ENTRY = 1, 2, 3, 4, 5
 local PROMOTE, SLACK, PER_REQUEST, PER_PROMPT, PER_OUTPUT, RUN, PREEMPTS = 1, 2, 3, 4, 5, 6, 7
 local PLAIN = { false, false, 0, 1, 1, 1, false }
 local PRIORITY_STEP, MAX_SHED, MAX_EXPIRED = 1e10, 16, 100
+-- Waiting requests that a step of a recount counts: about 1 ms.
+local RECOUNT_STEP = 200
 -- How long an owner whose lease ended may take to come back and have its requests' failures taken back.
 local FORGIVE_S = 3600
 
 -- What meta says of the queue; `...` are counters that will change, read along so that `save` need not.
 local function load_queue(...)
-  local m = call('HMGET', META, 'revision', 'policy', 'epoch', 'vt', 'building', 'depth', 'enqueued', 'rules', ...)
+  local m = call('HMGET', META, 'revision', 'policy', 'epoch', 'vt', 'building', 'depth', 'enqueued', 'rules', 'recounting',
+    ...)
   local building = m[5]
   -- A switch whose lock ran out is dead; nothing is listed for it any more.
   if building and call('EXISTS', Q .. ':switch') == 0 then building = false end
   local epoch, depth, enqueued = m[3] or '0', tonumber(m[6] or 0), tonumber(m[7] or 0)
   local known = { depth = depth, enqueued = enqueued }
-  for i = 1, select('#', ...) do known[select(i, ...)] = tonumber(m[8 + i] or 0) end
+  for i = 1, select('#', ...) do known[select(i, ...)] = tonumber(m[9 + i] or 0) end
   return {
     revision = tonumber(m[1] or 0), policy = m[2] or 'fifo', epoch = epoch, at = Q .. ':e' .. epoch,
     vt = tonumber(m[4] or 0), building = building, depth = depth, enqueued = enqueued, known = known,
-    rules = m[8] and cmsgpack.unpack(m[8]) or PLAIN, sums = {}, sets = {}, weights = {},
+    rules = m[8] and cmsgpack.unpack(m[8]) or PLAIN, recounting = tonumber(m[9]), sums = {}, sets = {}, weights = {},
   }
 end
 
@@ -203,42 +206,66 @@ local function leave_orders(entry)
   if entry[EXPIRES] and entry[DEADLINE] then call('ZREM', DEADLINES, entry[ID]) end
 end
 
-local function count_waiting(queue, entry, by)
-  add(queue, 'depth', by)
-  add(queue, 'waiting_tokens', by * (entry[PROMPT] + entry[MAXIMUM]))
-  add(queue, 't:' .. entry[TENANT], by)
-  add(queue, 'p:' .. entry[PRIORITY], by)
+local function count_entry(queue, prefix, entry, by)
+  add(queue, prefix .. 'depth', by)
+  add(queue, prefix .. 'waiting_tokens', by * (entry[PROMPT] + entry[MAXIMUM]))
+  add(queue, prefix .. 't:' .. entry[TENANT], by)
+  add(queue, prefix .. 'p:' .. entry[PRIORITY], by)
 end
 
--- Count anew what waits, where a record vanished (evicted, or deleted by hand): nothing else says what it counted for.
-local function recount(queue)
-  local counts, gone = { depth = 0, waiting_tokens = 0 }, {}
-  local function count(field, by) counts[field] = (counts[field] or 0) + by end
-  for _, id in ipairs(call('ZRANGE', ARRIVALS, 0, -1)) do
-    local packed = call('HGET', Q .. ':req:' .. id, 'entry')
-    if packed then
-      local entry = cmsgpack.unpack(packed)
-      count('depth', 1)
-      count('waiting_tokens', entry[PROMPT] + entry[MAXIMUM])
-      count('t:' .. entry[TENANT], 1)
-      count('p:' .. entry[PRIORITY], 1)
-    else
-      gone[#gone + 1] = id
+local function count_waiting(queue, entry, by)
+  count_entry(queue, '', entry, by)
+  if queue.recounting and entry[ARRIVAL] <= queue.recounting then count_entry(queue, 'r:', entry, by) end
+end
+
+-- A record has vanished (evicted, or deleted by hand), and nothing else says what it counted for: count anew what waits.
+local function begin_recount(queue)
+  if queue.recounting then
+    call('HSET', META, 'recount_again', 1)
+    return
+  end
+  queue.recounting = -1
+  call('HSET', META, 'recounting', -1)
+end
+
+-- Put what was counted in the place of what meta says.
+local function end_recount(queue)
+  local words, again, counted = call('HGETALL', META), false, { depth = 0, waiting_tokens = 0 }
+  local drops, values = { 'recounting', 'recount_again' }, {}
+  for i = 1, #words, 2 do
+    local field = words[i]
+    local is_counted = string.sub(field, 1, 2) == 'r:'
+    if is_counted then counted[string.sub(field, 3)] = words[i + 1] end
+    if is_counted or string.match(field, '^[tp]:') then drops[#drops + 1] = field end
+    again = again or field == 'recount_again'
+  end
+  for field, num in pairs(counted) do
+    if num ~= '0' or not string.match(field, '^[tp]:') then
+      values[#values + 1] = field
+      values[#values + 1] = num
     end
-  end
-  in_chunks('ZREM', ARRIVALS, gone)
-  in_chunks('ZREM', RIGHT, gone)
-  local drops, values = {}, {}
-  for _, field in ipairs(call('HKEYS', META)) do
-    if string.match(field, '^[tp]:') and not counts[field] then drops[#drops + 1] = field end
-  end
-  for field, value in pairs(counts) do
-    values[#values + 1] = field
-    values[#values + 1] = value
   end
   in_chunks('HDEL', META, drops)
   in_chunks('HSET', META, values)
-  queue.depth = counts.depth
+  queue.depth, queue.recounting = tonumber(counted.depth), nil
+  if again then begin_recount(queue) end
+end
+
+-- A step of it, after `save`; claims and `expire` go on with it, since a script holds up all others. `recounting` is the
+-- arrival up to which was counted, into fields `r:...`; `count_waiting` counts there too what comes and goes before it.
+local function go_on_recounting(queue)
+  if not queue.recounting then return end
+  local from = string.format('(%.17g', queue.recounting)
+  local last = call('ZRANGEBYSCORE', ARRIVALS, from, '+inf', 'WITHSCORES', 'LIMIT', RECOUNT_STEP - 1, 1)[2]
+  local counted, gone = { sums = {} }, {}
+  for _, id in ipairs(call('ZRANGEBYSCORE', ARRIVALS, from, last or '+inf')) do
+    local packed = call('HGET', Q .. ':req:' .. id, 'entry')
+    if packed then count_entry(counted, 'r:', cmsgpack.unpack(packed), 1) else gone[#gone + 1] = id end
+  end
+  in_chunks('ZREM', ARRIVALS, gone)
+  in_chunks('ZREM', RIGHT, gone)
+  for field, by in pairs(counted.sums) do call('HINCRBY', META, field, by) end
+  if last then call('HSET', META, 'recounting', last) else end_recount(queue) end
 end
 
 -- The bell is a hint, so it holds few elements; an idle engine process also looks by itself now and then.

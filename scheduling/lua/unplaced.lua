@@ -9,5 +9,9 @@ for _, id in ipairs(call('SRANDMEMBER', Q .. ':unplaced', ARGV[1])) do
     vanished = true
   end
 end
-if vanished then recount(load_queue()) end
+if vanished then
+  local queue = load_queue()
+  begin_recount(queue)
+  go_on_recounting(queue)
+end
 return { call('HMGET', META, 'revision', 'policy', 'params'), entries }

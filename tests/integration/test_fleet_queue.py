@@ -1,7 +1,9 @@
 """The fleet queue in a real Redis: leases, fences, lost replies, lost scripts, bounded keys."""
 
+import dataclasses
 import struct
 import threading
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -273,6 +275,50 @@ def test_what_waits_is_counted_anew_where_a_record_has_vanished(
     assert ids_of(claim(store, queue, "gpu", 9)) == ["r00003"]
     empty = execute(store, queue.snapshot())
     assert (empty.depth, empty.waiting_tokens, empty.by_tenant, empty.by_priority) == (0, 0, {}, {})
+
+
+def check_counts(store: redis.Redis, queue: FleetQueue) -> None:
+    """What is counted is what waits."""
+    waiting, counted = execute(store, queue.sample(10**6)), execute(store, queue.snapshot())
+    assert (counted.depth, counted.waiting_tokens) == (len(waiting), sum(entry.cost_tokens for entry in waiting))
+    assert counted.by_tenant == Counter(entry.tenant for entry in waiting)
+    assert counted.by_priority == Counter(entry.priority for entry in waiting)
+
+
+def num_read(store: redis.Redis) -> int:
+    return int(store.info("commandstats").get("cmdstat_hget", {}).get("calls", 0))
+
+
+def test_a_long_queue_is_counted_anew_in_steps_while_requests_come_and_go(
+    store: redis.Redis, keys: Keys, queue: FleetQueue
+) -> None:
+    num = 1700
+    fill(store, queue, num)
+    store.delete(keys.request("demo", "r00001"), keys.request("demo", "r01600"))
+    steps = 0
+    fifo, meta = build_policy("fifo"), f"{queue.base}:meta"
+    while not steps or store.hexists(meta, "recounting"):
+        before = num_read(store)
+        held = claim(store, queue, "gpu", 2).requests
+        assert num_read(store) - before < 300, "one call holds up the server for no longer"
+        # Among those that are counted by now, and among the others: cancelled, given back, come anew.
+        for number in (10 + steps, 1500 + steps):
+            assert execute(store, queue.cancel(f"r{number:05d}")).status == "queued"
+        execute(store, queue.release("gpu", {held[-1].id: held[-1].attempt}))
+        for arrival in (1000.5, 5000.0):
+            entry = dataclasses.replace(entry_of(num, tenant="bob"), arrival_s=arrival)
+            execute(store, queue.enqueue(entry, fifo.place(entry), revision=0, body=b"", depth_limit=10**6))
+            num += 1
+        steps += 1
+    assert steps > 5
+    check_counts(store, queue)
+    assert not [field for field in store.hkeys(meta) if field.startswith((b"r:", b"recount"))]
+    store.delete(keys.request("demo", "r00900"))
+    while claim(store, queue, "gpu", 100).requests:
+        pass
+    check_counts(store, queue)
+    execute(store, queue.release("gpu"))
+    check_counts(store, queue)
 
 
 def test_an_enqueue_rings_the_bell_of_a_waiting_engine(store: redis.Redis, keys: Keys, queue: FleetQueue) -> None:
