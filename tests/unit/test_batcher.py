@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduling.core.batching.batcher import Batcher
-from scheduling.core.batching.errors import BatcherClosedError, BatcherError, BatcherFullError, BatchResultError
+from scheduling.core.batching.errors import (
+    BatcherClosedError,
+    BatcherError,
+    BatcherFullError,
+    BatcherRequestError,
+    BatchResultError,
+)
 from scheduling.core.policies import POLICIES, build_policy
 from scheduling.core.request import Priority
 from scheduling.core.sizing.strategies import build_sizing
@@ -179,6 +185,27 @@ async def test_requests_beyond_the_bound_are_refused() -> None:
         with pytest.raises(BatcherFullError, match="2 requests wait already"):
             batcher.submit(3)
     assert [future.result() for future in futures] == ["<1>", "<2>"]
+
+
+@pytest.mark.parametrize(
+    ("said", "policy", "sentence"),
+    [
+        ({"priority": -1}, "fifo", "from 0 .critical. to 5 .bulk., not -1"),
+        ({"priority": 6}, "wrr", "not 6"),
+        ({"tokens": -1}, "fair", "0 tokens or more, not -1"),
+        ({"share": float("nan")}, "fair", "above 0, not nan"),
+        ({"share": 0}, "fair", "above 0, not 0"),
+        ({"deadline_s": float("nan")}, "edf", "of the batcher's clock, not nan"),
+    ],
+)
+async def test_a_request_that_is_told_wrong_is_refused_and_harms_no_other(
+    said: dict[str, Any], policy: str, sentence: str
+) -> None:
+    async with Batcher.for_batches(Model(), wait_s=0.01, policy=policy) as batcher:
+        before = batcher.submit("before")
+        with pytest.raises(BatcherRequestError, match=sentence):
+            batcher.submit("wrong", **said)
+        assert await results([before, batcher.submit("after")]) == ["<before>", "<after>"]
 
 
 async def test_batches_run_one_after_another_unless_more_are_allowed() -> None:

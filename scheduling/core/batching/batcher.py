@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from scheduling.core.adaptation import PolicyInForce
+from scheduling.core.batching.checks import check_request
 from scheduling.core.batching.errors import BatcherClosedError, BatcherError, BatcherFullError, BatchResultError
 from scheduling.core.batching.health import BatcherHealth
 from scheduling.core.policies import build_policy, deadline_of
@@ -188,10 +189,11 @@ class Batcher(Generic[In, Out]):
         """Queue a request; the future gets its result or its exception. Cancelling the future takes it out again.
 
         `tokens` is what it is expected to cost, `share` the tenant's weight under a fair policy, `deadline_s` a time of
-        the batcher's clock. Raises BatcherClosedError or BatcherFullError.
+        the batcher's clock. Raises BatcherClosedError, BatcherRequestError or BatcherFullError.
         """
         if self._worker is None or self._closing or self._worker.done():
             raise BatcherClosedError
+        check_request(priority, tokens, deadline_s, share)
         self._num_submitted += 1
         entry = QueueEntry(
             id=str(self._num_submitted),

@@ -19,6 +19,10 @@ class BatcherFullError(BatcherError):
         super().__init__(f"{max_waiting} requests wait already; no more are taken until some have run.")
 
 
+class BatcherRequestError(BatcherError):
+    """What is said of a request cannot be used; the message says which, and what can."""
+
+
 class BatchResultError(BatcherError):
     """The batch function gave another number of results than it got requests."""
 
