@@ -3,6 +3,7 @@
 import json
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from random import Random
 from typing import Any, get_args
@@ -68,6 +69,8 @@ def read_policies(options: Options, recorded: RecordedRun | None) -> list[Policy
     names = [name.strip() for name in options["policies"].split(",")] if options["policies"] else list(POLICIES)
     if unknown := sorted(given.keys() - set(names)):
         raise ReplayOptionError(f"--params has parameters for {unknown[0]!r}, which is not among the policies.")
+    if wrong := [name for name, params in given.items() if not isinstance(params, dict)]:
+        raise ReplayOptionError(f"--params: what {wrong[0]} is given is an object, such as {{}}.")
     known: dict[str, Any] = {recorded.policy: recorded.params} if recorded is not None else {}
     return [build_policy(name, given.get(name, known.get(name))) for name in names]
 
@@ -87,6 +90,10 @@ def read_settings(options: Options, recorded: RecordedRun | None, policy: Policy
         raise ReplayOptionError("Batch size, replicas, KV blocks and step tokens are at least 1.")
     if options["trigger"] is not None:
         chosen["trigger"] = parse_trigger(_read_object(options["trigger"], "--trigger"))
+        if (mode := options["mode"] or base.mode) not in ("dynamic", "static"):
+            raise ReplayOptionError(f"--trigger starts the batches of --mode dynamic and static; in {mode} none do.")
+    if not all(_is_amount(options[name]) for name in ("ttft_target", "e2e_target") if options[name] is not None):
+        raise ReplayOptionError("--ttft-target and --e2e-target are seconds, above 0.")
     if options["ttft_target"] is not None or options["e2e_target"] is not None or recorded is None:
         ttft_s = TTFT_TARGET_S if options["ttft_target"] is None else options["ttft_target"]
         chosen["targets"] = ServiceTargets(default=ServiceTarget(ttft_s=ttft_s, e2e_s=options["e2e_target"]))
@@ -106,6 +113,8 @@ def read_tenants(options: Options) -> dict[str, dict[str, Any]]:
         tenants = _read_object(path.read_text(), f"The file {path}")
     except OSError as error:
         raise ReplayOptionError(f"The file {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ReplayOptionError(f"The file {path} is not text: {error}.") from error
     for name, values in tenants.items():
         if not isinstance(values, dict) or values.keys() - {"rpm", "tpm", "tpd", "concurrency", "weight"}:
             raise ReplayOptionError(f"The file {path}: {name} may have rpm, tpm, tpd, concurrency and weight.")
@@ -124,10 +133,11 @@ def with_weights(trace: Sequence[TraceRequest], tenants: Mapping[str, Mapping[st
 
 
 def _read_sizing(options: Options) -> Callable[[int], Sizing] | None:
-    name = options["sizing"]
+    name, params = options["sizing"], _read_object(options["sizing_params"], "--sizing-params")
     if name is None:
+        if params:
+            raise ReplayOptionError("--sizing-params are those of a controller: name it with --sizing.")
         return None
-    params = _read_object(options["sizing_params"], "--sizing-params")
     build_sizing(name, params)  # what is wrong with them is said before anything runs
     return lambda index: build_sizing(name, params, random=Random(options["seed"] + index))  # noqa: S311
 
@@ -149,9 +159,14 @@ def _read_swap(options: Options) -> SwapSettings | None:
     speed, kv_bytes = options["swap"], options["kv_bytes"]
     if speed is None:
         return None
-    if speed <= 0 or kv_bytes < 1:
+    if not _is_amount(speed) or kv_bytes < 1:
         raise ReplayOptionError("--swap and --kv-bytes are above 0.")
     return SwapSettings(link=SwapLink(bytes_per_s=1e9 * speed), kv_bytes_per_token=kv_bytes)
+
+
+def _is_amount(value: float) -> bool:
+    """Whether it is a number above 0; `nan` and `inf` are read as numbers, too."""
+    return 0 < value < inf
 
 
 def _read_object(text: str, what: str) -> dict[str, Any]:

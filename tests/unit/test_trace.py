@@ -76,6 +76,13 @@ def test_an_unusable_file_is_said_to_be_one(tmp_path: Path) -> None:
     broken.write_bytes(gzip.compress((HEADER + "0,a,1,1\n").encode())[:-12])
     with pytest.raises(TraceError, match="cannot be read"):
         read_trace(broken)
+    packed = bytearray(
+        gzip.compress((HEADER + "".join(f"{i},a,{i % 97 + 1},{i % 89 + 1}\n" for i in range(9999))).encode())
+    )
+    packed[2000:2100] = bytes(100)
+    broken.write_bytes(packed)
+    with pytest.raises(TraceError, match="cannot be read"):
+        read_trace(broken)
     with pytest.raises(TraceError, match="rate"):
         read_trace(tmp_path, rate=0.0)
     with pytest.raises(TraceError, match="limit"):

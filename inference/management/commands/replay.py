@@ -5,6 +5,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         try:
+            _check(options)
             recorded = self._read_history(options)
             trace = self._read_trace(options, recorded)
             policies = read_policies(options, recorded)
@@ -94,8 +96,6 @@ class Command(BaseCommand):
             return with_weights(trace, tenants)
         if recorded is None:
             raise TraceError("Name a trace, or a model with --from-history.")
-        if options["rate"] <= 0:
-            raise TraceError("The rate must be above 0.")
         return with_weights([request.at_rate(options["rate"]) for request in recorded.trace], tenants)
 
     def _simulate(self, trace: Sequence[TraceRequest], settings: SimulationSettings, cost: StepCost) -> Run:
@@ -145,6 +145,17 @@ class Command(BaseCommand):
             except OSError as error:
                 raise CommandError(f"{path} cannot be written: {error.strerror}.") from error
             self.stderr.write(f"Wrote {path}.")
+
+
+def _check(options: dict[str, Any]) -> None:
+    """What can be said before anything is read or runs. Raises ReplayOptionError."""
+    if not 0 < options["rate"] < inf:
+        raise ReplayOptionError(f"The rate must be a number above 0, not {options['rate']!r}.")
+    if options["limit"] is not None and options["limit"] < 1:
+        raise ReplayOptionError(f"The limit must be at least 1, not {options['limit']}.")
+    chart = options["chart"]
+    if chart is not None and chart.suffix.lower() not in (".html", ".htm"):
+        raise ReplayOptionError(f"The chart is a page for a browser: name a file that ends in .html, not {chart.name}.")
 
 
 def _to_json(runs: Sequence[Run], source: str) -> str:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def read_trace(path: Path, *, rate: float = 1.0, limit: int | None = None) -> li
                 requests.append(request)
                 if limit is not None and len(requests) >= limit:
                     break
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise TraceError(f"The trace {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise TraceError(f"The trace {path} is not CSV text: {error}.") from error
