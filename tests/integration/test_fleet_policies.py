@@ -1,6 +1,7 @@
 """Every policy in the Redis queue: the order, the prices and the promotion of the queue in memory."""
 
 import time
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -83,6 +84,27 @@ def test_both_queues_serve_the_same_order_over_time(store: redis.Redis, keys: Ke
     assert execute(store, both.fleet.release("gpu")) == both.memory.release("gpu")
     while both.claim(7, now):
         pass
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_both_queues_drop_the_same_requests_for_higher_ones(store: redis.Redis, keys: Keys, seed: int) -> None:
+    rng, num_shed = Random(seed), 0
+    both = Both(store, keys, build_policy("fifo"))
+    for number in range(250):
+        entry = some_entry(number, rng, 1000.0)
+        # Levels of which there are few, so that equals meet; bounds that the queue is nearly always at.
+        entry = replace(entry, priority=rng.choice([1, 3, 5]), prompt_tokens=rng.randrange(1, 60), max_tokens=10)
+        bounds: dict[str, Any] = {
+            "revision": 1, "body": entry.id.encode(), "depth_limit": rng.choice([6, 6, 20]), "shed": rng.random() < 0.8,
+            "tokens_limit": rng.choice([None, 300]),
+        }  # fmt: skip
+        place = both.policy.place(entry)
+        answer = both.memory.enqueue(entry, place, **bounds)
+        assert execute(store, both.fleet.enqueue(entry, place, **bounds)) == answer
+        num_shed += len(answer.shed)
+        if rng.random() < 0.4:
+            both.claim(1, 1000.0)
+    assert num_shed > 20
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

@@ -76,6 +76,7 @@ def test_the_third_request_is_refused_with_the_limit_that_was_reached(
     refused = acquire(store, keys, "r3", **limits)
     assert (refused.ok, refused.reason) == (False, reason)
     assert refused.retry_after_s > 0
+    assert execute(store, TenantLimits(keys).usage("ada", now=0.0)).running == 2, "who is refused holds no slot"
 
 
 def test_a_refusal_charges_nothing(store: redis.Redis, keys: Keys) -> None:

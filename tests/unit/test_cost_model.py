@@ -205,6 +205,9 @@ def test_preemption_swaps_only_where_that_is_cheaper() -> None:
     assert cheaper_preemption(DEFAULT_COST, slow, num_tokens=4000, kv_bytes_per_token=131_072) == "recompute"
     assert cheaper_preemption(DEFAULT_COST, fast, num_tokens=1, kv_bytes_per_token=131_072) == "recompute"
     assert cheaper_preemption(DEFAULT_COST, None, num_tokens=4000, kv_bytes_per_token=131_072) == "recompute"
+    # Out and back in: where one way alone takes three quarters of the time, computing is sooner done.
+    tight = SwapLink(bytes_per_s=4000 * 131_072 / (0.75 * DEFAULT_COST.recompute_s(4000)), latency_s=0.0)
+    assert cheaper_preemption(DEFAULT_COST, tight, num_tokens=4000, kv_bytes_per_token=131_072) == "recompute"
 
 
 def test_nonsense_is_refused() -> None:

@@ -71,10 +71,11 @@ def test_fifo_serves_in_order_of_arrival_whatever_the_priority(arrivals: list[fl
     assert claim_ids(filled(build_policy("fifo"), entries)) == expected
 
 
-@given(level_s=st.floats(0, 3600), levels=st.tuples(st.integers(0, 5), st.integers(0, 5)), gap_s=st.floats(0, 1e5))
+@given(level_s=st.floats(0, 3600), levels=st.tuples(st.integers(0, 5), st.integers(0, 5)), share=st.floats(0, 3))
 def test_a_higher_priority_overtakes_only_within_the_credit_of_the_levels_between(
-    level_s: float, levels: tuple[int, int], gap_s: float
+    level_s: float, levels: tuple[int, int], share: float
 ) -> None:
+    gap_s = share * max(1, levels[0] - levels[1]) * level_s
     early, late = entry_of(0, priority=levels[0]), entry_of(1, priority=levels[1], arrival_s=gap_s)
     policy = build_policy("priority", {"level_s": level_s})
     overtaken = claim_ids(filled(policy, [early, late]))[0] == late.id

@@ -21,6 +21,18 @@ def deadline(entry: QueueEntry) -> float:
     return entry.deadline_s if entry.deadline_s is not None else entry.arrival_s + targets[entry.priority]
 
 
+@given(entries=ENTRIES, level_s=st.sampled_from([0.0, 8.0, 30.0, 100.0]), sizes=st.lists(st.integers(1, 4), min_size=1))
+def test_under_priority_nobody_waits_for_one_that_came_later_than_the_levels_between_are_worth(
+    entries: list[QueueEntry], level_s: float, sizes: list[int]
+) -> None:
+    served, order = Served(build_policy("priority", {"level_s": level_s}), entries), list[QueueEntry]()
+    while batch := served.claim(sizes[len(order) % len(sizes)]):
+        order += batch
+    for i, first in enumerate(order):
+        for other in order[i + 1 :]:
+            assert first.arrival_s - other.arrival_s <= level_s * (other.priority - first.priority)
+
+
 @given(entries=ENTRIES, steps=SECONDS, slack_s=st.sampled_from([0.0, 20.0]))
 def test_edf_serves_the_nearest_deadline_that_can_be_met_and_the_hopeless_after_the_rest(
     entries: list[QueueEntry], steps: list[float], slack_s: float
@@ -102,6 +114,13 @@ def test_wrr_by_default_serves_seventy_twenty_and_ten_of_a_hundred() -> None:
     served = Served(build_policy("wrr"), entries)
     counts = Counter(entry.priority // 2 for entry in served.claim(100))
     assert [counts[i] for i in range(3)] == pytest.approx([70, 20, 10], abs=1)
+
+
+def test_wrr_by_default_serves_next_whoever_has_waited_for_half_a_minute() -> None:
+    for now, first in ((29.9, "r00001"), (30.0, "r00000")):
+        served = Served(build_policy("wrr"), [entry_of(0, priority=5), entry_of(1, priority=0, arrival_s=20.0)])
+        served.now = now
+        assert served.ids(1) == [first]
 
 
 def bucket_of(entry: QueueEntry) -> str:

@@ -238,6 +238,19 @@ def test_with_a_prefix_cache_a_copy_is_kept_only_of_blocks_that_are_about_to_be_
         assert device.num_computed <= 10 + 8 + urgent_prompt + 1, "at most what stood in a block that was not full"
 
 
+def test_what_is_sooner_computed_again_than_moved_is_not_swapped() -> None:
+    device = make_device(batch=1, host_blocks=40)
+    low = make_sequence("low", prompt=2, output=9, priority=5)
+    device.planner.add(low)
+    device.step()
+    device.planner.add(make_sequence("urgent", output=1, priority=0, urgent=True))
+    device.step()
+    assert device.planner.num_slot_preemptions == 1
+    assert device.planner.swap is not None
+    assert (low.num_swapped, device.planner.swap.num_out) == (0, 0)
+    assert device.run() == ["low"]
+
+
 def test_a_full_host_memory_leaves_recomputing() -> None:
     device = make_device(batch=1, host_blocks=2)
     device.planner.add(make_sequence("low", prompt=10, output=9, priority=5))

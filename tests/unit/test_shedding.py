@@ -10,7 +10,9 @@ from scheduling.core.queue import FlowQueue
 from scheduling.core.request import QueueEntry
 from scheduling.core.rules import MAX_EXPIRED, MAX_SHED
 
-ARRIVALS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 50), st.booleans()), min_size=1, max_size=60)
+CLAIMS = st.integers(0, 5).map(lambda chance: chance == 5)
+"""Few, or the queue would hardly ever be full."""
+ARRIVALS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 50), CLAIMS), min_size=1, max_size=60)
 
 
 def entry_of(number: int, priority: int, tokens: int) -> QueueEntry:
@@ -85,6 +87,14 @@ def test_equals_are_not_dropped_for_each_other() -> None:
     assert put(queue, 0, 3, depth_limit=1) == ("queued", [])
     assert put(queue, 1, 3, depth_limit=1) == ("full", [])
     assert put(queue, 2, 2, depth_limit=1) == ("queued", ["r000"])
+
+
+def test_of_the_lowest_the_latest_goes_first() -> None:
+    queue = FlowQueue()
+    for number, priority in enumerate([5, 5, 4]):
+        put(queue, number, priority)
+    dropped = [put(queue, number, 0, depth_limit=3)[1] for number in (3, 4, 5)]
+    assert dropped == [["r001"], ["r000"], ["r002"]]
 
 
 def test_what_was_claimed_once_is_never_dropped() -> None:

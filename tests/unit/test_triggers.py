@@ -73,6 +73,9 @@ def test_each_says_why_it_fired() -> None:
     assert MemoryPressure().check(view) == Fired("memory", "what waits leaves 4% of KV blocks free")
     both = AllOf([SizeThreshold(8), MemoryPressure()]).check(view)
     assert both == Fired("size+memory", "8 of 8 wait, and what waits leaves 4% of KV blocks free")
+    lone = AllOf([UrgentPresent(alone=True), SizeThreshold(8)]).check(view)
+    assert lone is not None
+    assert lone.alone
 
 
 def test_the_usual_triggers_start_a_batch_of_eight_or_after_fifty_milliseconds() -> None:
