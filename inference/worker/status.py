@@ -141,15 +141,15 @@ class StatusBoard:
     def _with_totals(self, event: BatchEvent) -> BatchEvent:
         """The second's event with what planner and sizer did in it."""
         before, self._totals = self._totals, _read_totals(self._planner)
-        fired, log = self._fired, self._planner.trigger_log
-        self._fired = Counter(log.counts)
+        log = self._planner.trigger_log
+        fired, self._fired = log.counts - self._fired, Counter(log.counts)
         return msgspec.structs.replace(
             event,
             max_batch_size=self._planner.max_batch_size,
             sizing=self._sizer.name,
             step_cost=list(astuple(cost)) if (cost := self._sizer.cost) else [],
-            triggers=dict(self._fired - fired),
-            trigger_reason=log.latest.reason if log.latest else "",
+            triggers=dict(fired),
+            trigger_reason=log.latest.reason if log.latest and fired else "",
             **{name: now - then for name, now, then in zip(_Totals._fields, self._totals, before, strict=True)},
         )
 
