@@ -96,7 +96,9 @@ def learn_claim_s(requests: Iterable[RequestRecord], places: int) -> float:
     runs). An engine that computes takes longer to claim than one that waits for the bell; what took many times as long
     waited for something else, as for memory. Where none found nobody there, the least that was seen is the measure.
     """
-    waits, unhurried, welcome = [], [], []
+    waits: list[float] = []
+    unhurried: list[float] = []
+    welcome: list[float] = []
     ends_s: list[float] = []
     """A heap: when those that are there will end."""
     for row in sorted(requests, key=lambda row: row.arrived_at):

@@ -312,7 +312,8 @@ def test_a_long_queue_is_counted_anew_in_steps_while_requests_come_and_go(
         steps += 1
     assert steps > 5
     check_counts(store, queue)
-    assert not [field for field in store.hkeys(meta) if field.startswith((b"r:", b"recount"))]
+    left: Any = store.hkeys(meta)
+    assert not [field for field in left if field.startswith((b"r:", b"recount"))]
     store.delete(keys.request("demo", "r00900"))
     while claim(store, queue, "gpu", 100).requests:
         pass

@@ -42,7 +42,8 @@ def test_a_repeated_handover_gives_back_no_later_attempt_and_counts_a_failure_on
 ) -> None:
     fleet.submit("r", [1, 2, 3], 5)
     first = claim(fleet, "g:1")
-    handover = Handover("g:1", **{kind: {"r": first.attempt}})
+    handover = Handover("g:1")
+    getattr(handover, kind)["r"] = first.attempt
     outbox._deliver(handover)
     second = claim(fleet, "g:1")
     outbox._deliver(handover)
