@@ -14,8 +14,8 @@ GUESS_WEIGHT = 1e-5
 """Recorded seconds that a guess at the cost counts for."""
 MIN_BUSY_SECONDS = 5
 """From fewer seconds of steps no cost is learned."""
-MOST_CLAIMS = 8
-"""A busy engine's claim takes at most so many times as long as that of one that waits for it."""
+MOST_CLAIMS = 32
+"""A claim takes at most so many times as long as one of an engine that waits, even where others use its cores."""
 
 
 class HistoryError(Exception):
