@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduling.core.simulation.chart import draw_page
+from scheduling.core.simulation.chart import _Axis, draw_page
 from scheduling.core.simulation.outcome import Outcome, ServiceTarget, ServiceTargets, SimulationResult
 from scheduling.core.simulation.report import (
     Report,
@@ -98,6 +98,11 @@ def test_percentiles_are_values_that_occurred_in_order(values: list[float]) -> N
     assert sum(value <= spread.p90 for value in values) >= 0.9 * len(values)
 
 
+def test_percentiles_are_those_of_the_nearest_rank() -> None:
+    spread = spread_of(float(value) for value in range(1, 201))
+    assert (spread.mean, spread.p50, spread.p90, spread.p99, spread.maximum) == (100.5, 100, 180, 198, 200)
+
+
 def test_nothing_measured_is_none_and_not_zero() -> None:
     assert spread_of([None]).mean is None
     assert format_seconds(None) == "-"
@@ -159,6 +164,17 @@ def test_the_chart_is_one_valid_page_that_fetches_nothing() -> None:
     assert "http" not in page
     assert "<script" not in page
     assert not re.search(r'[",: ](nan|inf)\b', page)
+
+
+@given(low=st.floats(1e-3, 1e4), factor=st.floats(1, 1e6), is_log=st.booleans())
+def test_an_axis_has_some_numbers_and_all_of_them_on_it(low: float, factor: float, is_log: bool) -> None:
+    high = low * factor
+    axis = _Axis(low, high, 0.0, 100.0, is_log=is_log)
+    ticks = axis.ticks()
+    assert 2 <= len(ticks) <= 10
+    assert ticks == sorted(ticks)
+    if factor > 1.1:
+        assert all(low * 0.999 <= tick <= high * 1.001 for tick in ticks)
 
 
 def test_a_chart_can_be_drawn_where_nothing_finished() -> None:

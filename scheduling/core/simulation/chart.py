@@ -106,13 +106,22 @@ class _Axis:
 
     def ticks(self) -> list[float]:
         if self.is_log:
-            powers = range(math.ceil(self._low - 1e-9), math.floor(self._high + 1e-9) + 1)
-            return [10.0**power for power in powers]
+            return self._log_ticks()
         rough = (self._high - self._low) / 4
         magnitude = 10.0 ** math.floor(math.log10(rough))
         step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough)
         first = math.ceil(self._low / step)
         return [i * step for i in range(first, int(self._high / step + 1e-9) + 1)]
+
+    def _log_ticks(self) -> list[float]:
+        """Powers of ten; where there are few, what lies between them; at least both ends."""
+        for multiples in ((1,), (1, 2, 5)):
+            powers = range(math.floor(self._low), math.floor(self._high + 1e-9) + 1)
+            ticks = [multiple * 10.0**power for power in powers for multiple in multiples]
+            ticks = [tick for tick in ticks if -1e-9 <= math.log10(tick) - self._low <= self._high - self._low + 1e-9]
+            if len(ticks) > 2:
+                return ticks
+        return ticks if len(ticks) > 1 else [10.0**self._low, 10.0**self._high]
 
 
 def _frame(x: _Axis | None, y: _Axis, format_x: Callable[[float], str], format_y: Callable[[float], str]) -> str:
@@ -124,9 +133,10 @@ def _frame(x: _Axis | None, y: _Axis, format_x: Callable[[float], str], format_y
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{escape(format_y(value))}</text>')
     for value in x.ticks() if x else ():
         at = x.at(value) if x else 0.0
+        anchor = "end" if at > WIDTH - RIGHT - 16 else "middle"  # or the last number is cut off
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(
-            f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(format_x(value))}</text>'
+            f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{escape(format_x(value))}</text>'
         )
     return "".join(parts)
 
