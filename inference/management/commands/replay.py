@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
+from django.db import DatabaseError
 
 from inference.recorded import HistoryError, RecordedRun, read_history
 from inference.replay_options import (
@@ -82,7 +83,10 @@ class Command(BaseCommand):
             return None
         if options["cost"] is not None and options["trace"] is not None:
             raise HistoryError("--cost and --from-history both give the engine's cost; name one of them.")
-        recorded = read_history(model, limit=options["limit"] if options["trace"] is None else None)
+        try:
+            recorded = read_history(model, limit=options["limit"] if options["trace"] is None else None)
+        except DatabaseError as error:
+            raise HistoryError(f"The history cannot be read: {error}. `manage.py up` sets the database up.") from error
         error_ms = 1000 * recorded.typical_error_s
         self.stderr.write(
             f"Learned the cost of {model} from {recorded.served.steps:,} steps; off by {error_ms:.2f} ms a step."
