@@ -87,6 +87,14 @@ def test_hiccups_move_the_model_little_and_its_mean_cost_by_what_they_took() -> 
     assert_close(model.mean_cost, scaled(DEFAULT_COST, 1 + 2.0 / 50 / mean_s), 0.2)
 
 
+def test_one_observation_in_twenty_that_is_far_off_hardly_moves_the_fit() -> None:
+    random, fit = Random(7), RecursiveLeastSquares([1.0])
+    for number in range(1000):
+        x = random.uniform(1, 10)
+        fit.observe([x], 2 * x * random.uniform(0.98, 1.02) + (50.0 if number % 20 == 19 else 0.0))
+    assert fit.coefficients[0] == pytest.approx(2, rel=0.05)
+
+
 def test_a_change_of_the_engine_is_followed() -> None:
     random, model = Random(3), StepTimeModel(forgetting=0.98)
     slower = StepCost(step_s=0.02, prefill_token_s=90e-6, decode_sequence_s=2e-4, context_token_s=2e-7)

@@ -57,6 +57,14 @@ def test_an_8b_model_on_a_24_gib_device_holds_a_plausible_batch() -> None:
     assert MemoryModel(llama()).largest_batch(12 * GIB, tokens_per_sequence=2048) == 0
 
 
+def test_the_rest_of_each_sequence_s_last_block_counts() -> None:
+    whole, part = (
+        MemoryModel(llama()).estimate(BatchShape(batch_size=10, tokens_per_sequence=tokens)) for tokens in (32, 17)
+    )
+    assert whole.total == part.total
+    assert part.fragmentation - whole.fragmentation == whole.kv - part.kv == 10 * 15 * llama().kv_bytes_per_token
+
+
 def test_measurements_replace_the_assumed_overhead() -> None:
     random, model = Random(1), MemoryModel(llama())
     for _ in range(200):

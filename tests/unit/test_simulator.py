@@ -362,6 +362,46 @@ def test_a_tenant_s_limits_refuse_what_is_too_much_and_nothing_else() -> None:
     assert len([o for o in outcomes if o.request.tenant == "a"]) - len(refused) == 109
 
 
+def test_what_a_request_did_not_use_is_given_back_to_its_tenant_and_its_slot_to_the_next() -> None:
+    trace = [request(float(i), output=5, max_tokens=500) for i in range(50)]
+    limits = {"a": TenantLimit(concurrency=1, tpm=1200, tpd=2500)}
+    admission = AdmissionSettings(queue_limit=None, tenants=limits)
+    assert all(o.state == "finished" for o in simulate(trace, fleet(admission=admission), DEFAULT_COST).outcomes)
+
+
+def test_a_dropped_request_gives_its_tenant_back_what_it_was_charged() -> None:
+    late = [request(0.01, "b", deadline_s=0.05, drop_expired=True) for _ in range(3)]
+    trace = [request(0.0, output=80), *late, request(9.0, "b")]
+    admission = AdmissionSettings(queue_limit=None, tenants={"b": TenantLimit(concurrency=3, tpd=100)})
+    outcomes = simulate(trace, fleet(batch_size=1, admission=admission), DEFAULT_COST).outcomes
+    assert [o.reason for o in outcomes] == ["", *["deadline_exceeded"] * 3, ""]
+
+
+def test_fair_charges_what_was_generated_and_not_what_was_asked_for() -> None:
+    bold = [request(0.0, "bold", output=20, max_tokens=400) for _ in range(60)]
+    modest = [request(0.0, "modest", output=20, max_tokens=20) for _ in range(60)]
+    outcomes = simulate([*bold, *modest], fleet(policy=build_policy("fair"), num_blocks=4000), DEFAULT_COST).outcomes
+    half = sorted(o.finished_s or 0.0 for o in outcomes)[59]
+    first = [o.request.tenant for o in outcomes if (o.finished_s or 0.0) <= half]
+    assert first.count("bold") >= 25, "by what they asked for it would be 8"
+
+
+def test_moving_blocks_to_host_memory_and_back_takes_its_time() -> None:
+    cost = StepCost(step_s=0.01, prefill_token_s=1.0, decode_sequence_s=0, context_token_s=0)
+    trace = [request(0.0, prompt=60, output=80, priority=5), request(60.4, prompt=1, output=5, priority=0)]
+    base = fleet(policy=build_policy("priority"), batch_size=1, prefix_cache=False)
+    busy = []
+    for bytes_per_s in (1e6, 2e6):
+        swap = SwapSettings(link=SwapLink(bytes_per_s=bytes_per_s, latency_s=0.0), kv_bytes_per_token=1000)
+        result = simulate(trace, replace(base, swap=swap), cost)
+        assert result.preemptions == 1
+        busy.append(result.busy_s)
+    # Of 60 tokens and some more, blocks of 16: out and in, half as fast the first time.
+    moved_s = 2 * (busy[0] - busy[1])
+    assert moved_s == pytest.approx(2 * 16_000 * round(moved_s / 0.032) / 1e6)
+    assert 4 <= round(moved_s / 0.032) <= 9
+
+
 def test_a_machine_that_was_slow_for_a_while_is_slow_then() -> None:
     trace = [request(float(i)) for i in range(4)]
     usual, slowed = (

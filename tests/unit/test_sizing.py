@@ -1,5 +1,6 @@
 """Sizing: memory has the last word, latency steers as promised, and the learning controller finds the best size."""
 
+import math
 from dataclasses import replace
 from random import Random
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduling.core.sizing.controller import Controller, Observation, Readings, memory_limit
+from scheduling.core.sizing.controller import Controller, Observation, Readings
 from scheduling.core.sizing.cost_model import DEFAULT_COST, StepCost
 from scheduling.core.sizing.strategies import SIZINGS, InvalidSizingParameter, UnknownSizing, build_sizing
 
@@ -62,10 +63,17 @@ def test_no_size_is_chosen_that_memory_or_the_bounds_forbid(name: str, periods: 
     for observation in periods:
         controller.observe(observation)
         size, reason = controller.decide()
-        assert 1 <= size <= memory_limit(observation)
+        assert size == 1 or fits(size, observation)
         assert name == "fixed" or size <= 128
-        assert size >= 2 or memory_limit(observation) < 2 or name == "fixed"
+        assert size >= 2 or not fits(2, observation) or name == "fixed"
         assert reason
+
+
+def fits(size: int, seen: Observation) -> bool:
+    """Whether so many have memory: as the memory model says, and each with as many blocks as those that run."""
+    blocks_each = math.ceil(seen.kv_blocks_used / seen.num_running) if seen.num_running else 0
+    allowed = size if seen.memory_batch_limit is None else seen.memory_batch_limit
+    return size <= allowed and size * max(1, blocks_each) <= seen.kv_blocks_total
 
 
 STRAINED = [
@@ -163,6 +171,32 @@ def test_balanced_comes_to_rest_near_the_target() -> None:
         size = controller.size
         controller.observe(replace(BUSY, num_running=size, kv_blocks_used=size, p99_s=size / 60, target_s=1.0))
     assert 50 <= controller.size <= 66
+
+
+FULL = replace(BUSY, kv_blocks_used=4000, preemptions=2)
+"""The KV cache is full, and sequences lose their blocks to each other."""
+
+
+@pytest.mark.parametrize("name", ["throughput_first", "balanced", "memory_efficient"])
+def test_a_full_kv_cache_gets_no_larger_batch(name: str) -> None:
+    for p99_s in (None, 0.1):
+        controller = build_sizing(name)
+        for _ in range(5):
+            before = controller.size
+            blocks = FULL.kv_blocks_total - 60
+            controller.observe(replace(FULL, num_running=before, kv_blocks_used=blocks, p99_s=p99_s, target_s=1.0))
+            assert controller.size <= before
+        assert (controller.size < 16) == (name != "balanced"), "there is no target that a larger batch would miss"
+
+
+def test_memory_efficient_gives_back_what_the_load_does_not_need() -> None:
+    controller = build_sizing("memory_efficient", {"initial": 64})
+    for _ in range(60):
+        controller.observe(replace(BUSY, num_running=5, num_waiting=0, kv_blocks_used=50))
+    assert 5 <= controller.size <= 11
+    over = build_sizing("memory_efficient", {"initial": 16, "kv_line": 0.5})
+    over.observe(replace(BUSY, num_running=16, num_waiting=0, kv_blocks_used=2100))
+    assert over.size < 16, "over its line, though nobody was preempted"
 
 
 def test_memory_efficient_holds_kv_use_below_its_line() -> None:
