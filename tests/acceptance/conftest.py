@@ -16,37 +16,15 @@ from tests.acceptance.whole_system import ROOT, WholeSystem
 __all__ = ["chromium", "fleet", "page_keys", "sessions", "visit", "visitor", "web"]
 
 
-DEMO = ROOT / "var" / "models" / "demo"
-"""The folder that `make up` uses, so that the model is trained at most once."""
-TRAINING = pytest.StashKey["subprocess.Popen[bytes]"]()
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Train the model while the tests that come first run, where some will need it; it takes the time they leave."""
-    needed = any("demo_model" in getattr(item, "fixturenames", ()) for item in session.items)
-    if not needed or is_trained(DEMO) or session.config.option.collectonly:
-        return
-    command = ["nice", "-n", "19", sys.executable, "-m", "inference.demo.train", "--quiet", str(DEMO)]
-    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "TQDM_DISABLE": "1"}
-    training = subprocess.Popen(command, cwd=ROOT, env=os.environ | quiet)
-    session.config.stash[TRAINING] = training
-    session.config.add_cleanup(lambda: end(training))
-
-
-def end(training: "subprocess.Popen[bytes]") -> None:
-    """Leave nothing behind, whatever ended the run."""
-    training.kill()
-    training.wait()
-
-
 @pytest.fixture(scope="session")
-def demo_model(pytestconfig: pytest.Config) -> Path:
-    """Its folder."""
-    training = pytestconfig.stash.get(TRAINING, None)
-    if training is not None:
-        assert training.wait(600) == 0
-    assert is_trained(DEMO)
-    return DEMO
+def demo_model() -> Path:
+    """The folder that `make up` uses, so that the model is trained at most once."""
+    folder = ROOT / "var" / "models" / "demo"
+    if is_trained(folder):
+        return folder
+    command = [sys.executable, "-m", "inference.demo.train", "--quiet", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}, timeout=600)
+    return folder
 
 
 @pytest.fixture(scope="session")
