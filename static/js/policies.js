@@ -142,6 +142,7 @@ replay?.addEventListener("submit", async (event) => {
     refresh("what-if");
   }
 });
+if (replay) byId("replay").disabled = false; // until here the browser itself would send the form
 
 /** While a replay runs, its progress is fetched each second. */
 function followReplay() {

@@ -22,6 +22,7 @@ form.addEventListener("submit", async (event) => {
   byId("new-token-text").focus();
   await refresh("tokens");
 });
+byId("make-token").disabled = false; // until here the browser itself would send the form, and show a bare answer
 
 byId("copy-token").addEventListener("click", async () => {
   try {

@@ -277,6 +277,7 @@ def test_a_token_is_shown_once_and_revoked_with_a_reason(visit: Visit) -> None:
     page.locator("#account summary").click()
     page.get_by_role("link", name="Your API tokens").click()
     page.get_by_label("What it is for").fill("night job")
+    expect(page.get_by_role("button", name="Make a token")).to_be_enabled()
     page.keyboard.press("Enter")
     expect(page.locator("#new-token-text")).to_have_text(re.compile(r"^pso-\w{8}-.{43}$"))
     row = page.locator("#tokens tbody tr", has_text="night job")
