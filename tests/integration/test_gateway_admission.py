@@ -7,12 +7,17 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import msgspec
 import pytest
 import redis.asyncio
 
 from benchmarks.stack import RedisServer
+from controlplane.api.caller import Caller
+from controlplane.api.drafting import draft_completion
+from controlplane.api.openai.body import CompletionBody
+from inference.directory import KeyConfig
 from inference.gateway import admission
 from inference.gateway.errors import DeadlineExceeded, NoReplica, Overloaded
 from inference.gateway.gateway import Gateway
@@ -112,6 +117,25 @@ async def test_an_expired_request_is_refused_where_its_tenant_wants_that(
             await gateway.submit(draft(gateway, 2, deadline_s=past, tenant=replace(TENANT, drop_expired=True)))
         assert (await aexecute(astore, gateway.find_model(MODEL).queue.snapshot())).depth == 1
         assert (await aexecute(astore, gateway.desk.limits.usage("alpha"))).running == 1
+
+
+async def test_a_request_that_names_no_deadline_has_that_of_its_tenants_service_level(
+    redis_url: str, keys: Keys, tmp_path: Path
+) -> None:
+    caller = Caller(
+        KeyConfig(prefix="k", digest="", tenant="alpha", max_priority=0), replace(TENANT, deadlines_s={3: 20.0})
+    )
+    asked: list[tuple[dict[str, Any], float | None]] = [
+        ({}, 20.0), ({"deadline_ms": 3000}, 3.0), ({"priority": "low"}, None)
+    ]  # fmt: skip
+    async with open_gateway(redis_url, keys, tmp_path) as gateway:
+        for fields, within_s in asked:
+            body = CompletionBody(model=MODEL, prompt=[10, 11], max_tokens=5, **fields)
+            began_s = time.time()
+            made = await draft_completion(body, caller, gateway.find_model(MODEL), "cmpl-1")
+            assert (made.deadline_s is None) == (within_s is None)
+            if made.deadline_s is not None and within_s is not None:
+                assert began_s + within_s <= made.deadline_s <= time.time() + within_s
 
 
 async def test_a_level_rises_with_the_request_that_calls_for_it_and_everywhere_soon_after(

@@ -133,6 +133,25 @@ def test_service_is_fair_when_backlogged_tenants_get_the_same_and_unfair_when_on
     assert jain_of_service([outcome("a", 0.0, 0.0, 1.0, 2.0)]) is None, "one tenant shares with nobody"
 
 
+def test_who_wants_little_and_gets_it_is_treated_fairly_beside_one_who_wants_much() -> None:
+    light = [outcome("light", 10.0 * i, 10.0 * i + 1, 10.0 * i + 2, 10.0 * i + 3) for i in range(9)]
+    heavy = [outcome("heavy", 0.0, 10.0 * i, 10.0 * i + 1, 10.0 * i + 9, tokens=500) for i in range(9)]
+    assert jain_of_service(light + heavy) == pytest.approx(1.0)
+
+
+def test_the_table_s_rows_are_the_report_s_figures() -> None:
+    report, _ = example()
+    rows = [re.split(" {2,}", line) for line in compare_reports([report]).split("\n\n")[0].splitlines()[2:]]
+    assert {row[0]: row[1] for row in rows} == {
+        "requests finished": "3 of 4", "refused": "1", "duration": "5 s", "requests/s": "0.60", "output tokens/s": "6",
+        "all tokens/s": "12", "goodput, output tokens/s": "4", "SLA attainment": "50.0%",
+        "TTFT mean": "1.18 s", "TTFT p50": "500 ms", "TTFT p90": "3 s", "TTFT p99": "3 s",
+        "end to end mean": "2.17 s", "end to end p50": "2 s", "end to end p90": "4 s", "end to end p99": "4 s",
+        "largest wait": "2 s", "Jain's index of service": "-", "preemptions": "3",
+        "batch size mean, largest": "1.6, 2", "policy switches": "0", "busy": "50.0%",
+    }  # fmt: skip
+
+
 def test_tables_and_json_show_every_policy_side_by_side() -> None:
     report, _ = example()
     table = compare_reports([report, report])

@@ -189,6 +189,16 @@ def test_a_full_kv_cache_gets_no_larger_batch(name: str) -> None:
         assert (controller.size < 16) == (name != "balanced"), "there is no target that a larger batch would miss"
 
 
+def test_balanced_leaves_the_rest_of_a_nearly_full_kv_cache_to_those_that_run() -> None:
+    nearly = replace(BUSY, num_running=200, kv_blocks_used=3800, kv_blocks_total=4000)
+    for p99_s in (None, 0.1):
+        controller = build_sizing("balanced", {"initial": 200})
+        controller.observe(replace(nearly, p99_s=p99_s, target_s=1.0))
+        assert controller.size == 200, "memory would allow ten more"
+        controller.observe(replace(nearly, p99_s=p99_s, target_s=1.0, kv_blocks_used=1800))
+        assert controller.size > 200
+
+
 def test_memory_efficient_gives_back_what_the_load_does_not_need() -> None:
     controller = build_sizing("memory_efficient", {"initial": 64})
     for _ in range(60):
