@@ -1,14 +1,16 @@
 """What waits: in flows, in the orders that cut across them (arrival, right to stay, deadline), and counted."""
 
 from array import array
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from math import inf
 
 from scheduling.core.flows import Flows, Head
 from scheduling.core.policy import Policy
 from scheduling.core.records import Record
 from scheduling.core.request import Placement, QueueEntry
 from scheduling.core.rows import Rows
-from scheduling.core.rules import MAX_SHED, PRIORITY_STEP
+from scheduling.core.rules import MAX_SHED
 
 
 class Backlog:
@@ -22,10 +24,11 @@ class Backlog:
         self.tokens = 0
         self._returned: set[str] = set()
         """Who was claimed before, and so is never dropped."""
-        self._arrivals: Rows | None = None
-        """Everybody by arrival, then id, while the rules promote."""
-        self._right: Rows | None = None
-        """The others by priority and arrival, then id, from the first time that one is to be dropped for another."""
+        self._promotes = self._sheds = False
+        """Whether the rules promote; whether ever one was to be dropped for another."""
+        self._arrivals: defaultdict[int, Rows] = defaultdict(_by_time)
+        """By arrival, then id, while one of these needs it: under its priority once some are dropped for others, until
+        then all under 0. Who was claimed before is in it only where the rules promote."""
         self.deadlines = _by_time()
         """Those of the others that are dropped when their deadline passes."""
 
@@ -35,8 +38,8 @@ class Backlog:
     def add(self, entry: QueueEntry, body: bytes, number: int, placement: Placement) -> None:
         """A new request waits."""
         self._count(entry)
-        if self._right is not None:
-            self._right.insert(_right(entry), entry.id)
+        if self._promotes or self._sheds:
+            self._arrivals[entry.priority if self._sheds else 0].insert(entry.arrival_s, entry.id)
         if entry.drop_expired and entry.deadline_s is not None:
             self.deadlines.insert(entry.deadline_s, entry.id)
         self.flows.place(entry, body, number, placement)
@@ -45,6 +48,8 @@ class Backlog:
         """A request that was claimed waits again; without a placement until `place`."""
         self._count(record.entry)
         self._returned.add(record.entry.id)
+        if self._promotes:
+            self._arrivals[record.entry.priority if self._sheds else 0].insert(record.entry.arrival_s, record.entry.id)
         if placement is None:
             self.unplaced[record.entry.id] = record
         else:
@@ -83,13 +88,19 @@ class Backlog:
         self.keep_arrivals(policy.rules.promote_after_s is not None)
 
     def keep_arrivals(self, is_needed: bool) -> None:
-        """Keep the order of arrival, or no longer."""
-        if is_needed and self._arrivals is None:
-            self._arrivals = _by_time()
-            for entry in self.entries():
-                self._arrivals.insert(entry.arrival_s, entry.id)
-        elif not is_needed:
-            self._arrivals = None
+        """Keep the order of arrival of everybody, or no longer."""
+        if is_needed != self._promotes:
+            self._promotes = is_needed
+            self._order_anew()
+
+    def _order_anew(self) -> None:
+        """By arrival what has to be; in that order it takes least memory."""
+        self._arrivals.clear()
+        if not (self._promotes or self._sheds):
+            return
+        for entry in sorted(self.entries(), key=lambda entry: (entry.arrival_s, entry.id)):
+            if self._promotes or entry.id not in self._returned:
+                self._arrivals[entry.priority if self._sheds else 0].insert(entry.arrival_s, entry.id)
 
     def entries(self) -> list[QueueEntry]:
         """Everything that waits, in no order."""
@@ -97,15 +108,20 @@ class Backlog:
 
     def is_due(self, now: float, after_s: float) -> bool:
         """Whether the first that arrived has waited so long. Arrivals have to be kept."""
-        assert self._arrivals is not None
-        keys = self._arrivals.chunks[0].columns[0]
-        return bool(keys) and now - keys[0] >= after_s
+        for rows in self._arrivals.values():
+            times = rows.chunks[0].columns[0]
+            if times and now - times[0] >= after_s:
+                return True
+        return False
 
     def oldest(self, now: float, after_s: float) -> Head | None:
         """The first that arrived, if it has waited so long and is placed. Arrivals have to be kept."""
-        assert self._arrivals is not None
-        keys, ids = self._arrivals.chunks[0].columns
-        return self.flows.find(ids[0]) if keys and now - keys[0] >= after_s else None
+        first_s, first = inf, ""
+        for rows in self._arrivals.values():
+            times, ids = rows.chunks[0].columns
+            if times and (times[0] < first_s or (times[0] == first_s and ids[0] < first)):
+                first_s, first = times[0], ids[0]
+        return self.flows.find(first) if now - first_s >= after_s else None
 
     def overdue(self, now: float) -> QueueEntry | None:
         """Whose deadline passed first, of those that are dropped then."""
@@ -120,7 +136,7 @@ class Backlog:
             return victims
         if not shed or depth_limit <= 0:
             return None
-        for _, id_ in reversed(self._by_right()):
+        for id_ in self._by_right():
             victim = self._entry(id_)
             if victim.priority <= entry.priority or len(victims) == MAX_SHED:
                 return None
@@ -130,13 +146,13 @@ class Backlog:
                 return victims
         return None
 
-    def _by_right(self) -> Rows:
-        if self._right is None:
-            self._right = _by_time()
-            for entry in self.entries():
-                if entry.id not in self._returned:
-                    self._right.insert(_right(entry), entry.id)
-        return self._right
+    def _by_right(self) -> Iterator[str]:
+        """Who was never claimed; first who has the least right to stay: of the lowest priority, the latest."""
+        if not self._sheds:
+            self._sheds = True
+            self._order_anew()
+        for priority in sorted(self._arrivals, reverse=True):
+            yield from (id_ for _, id_ in reversed(self._arrivals[priority]) if id_ not in self._returned)
 
     def _entry(self, request_id: str) -> QueueEntry:
         head = self.flows.find(request_id)
@@ -148,27 +164,20 @@ class Backlog:
     def _count(self, entry: QueueEntry) -> None:
         self.depth += 1
         self.tokens += entry.prompt_tokens + entry.max_tokens
-        if self._arrivals is not None:
-            self._arrivals.insert(entry.arrival_s, entry.id)
 
     def discount(self, entry: QueueEntry) -> None:
         """Out of the counts and orders: it has been taken from its flow."""
         self.depth -= 1
         self.tokens -= entry.prompt_tokens + entry.max_tokens
-        if self._arrivals is not None:
-            self._arrivals.discard(entry.arrival_s, entry.id)
-        if self._returned and entry.id in self._returned:
+        was_claimed = bool(self._returned) and entry.id in self._returned
+        if self._promotes or (self._sheds and not was_claimed):
+            self._arrivals[entry.priority if self._sheds else 0].discard(entry.arrival_s, entry.id)
+        if was_claimed:
             self._returned.remove(entry.id)
             return
-        if self._right is not None:
-            self._right.discard(_right(entry), entry.id)
         if entry.drop_expired and entry.deadline_s is not None:
             self.deadlines.discard(entry.deadline_s, entry.id)
 
 
 def _by_time() -> Rows:
     return Rows(array("d"), [])
-
-
-def _right(entry: QueueEntry) -> float:
-    return entry.priority * PRIORITY_STEP + entry.arrival_s

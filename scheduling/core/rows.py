@@ -120,8 +120,7 @@ class Rows:
         # Where rows come in order, chunks stay full.
         columns, cut = chunk.columns, CHUNK if at == CHUNK and chunk is self.chunks[-1] else CHUNK // 2
         upper = Chunk([column[cut:] for column in columns], self)
-        for column in columns:
-            del column[cut:]
+        chunk.columns = [column[:cut] for column in columns]  # a slice has no slack, as what has grown has
         place = self.chunks.index(chunk) + 1
         self.chunks.insert(place, upper)
         self.bounds.insert(place, (upper.columns[0][0], upper.columns[1][0]))

@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 from math import inf
 
-PRIORITY_STEP = 1e10
-"""What one priority level is worth in the order of right to stay: more than any arrival."""
-
 MAX_SHED = 16
 """Waiting requests that are dropped for one newcomer at most."""
 
