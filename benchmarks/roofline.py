@@ -13,6 +13,7 @@ import torch
 from inference.engine.native import PackedLinear, load_kernels
 from inference.engine.runner import ModelRunner
 from scheduling.core.sequence import PartResult, StepPart
+from scheduling.core.sizing.cost_model import measure_parts
 
 REPEATS = 12
 
@@ -81,8 +82,7 @@ class MeteredRunner:
 
     def reset(self) -> None:
         """Begin to count."""
-        self.least_s = self.elapsed_s = self.turns_s = 0.0
-        self.steps_s: list[float] = []
+        self.elapsed_s = self.turns_s = 0.0
         self.notes: list[StepNote] = []
         self.spent_s = {"forward": 0.0, "sampling": 0.0}
 
@@ -93,22 +93,27 @@ class MeteredRunner:
     def start(self, parts: Sequence[StepPart]) -> Callable[[], list[PartResult]]:
         """Pass on to the model; a step lasts from here to its results."""
         least_s = self._work.least_seconds(parts, self._rates, self._weight_bytes)
-        self.least_s += least_s
-        prompt_tokens = sum(
-            part.num_tokens for part in parts if part.sequence.num_computed < part.sequence.num_prompt_tokens
-        )
-        sampled = sum(part.samples for part in parts)
+        prompt_tokens, sampled = measure_parts(parts).prefill_tokens, sum(part.samples for part in parts)
         start, used = time.perf_counter(), time.process_time()
         wait = self.runner.start(parts)
 
         def timed_wait() -> list[PartResult]:
             results = wait()
             seconds, cpu_s = time.perf_counter() - start, time.process_time() - used
-            self.steps_s.append(seconds)
             self.notes.append(StepNote(len(parts), sampled, prompt_tokens, seconds, cpu_s, least_s))
             return results
 
         return timed_wait
+
+    @property
+    def least_s(self) -> float:
+        """The least processor time of all steps together."""
+        return sum(note.least_s for note in self.notes)
+
+    @property
+    def steps_s(self) -> list[float]:
+        """How long each step took."""
+        return [note.seconds for note in self.notes]
 
     @property
     def outside(self) -> float:
