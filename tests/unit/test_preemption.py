@@ -10,7 +10,7 @@ from scheduling.core.forming import Mode
 from scheduling.core.planner import StepPlanner
 from scheduling.core.preemption import MAX_SLOT_PREEMPTIONS
 from scheduling.core.prefix import PrefixCache
-from scheduling.core.sequence import PartResult, StepPart
+from scheduling.core.sequence import PartResult, Sequence, StepPart
 from scheduling.core.swap import SwapSpace
 from tests.sequences import make_sequence
 from tests.unit.kv_device import KVDevice
@@ -38,6 +38,16 @@ def make_device(
         long_prefill_threshold=threshold,
     )
     return KVDevice(planner, host_blocks)
+
+
+def begin_low(device: KVDevice, prompt: int = 10, steps: int = 1) -> Sequence:
+    """A low sequence that has run for so many steps when an urgent one comes, which has not begun."""
+    low = make_sequence("low", prompt=prompt, output=9, priority=5)
+    device.planner.add(low)
+    for _ in range(steps):
+        device.step()
+    device.planner.add(make_sequence("urgent", output=1, priority=0, urgent=True))
+    return low
 
 
 def running(device: KVDevice) -> list[str]:
@@ -210,12 +220,7 @@ def test_other_modes_preempt_nobody_for_a_slot() -> None:
 def test_a_swapped_sequence_computes_nothing_again() -> None:
     for host_blocks, again in ((40, 0), (0, 1)):
         device = make_device(batch=1, host_blocks=host_blocks)
-        planner = device.planner
-        low = make_sequence("low", prompt=10, output=9, priority=5)
-        planner.add(low)
-        for _ in range(4):
-            device.step()
-        planner.add(make_sequence("urgent", output=1, priority=0, urgent=True))
+        low = begin_low(device, steps=4)
         device.step()
         assert low.num_swapped == (13 if host_blocks else 0)
         assert device.run() == ["low"]
@@ -240,10 +245,7 @@ def test_with_a_prefix_cache_a_copy_is_kept_only_of_blocks_that_are_about_to_be_
 
 def test_what_is_sooner_computed_again_than_moved_is_not_swapped() -> None:
     device = make_device(batch=1, host_blocks=40)
-    low = make_sequence("low", prompt=2, output=9, priority=5)
-    device.planner.add(low)
-    device.step()
-    device.planner.add(make_sequence("urgent", output=1, priority=0, urgent=True))
+    low = begin_low(device, prompt=2)
     device.step()
     assert device.planner.num_slot_preemptions == 1
     assert device.planner.swap is not None
@@ -253,9 +255,7 @@ def test_what_is_sooner_computed_again_than_moved_is_not_swapped() -> None:
 
 def test_a_full_host_memory_leaves_recomputing() -> None:
     device = make_device(batch=1, host_blocks=2)
-    device.planner.add(make_sequence("low", prompt=10, output=9, priority=5))
-    device.step()
-    device.planner.add(make_sequence("urgent", output=1, priority=0, urgent=True))
+    begin_low(device)
     device.step()
     assert device.planner.swap is not None
     assert device.planner.swap.num_out == 0
@@ -264,10 +264,7 @@ def test_a_full_host_memory_leaves_recomputing() -> None:
 
 def test_a_cancelled_sequence_gives_up_its_place_in_host_memory() -> None:
     device = make_device(batch=1, host_blocks=20)
-    low = make_sequence("low", prompt=10, output=9, priority=5)
-    device.planner.add(low)
-    device.step()
-    device.planner.add(make_sequence("urgent", output=1, priority=0, urgent=True))
+    low = begin_low(device)
     device.planner.plan(0.0)
     device.planner.remove(low)
     device.planner.check_integrity()
